@@ -1,0 +1,265 @@
+"""Set the heads of a model in closed form from one pass over the training rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from etf_adapt.frames import PENALIZED, ClassStatistics, choose_penalty, closed_form_rows
+from etf_adapt.head import ClassifierHead
+from etf_adapt.simplex import vertex_products
+from etf_adapt.swap import head_modules, logits_of, read_features
+
+MAX_SAMPLED_ROWS = 20_000
+_LENGTH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """What an alignment did.
+
+    Attributes:
+        frame: The closed form, as in ``etf_adapt.frames.closed_form_rows``.
+        penalties: Penalty of each head, in mean eigenvalues; None for frames without one.
+        balanced_accuracy: Leave-one-out balanced accuracy of the first head on sampled training rows at that penalty;
+            None for frames without a penalty.
+        rows: Training rows that the statistics hold.
+        length: Mean length of the centred logits in training mode before they were scaled to one.
+    """
+
+    frame: str
+    penalties: tuple[float | None, ...]
+    balanced_accuracy: float | None
+    rows: int
+    length: float
+
+
+def align_head(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]],
+    *,
+    class_counts: Sequence[int] | np.ndarray | None = None,
+    frame: str = "ridge",
+    penalty: float | None = None,
+    max_sampled_rows: int = MAX_SAMPLED_ROWS,
+    seed: int = 0,
+) -> AlignmentResult:
+    r"""Set a model's classification head in closed form from the features of its training rows.
+
+    One pass in evaluation mode gathers class counts, means and second moment of what each head reads (float64, summed
+    over processes); ``etf_adapt.frames.closed_form_rows`` turns them into rows and biases. A penalty that is not given is
+    chosen by exact leave-one-out on sampled rows. The rows are then scaled by one number so that the mean length of
+    the centred logits is one *in training mode*, in which dropout lengthens them. A cosine head gets the class means.
+
+    Args:
+        model: A model whose head was swapped (``etf_adapt.swap_head`` or ``ETFFor...``).
+        data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
+            ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
+        class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
+        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"rotated"`` or ``"random"``.
+        penalty: Penalty of ridge and discriminant, in mean eigenvalues; chosen on the data where None.
+        max_sampled_rows: Most rows whose features are kept for that choice.
+        seed: Seed of the sample and of a random frame.
+
+    Returns:
+        What was done. The model is changed in place; its mode, gradients and random state are as before.
+
+    Raises:
+        ValueError: The model has no head of ours, a class has no row, or the frame does not fit the layer.
+
+    Example:
+        >>> import timm
+        >>> from etf_adapt import swap_head
+        >>> model = swap_head(timm.create_model("test_vit"), 3)
+        >>> batches = [{"x": torch.randn(6, 3, 160, 160), "labels": torch.arange(6) % 3} for _ in range(2)]
+        >>> align_head(model, batches, frame="means").rows
+        12
+    """
+    heads = head_modules(model)
+    if not heads:
+        raise ValueError("`model` has no head made by etf_adapt: call swap_head(model, num_classes) first.")
+    for path, head in heads.items():
+        if head.kind == "paper":
+            raise ValueError(
+                f"`{path}` is a 'paper' head: the published method draws its frame at random and keeps it."
+            )
+    num_classes = next(iter(heads.values())).num_classes
+    counts = _counted(data, num_classes) if class_counts is None else np.asarray(class_counts)
+    with evaluation_mode(model):
+        gathered = _gather(model, data, counts, heads, max_sampled_rows, seed)
+    penalties: list[float | None] = []
+    scores: list[float] = []
+    for head, (statistics, features, labels) in zip(heads.values(), gathered.parts, strict=True):
+        chosen = penalty
+        if head.kind == "cosine":
+            head.set_rows(statistics.means, frame="means")
+            penalties.append(None)
+            continue
+        if frame in PENALIZED and penalty is None:
+            chosen, score = choose_penalty(statistics, features, labels, frame, intercept=head.bias is not None)
+            scores.append(score)
+        rows, bias = closed_form_rows(
+            statistics,
+            frame,
+            penalty=chosen,
+            intercept=head.bias is not None,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        head.set_rows(rows, bias, frame=frame)
+        penalties.append(chosen if frame in PENALIZED else None)
+    length = _training_length(model, gathered.first_batches, seed)
+    if all(head.kind != "cosine" for head in heads.values()) and length > 0.0:
+        _scale(heads, 1.0 / length)
+    rows_seen = int(gathered.parts[0][0].counts.sum())
+    score = scores[0] if scores and math.isfinite(scores[0]) else None
+    return AlignmentResult(frame, tuple(penalties), score, rows_seen, length)
+
+
+@dataclass
+class _Gathered:
+    """Per head: statistics of all rows, and sampled features with their labels. And this process's first batches."""
+
+    parts: list[tuple[ClassStatistics, Tensor, Tensor]]
+    first_batches: list[dict[str, Any]]
+
+
+def _gather(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]],
+    counts: np.ndarray,
+    heads: Mapping[str, ClassifierHead],
+    max_sampled_rows: int,
+    seed: int,
+) -> _Gathered:
+    device = next(model.parameters()).device
+    keep = _keep_probability(counts, max_sampled_rows)
+    sums: list[ClassStatistics | None] = [None] * len(heads)
+    sampled: list[list[Tensor]] = [[] for _ in heads]
+    sampled_labels: list[Tensor] = []
+    first_batches: list[dict[str, Any]] = []
+    rows = 0
+    for index, batch in _own_batches(data):
+        inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
+        labels = inputs.pop("labels").cpu()
+        draw = np.random.default_rng([seed, index]).random(len(labels))  # of the batch, whoever walks it
+        chosen = torch.from_numpy(draw < keep[labels.numpy()])
+        sampled_labels.append(labels[chosen])
+        for position, features in enumerate(read_features(model, inputs)):
+            part = ClassStatistics.of(features, labels, len(counts))
+            known = sums[position]
+            sums[position] = part if known is None else known + part
+            sampled[position].append(features[chosen.to(features.device)].to("cpu", torch.float32))
+        if rows * PartialState().num_processes < _LENGTH_ROWS:
+            first_batches.append(inputs)
+        rows += len(labels)
+    all_labels = _concatenate(sampled_labels)
+    widths = [head.weight.shape[1] for head in heads.values()]
+    parts = []
+    for own, features, width in zip(sums, sampled, widths, strict=True):
+        statistics = own or ClassStatistics.empty(len(counts), width)
+        parts.append((_summed(statistics, device), _concatenate(features), all_labels))
+    return _Gathered(parts, first_batches)
+
+
+def _own_batches(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield this process's batches with their number among all batches, none of them padded or repeated."""
+    state = PartialState()
+    if state.num_processes == 1:
+        yield from enumerate(data)
+    elif isinstance(data, DataLoader):
+        shard = prepare_data_loader(
+            data, num_processes=state.num_processes, process_index=state.process_index, even_batches=False
+        )
+        for step, batch in enumerate(shard):
+            yield step * state.num_processes + state.process_index, batch
+    else:
+        yield from itertools.islice(enumerate(data), state.process_index, None, state.num_processes)
+
+
+def _keep_probability(counts: np.ndarray, max_sampled_rows: int) -> np.ndarray:
+    """Return, for each class, the chance that a row is sampled: the same number of rows of each class where it can be."""
+    cap = np.inf
+    if counts.sum() > max_sampled_rows:
+        ascending = np.sort(counts)
+        smaller = np.concatenate([[0], np.cumsum(ascending)[:-1]])
+        caps = (max_sampled_rows - smaller) / np.arange(len(counts), 0, -1)
+        cap = caps[np.argmax(caps <= ascending)]
+    return np.minimum(1.0, cap / np.maximum(counts, 1))
+
+
+def _counted(data: Iterable[Mapping[str, Any]], num_classes: int) -> np.ndarray:
+    labels = (np.asarray(batch["labels"].cpu()) for batch in data)
+    return np.sum([np.bincount(part, minlength=num_classes) for part in labels], axis=0)
+
+
+def _summed(statistics: ClassStatistics, device: torch.device) -> ClassStatistics:
+    if PartialState().num_processes == 1:
+        return statistics
+    parts = (statistics.counts, statistics.sums, statistics.moment)
+    return ClassStatistics(*(reduce(part.to(device), "sum").cpu() for part in parts))
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    if PartialState().num_processes > 1:
+        parts = gather_object(parts)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _training_length(model: nn.Module, batches: Sequence[Mapping[str, Any]], seed: int) -> float:
+    """Return the mean length of the centred logits in training mode, with BatchNorm's statistics left alone."""
+    device = next(model.parameters()).device
+    totals = torch.zeros(2, device=device)
+    with evaluation_mode(model), torch.random.fork_rng(_devices(device)):
+        torch.manual_seed(seed)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        for batch in batches:
+            _, lengths = vertex_products(logits_of(model(**batch)))
+            totals += torch.stack([lengths.sum(), lengths.new_tensor(float(len(lengths)))]).float()
+    if PartialState().num_processes > 1:
+        totals = reduce(totals, "sum")
+    return float(totals[0] / totals[1]) if totals[1] > 0 else 0.0
+
+
+def _scale(heads: Mapping[str, ClassifierHead], factor: float) -> None:
+    for head in heads.values():
+        weight, bias = head.rows()
+        head.set_rows(factor * weight, None if bias is None else factor * bias)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and each module back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor to a device; return anything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value

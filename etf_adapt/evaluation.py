@@ -1,0 +1,114 @@
+"""Passes over held-out rows that keep a few numbers a row: predictions, and the calibration of confidences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+
+from etf_adapt.alignment import evaluation_mode, to_device
+from etf_adapt.calibration import TemperatureFit
+from etf_adapt.swap import logits_of
+
+
+@dataclass(frozen=True)
+class RowPredictions:
+    """What a model says of each row; all arrays (rows,), in order of ``row_ids``.
+
+    Attributes:
+        row_ids: Number of the row in its data set.
+        labels: True class.
+        predictions: Class of the greatest logit.
+        confidences: Its softmax probability.
+        losses: Negative log-likelihood of the true class.
+    """
+
+    row_ids: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    confidences: np.ndarray
+    losses: np.ndarray
+
+
+def predict_rows(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, num_rows: int | None = None
+) -> RowPredictions:
+    """Predict each row once, over all processes, keeping no logits.
+
+    Args:
+        model: Classification model; it is left in the mode in which it was.
+        batches: This process's batches as the model's forward takes them, with ``labels`` (batch,) and ``row_id``
+            (batch,). Rows that were repeated to fill a batch are counted once, by their id. Without ``row_id`` rows are
+            numbered as they come, which needs a single process.
+        num_rows: Number of rows that there are in all; checked where given.
+
+    Returns:
+        The predictions of all rows, the same on every process.
+
+    Raises:
+        RuntimeError: A row is missing, or row ids are needed and absent.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit", num_classes=3)
+        >>> predict_rows(model, [{"x": torch.randn(2, 3, 160, 160), "labels": torch.tensor([0, 2])}]).labels.tolist()
+        [0, 2]
+    """
+    columns: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(RowPredictions)}
+    for row_ids, labels, logits in _scored(model, batches):
+        confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        for name, values in zip(columns, (row_ids, labels, prediction, confidence, losses), strict=True):
+            columns[name].append(values.cpu().numpy())
+    if PartialState().num_processes > 1:
+        columns = {name: gather_object(parts) for name, parts in columns.items()}
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    row_ids, first = np.unique(arrays["row_ids"], return_index=True)
+    if num_rows is not None and len(row_ids) != num_rows:
+        raise RuntimeError(f"{len(row_ids)} of {num_rows} rows were predicted: the data loader leaves rows out.")
+    return RowPredictions(**{name: values[first] for name, values in arrays.items()})
+
+
+def fit_temperature(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Fit the factor of a model's logits that makes its confidences fair on held-out rows.
+
+    Args:
+        model: Classification model; it is left in the mode in which it was.
+        batches: This process's batches of held-out rows, with ``labels``.
+
+    Returns:
+        The factor (``etf_adapt.calibration.TemperatureFit``), the same on every process.
+    """
+    fit = TemperatureFit()
+    for _, labels, logits in _scored(model, batches):
+        fit.add_batch(logits, labels)
+    if PartialState().num_processes > 1:
+        device = next(model.parameters()).device
+        totals = torch.cat([fit.sums, torch.tensor([float(fit.rows)], dtype=torch.float64)]).to(device)
+        totals = reduce(totals, "sum").cpu()
+        fit.sums, fit.rows = totals[:-1], int(totals[-1])
+    return fit.factor()
+
+
+def _scored(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Yield row ids, labels and float32 logits of each batch, in evaluation mode."""
+    device = next(model.parameters()).device
+    seen = 0
+    with evaluation_mode(model):
+        for batch in batches:
+            inputs = {name: to_device(value, device) for name, value in batch.items()}
+            labels = inputs.pop("labels")
+            row_ids = inputs.pop("row_id", None)
+            if row_ids is None:
+                if PartialState().num_processes > 1:
+                    raise RuntimeError("Batches without `row_id` cannot be told apart over several processes: add it.")
+                row_ids = torch.arange(seen, seen + len(labels))
+            seen += len(labels)
+            yield row_ids, labels, logits_of(model(**inputs)).float()

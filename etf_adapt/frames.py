@@ -1,0 +1,321 @@
+r"""The rows of a head in closed form, from the statistics of each class's features.
+
+Any centred weight factors as :math:`W = M^\top A`: the simplex vertices M are fixed, A maps features to them. The functions
+here choose A (and the bias) from class counts :math:`n_c`, class means :math:`x_c` and the second moment of the features.
+All is float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etf_adapt.simplex import rotated_simplex_etf, simplex_etf
+
+FRAMES = ("random", "rotated", "means", "ridge", "discriminant")
+PENALIZED = ("ridge", "discriminant")
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_SINGULAR = 1e-12
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Class counts, class sums and the second moment of features: all that the closed forms need.
+
+    Statistics of disjoint sets of rows add up (``+``), so they can be gathered in batches and over processes.
+
+    Attributes:
+        counts: Rows of each class (num_classes,).
+        sums: Sum of the features of each class (num_classes, in_features).
+        moment: Sum of the outer products of the features (in_features, in_features).
+
+    Example:
+        >>> a = ClassStatistics.of(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), 3)
+        >>> (a + a).counts.tolist()
+        [4.0, 4.0, 4.0]
+    """
+
+    counts: Tensor
+    sums: Tensor
+    moment: Tensor
+
+    @classmethod
+    def empty(cls, num_classes: int, in_features: int) -> ClassStatistics:
+        """Return the statistics of no rows."""
+        zeros = torch.zeros
+        return cls(
+            zeros(num_classes, dtype=torch.float64),
+            zeros(num_classes, in_features, dtype=torch.float64),
+            zeros(in_features, in_features, dtype=torch.float64),
+        )
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> ClassStatistics:
+        """Return the statistics of features (batch, in_features) with labels (batch,)."""
+        rows = features.detach().to("cpu", torch.float64)
+        labels = labels.to("cpu")
+        counts = torch.bincount(labels, minlength=num_classes).to(torch.float64)
+        sums = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
+        return cls(counts, sums, rows.T @ rows)
+
+    def __add__(self, other: ClassStatistics) -> ClassStatistics:
+        """Return the statistics of both sets of rows."""
+        return ClassStatistics(self.counts + other.counts, self.sums + other.sums, self.moment + other.moment)
+
+    @property
+    def means(self) -> Tensor:
+        """Class means (num_classes, in_features)."""
+        return self.sums / self.counts.unsqueeze(1)
+
+    @property
+    def center(self) -> Tensor:
+        """Plain mean of the class means (in_features,): each class counts once."""
+        return self.means.mean(dim=0)
+
+    @property
+    def within(self) -> Tensor:
+        """Pooled within-class covariance (in_features, in_features): each row counts once."""
+        means = self.means
+        return (self.moment - (self.counts.unsqueeze(1) * means).T @ means) / self.counts.sum()
+
+    def between(self, *, centered: bool = True) -> Tensor:
+        """Second moment of the class means (in_features, in_features), about ``center`` or about zero."""
+        offsets = self.means - self.center if centered else self.means
+        return offsets.T @ offsets / offsets.shape[0]
+
+    @property
+    def shrinkage(self) -> float:
+        """Ratio of within- to between-class variance, the latter freed of the class means' own sampling noise.
+
+        A class mean of n rows is worth ``n / (n + shrinkage)`` of itself: empirical Bayes with a Gaussian prior.
+        """
+        within = float(self.within.trace())
+        between = float(self.between().trace())
+        noise = within * float((1.0 / self.counts).mean())
+        return within / max(between - noise, 0.05 * between, _SINGULAR)
+
+
+def closed_form_rows(
+    statistics: ClassStatistics,
+    frame: str,
+    *,
+    penalty: float | None = None,
+    intercept: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Compute the rows and biases of a frame from class statistics, up to one positive factor.
+
+    With x the plain mean of the class means :math:`x_c`, S_w the pooled within-class and S_b the balanced between-class
+    covariance:
+
+    - ``"random"``: a random simplex, centred on the data: :math:`b = -W x`.
+    - ``"rotated"``: the simplex rotated onto the centred class means (orthogonal Procrustes), :math:`b = -W x`: an exact
+      ETF in feature space where it fits (in_features >= num_classes - 1).
+    - ``"means"``: unit vectors along the centred class means, :math:`b = -W x`.
+    - ``"ridge"``: class-balanced ridge regression of each row's vertex on its centred feature,
+      :math:`w_c \propto (S_w + S_b + \lambda I)^{-1} (x_c - x)`, :math:`b = -W x`.
+    - ``"discriminant"``: :math:`w_c = (S_w + \lambda I)^{-1} (m_c - x)` and
+      :math:`b_c = -\tfrac12 w_c^\top (m_c - x) - w_c^\top x`, where :math:`m_c - x = \frac{n_c}{n_c + \kappa} (x_c - x)` is the
+      class mean shrunk by ``ClassStatistics.shrinkage``.
+
+    Rows and biases are then centred over the classes, which changes no argmax and no centred logit.
+
+    Args:
+        statistics: Statistics of the training rows; every class has one at least.
+        frame: One of ``FRAMES``.
+        penalty: :math:`\lambda` in units of the mean eigenvalue of the matrix that it is added to; only ``"ridge"`` and
+            ``"discriminant"`` have one. From 0 on; 1 by default.
+        intercept: Whether the layer has a bias. Without one, ``"ridge"`` regresses uncentred features
+            (:math:`w_c \propto (S_w + S_m + \lambda I)^{-1} x_c`, S_m the moment of the class means about zero) and the other
+            frames leave the centring out; ``"discriminant"`` needs an intercept.
+        generator: Source of the rotation of ``"random"``.
+
+    Returns:
+        Rows (num_classes, in_features) and biases (num_classes,), float64; the biases are zero without an intercept.
+
+    Raises:
+        ValueError: The frame is unknown or not offered without an intercept, a class has no row, or the penalty is negative.
+
+    References:
+        Ioffe (2006), Probabilistic Linear Discriminant Analysis, for the shrunken class means.
+
+    Example:
+        >>> labels = torch.arange(60) % 3
+        >>> features = torch.nn.functional.one_hot(labels, 5).double() + 0.1 * torch.randn(60, 5)
+        >>> weight, bias = closed_form_rows(ClassStatistics.of(features, labels, 3), "ridge", penalty=0.1)
+        >>> bool(((features @ weight.T + bias).argmax(dim=1) == labels).all())
+        True
+    """
+    _check(statistics, frame, penalty, intercept)
+    offsets = statistics.means - statistics.center if intercept else statistics.means
+    bias = torch.zeros(offsets.shape[0], dtype=torch.float64)
+    if frame == "random":
+        weight = simplex_etf(*offsets.shape, generator=generator, dtype=torch.float64)
+    elif frame == "rotated":
+        weight = rotated_simplex_etf(offsets)
+    elif frame == "means":
+        weight = torch.nn.functional.normalize(offsets, dim=1)
+    else:
+        if frame == "discriminant":
+            offsets = _shrunken(statistics, offsets)
+        weight = torch.linalg.solve(_penalized(statistics, frame, penalty, intercept), offsets.T).T
+        if frame == "discriminant":
+            bias = -0.5 * (weight * offsets).sum(dim=1)
+    if intercept:
+        bias = bias - weight @ statistics.center
+    return weight - weight.mean(dim=0), bias - bias.mean()
+
+
+def leave_one_out_scores(
+    statistics: ClassStatistics,
+    features: Tensor,
+    labels: Tensor,
+    frame: str,
+    *,
+    penalty: float,
+    intercept: bool = True,
+) -> Tensor:
+    r"""Score rows by the closed form that would have been fitted without them, exactly and without refitting.
+
+    Taking row i of class c away changes S_w by a multiple of :math:`e e^\top` with :math:`e = x_i - x_c`, and the mean of
+    class c by :math:`-e / (n_c - 1)`: an update of rank two at most, solved by Woodbury's identity. Kept as they are: the
+    divisor of the covariance, the penalty in absolute units, and the shrinkage.
+
+    Args:
+        statistics: Statistics of all rows, the scored ones among them.
+        features: Rows to score (batch, in_features).
+        labels: Their classes (batch,), each with two rows or more in ``statistics``.
+        frame: ``"ridge"`` or ``"discriminant"``.
+        penalty: As in ``closed_form_rows``.
+        intercept: As in ``closed_form_rows``.
+
+    Returns:
+        Scores (batch, num_classes), float64, equal to the logits of the refitted rows up to one number a row.
+
+    Raises:
+        ValueError: The frame has no penalty, or a row is the last of its class.
+    """
+    _check(statistics, frame, penalty, intercept)
+    if frame not in PENALIZED:
+        raise ValueError(f"`frame` (={frame!r}) must be one of {PENALIZED}: the others have no penalty to choose.")
+    counts, means = statistics.counts[labels], statistics.means
+    if bool((counts < 2).any()):
+        alone = int(labels[(counts < 2).nonzero()[0, 0]])
+        raise ValueError(f"Class {alone} has one row: it cannot be left out. Score rows of classes with two or more.")
+    center = statistics.center if intercept else torch.zeros_like(statistics.center)
+    offsets = means - center  # (num_classes, in_features)
+    deviation = features.to(torch.float64) - means[labels]  # e
+    move = -1.0 / (counts - 1.0)  # the class mean moves by move * e, the centre by move * e / num_classes
+    drift = move / means.shape[0] if intercept else torch.zeros_like(move)
+    change = -counts / (counts - 1.0) / statistics.counts.sum()  # factor of e eᵀ in the change of S_w
+    factor = torch.linalg.cholesky(_penalized(statistics, frame, penalty, intercept))
+    solved = torch.cholesky_solve(deviation.T, factor).T  # S⁻¹ e
+    solved_offsets = torch.cholesky_solve(offsets.T, factor).T
+    e_e = (deviation * solved).sum(dim=1)
+    if frame == "ridge":
+        g_e = (offsets[labels] * solved).sum(dim=1)
+        g_g = (offsets * solved_offsets).sum(dim=1)[labels]
+        # S' = S + U C Uᵀ with U = [e, g]; the row itself is U t; S'⁻¹ U t = S⁻¹ U (I + C UᵀS⁻¹U)⁻¹ t
+        c_ee, c_eg = change + move * (move - drift) / means.shape[0], move / means.shape[0]
+        a, b = 1.0 + c_ee * e_e + c_eg * g_e, c_ee * g_e + c_eg * g_g
+        c, d = c_eg * e_e, 1.0 + c_eg * g_e
+        t = 1.0 - drift
+        determinant = a * d - b * c
+        r_e, r_g = (d * t - b) / determinant, (a - c * t) / determinant
+        direction = r_e.unsqueeze(1) * solved + r_g.unsqueeze(1) * solved_offsets[labels]  # S'⁻¹ of the row
+        scores = direction @ offsets.T
+        own = move * (direction * deviation).sum(dim=1)
+        return scores.index_put((torch.arange(len(labels)), labels), own, accumulate=True)
+    return _discriminant_scores(
+        statistics, labels, offsets, solved_offsets, deviation, solved, e_e, move, drift, change
+    )
+
+
+def choose_penalty(
+    statistics: ClassStatistics, features: Tensor, labels: Tensor, frame: str, *, intercept: bool = True
+) -> tuple[float, float]:
+    """Choose the penalty of a frame by the leave-one-out balanced accuracy of sampled training rows.
+
+    Args:
+        statistics: Statistics of all training rows.
+        features: Sampled training rows (batch, in_features).
+        labels: Their classes (batch,).
+        frame: ``"ridge"`` or ``"discriminant"``.
+        intercept: Whether the layer has a bias.
+
+    Returns:
+        The penalty, of ``PENALTIES``, and its leave-one-out balanced accuracy over the sampled classes with two rows or
+        more; the middle penalty and NaN where there is no such class. Of equally good penalties the larger is taken.
+    """
+    usable = statistics.counts[labels] >= 2
+    features, labels = features[usable], labels[usable]
+    if len(labels) == 0:
+        return 1.0, math.nan
+    best = (-1.0, 0.0)
+    for penalty in PENALTIES:
+        scores = leave_one_out_scores(statistics, features, labels, frame, penalty=penalty, intercept=intercept)
+        correct = (scores.argmax(dim=1) == labels).to(torch.float64)
+        rows = torch.bincount(labels, minlength=len(statistics.counts))
+        recalls = torch.bincount(labels, weights=correct, minlength=len(rows))[rows > 0] / rows[rows > 0]
+        best = max(best, (float(recalls.mean()), penalty))
+    return best[1], best[0]
+
+
+def _discriminant_scores(
+    statistics: ClassStatistics,
+    labels: Tensor,
+    offsets: Tensor,
+    solved_offsets: Tensor,
+    deviation: Tensor,
+    solved: Tensor,
+    e_e: Tensor,
+    move: Tensor,
+    drift: Tensor,
+    change: Tensor,
+) -> Tensor:
+    """Score by the discriminant without the row; names as in ``leave_one_out_scores``."""
+    rows = torch.arange(len(labels))
+    gain = (-change / (1.0 + change * e_e)).unsqueeze(1)  # S'⁻¹ = S⁻¹ + gain (S⁻¹e)(S⁻¹e)ᵀ
+    cross = solved @ offsets.T  # (batch, num_classes)
+    row_on_solved = (1.0 - drift) * e_e + cross[rows, labels]
+    direction = (1.0 - drift).unsqueeze(1) * solved + solved_offsets[labels]
+    direction = direction + gain * row_on_solved.unsqueeze(1) * solved
+    # the offset of class k without the row is offsets[k] - shift[:, k] e
+    shift = drift.unsqueeze(1).repeat(1, offsets.shape[0])
+    shift[rows, labels] -= move
+    e_e = e_e.unsqueeze(1)
+    linear = direction @ offsets.T - shift * (direction * deviation).sum(dim=1, keepdim=True)
+    norms = (offsets * solved_offsets).sum(dim=1)
+    squares = norms - 2.0 * shift * cross + shift**2 * e_e + gain * (cross - shift * e_e) ** 2
+    counts = statistics.counts.repeat(len(labels), 1)
+    counts[rows, labels] -= 1.0
+    shrink = counts / (counts + statistics.shrinkage)
+    return shrink * linear - 0.5 * shrink**2 * squares
+
+
+def _shrunken(statistics: ClassStatistics, offsets: Tensor) -> Tensor:
+    return (statistics.counts / (statistics.counts + statistics.shrinkage)).unsqueeze(1) * offsets
+
+
+def _penalized(statistics: ClassStatistics, frame: str, penalty: float | None, intercept: bool) -> Tensor:
+    """Return the matrix that the closed form inverts."""
+    matrix = statistics.within
+    if frame == "ridge":
+        matrix = matrix + statistics.between(centered=intercept)
+    ridge = (1.0 if penalty is None else penalty) * float(matrix.diagonal().mean())
+    return matrix + (ridge + _SINGULAR) * torch.eye(matrix.shape[0], dtype=torch.float64)
+
+
+def _check(statistics: ClassStatistics, frame: str, penalty: float | None, intercept: bool) -> None:
+    if frame not in FRAMES:
+        raise ValueError(f"`frame` (={frame!r}) must be one of {', '.join(map(repr, FRAMES))}.")
+    if frame == "discriminant" and not intercept:
+        raise ValueError("`frame` (='discriminant') needs a layer with a bias; use 'ridge' for this model.")
+    if penalty is not None and not penalty >= 0.0:
+        raise ValueError(f"`penalty` (={penalty}) must be at least 0: it is added to the eigenvalues of a covariance.")
+    if bool((statistics.counts < 1).any()):
+        empty = int((statistics.counts < 1).nonzero()[0])
+        raise ValueError(f"Class {empty} has no row: its mean is unknown. Drop the class or give it a training row.")

@@ -1,0 +1,141 @@
+"""Laws of the alignment: closed form of the features that the model's own head reads, whatever the batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from etf_adapt.alignment import _keep_probability, align_head
+from etf_adapt.frames import FRAMES, ClassStatistics, closed_form_rows
+from etf_adapt.simplex import vertex_products
+from etf_adapt.swap import head_modules, swap_head
+
+COUNTS = (14, 6, 3)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    images = torch.randn(3, 3, 64, 64, generator=generator)[labels]
+    images = images + 0.7 * torch.randn(len(labels), 3, 64, 64, generator=generator)
+    order = torch.randperm(len(labels), generator=generator)
+    return images[order], labels[order]
+
+
+def batches(rows, size):
+    images, labels = rows
+    return [{"x": images[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(labels), size)]
+
+
+def model_with_head(name="test_resnet", **options):
+    torch.manual_seed(0)
+    sizes = {} if "resnet" in name else {"img_size": 64}
+    return swap_head(timm.create_model(name, num_classes=10, **sizes), 3, **options)
+
+
+def rows_of(model):
+    return [head.rows() for head in head_modules(model).values()]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_the_head_is_the_closed_form_of_its_features_with_length_one(rows, frame):
+    model = model_with_head()
+    result = align_head(model, batches(rows, 5), frame=frame)
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
+        _, lengths = vertex_products(model(rows[0]))
+    statistics = ClassStatistics.of(features, rows[1], 3)
+    penalty = result.penalties[0]
+    weight, bias = closed_form_rows(statistics, frame, penalty=penalty, generator=torch.Generator().manual_seed(0))
+    ours = torch.cat([rows_of(model)[0][0], rows_of(model)[0][1].unsqueeze(1)], dim=1)
+    expected = torch.cat([weight, bias.unsqueeze(1)], dim=1)
+    torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), atol=1e-5, rtol=1e-4)
+    assert lengths.mean().item() == pytest.approx(1.0, rel=1e-4)
+    assert result.rows == 23 and result.frame == frame == head_modules(model).popitem()[1].frame
+
+
+def test_batches_and_known_counts_make_no_difference(rows):
+    results = []
+    for size, counts in ((23, None), (4, COUNTS)):
+        model = model_with_head()
+        align_head(model, batches(rows, size), class_counts=counts, penalty=0.3)
+        results.append(rows_of(model)[0][0])
+    assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()
+
+
+def test_mode_gradients_running_statistics_and_random_state_are_left_alone(rows):
+    model = model_with_head().train()
+    modes = [module.training for module in model.modules()]
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    state = torch.get_rng_state()
+    align_head(model, batches(rows, 6))
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(head.weight.requires_grad for head in head_modules(model).values())
+
+
+def test_length_is_one_in_training_mode_where_dropout_lengthens_it(rows):
+    model = model_with_head("test_vit", kind="etf")
+    model.head_drop = nn.Dropout(0.5)
+    align_head(model, batches(rows, 23), frame="means")
+    model.train()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        trained = torch.stack([vertex_products(model(rows[0]))[1].mean() for _ in range(20)]).mean()
+        evaluated = vertex_products(model.eval()(rows[0]))[1].mean()
+    assert trained.item() == pytest.approx(1.0, abs=0.1)
+    assert evaluated < 0.9 * trained
+
+
+def test_several_heads_are_aligned_each_on_its_own_input(rows):
+    model = model_with_head("deit_tiny_distilled_patch16_224")
+    result = align_head(model, batches(rows, 23), frame="ridge")
+    first, second = rows_of(model)
+    assert len(result.penalties) == 2 and not torch.equal(first[0], second[0])
+    model.eval()
+    with torch.no_grad():
+        logits = model(rows[0])
+    assert vertex_products(logits)[1].mean().item() == pytest.approx(1.0, rel=1e-3)
+    assert (logits.argmax(dim=1) == rows[1]).float().mean() > 0.9
+
+
+def test_a_data_loader_and_its_batches_give_the_same(rows):
+    items = [{"x": image, "labels": label} for image, label in zip(*rows, strict=True)]
+    results = []
+    for data in (DataLoader(items, batch_size=6), batches(rows, 6)):
+        model = model_with_head()
+        align_head(model, data)
+        results.append(rows_of(model)[0][0])
+    assert torch.equal(results[0], results[1])
+
+
+def test_a_cosine_head_starts_from_the_class_means(rows):
+    model = model_with_head(kind="cosine")
+    align_head(model, batches(rows, 23))
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
+    means = ClassStatistics.of(features, rows[1], 3).means
+    torch.testing.assert_close(rows_of(model)[0][0], means, atol=1e-5, rtol=1e-4)
+
+
+def test_the_sample_keeps_rare_classes_whole():
+    keep = _keep_probability(np.array([1000, 500, 10, 1]), 211)
+    assert (keep * [1000, 500, 10, 1]).tolist() == pytest.approx([100, 100, 10, 1])
+    assert _keep_probability(np.array([5, 2]), 100).tolist() == [1.0, 1.0]
+
+
+def test_models_without_our_head_and_paper_heads_are_refused(rows):
+    with pytest.raises(ValueError, match="swap_head"):
+        align_head(timm.create_model("test_resnet", num_classes=3), batches(rows, 5))
+    with pytest.raises(ValueError, match="paper"):
+        align_head(model_with_head(kind="paper"), batches(rows, 5))
+    with pytest.raises(ValueError, match="Class 2 has no row"):
+        align_head(model_with_head(), [{"x": rows[0][:4], "labels": torch.tensor([0, 0, 1, 1])}])
