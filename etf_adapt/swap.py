@@ -142,7 +142,7 @@ def swap_head(
         if kind == "paper" and len(paths) > 1:
             raise HeadError(f"{type(model).__name__} has several heads {paths}; the published method has one.")
         for path in _paths_of(model, leaf):
-            _replace(model, path, new)
+            replace_module(model, path, new)
     for module in model.modules():
         for name in ("num_classes", "num_labels"):
             if isinstance(vars(module).get(name), int) and not is_head(module):
@@ -190,7 +190,7 @@ def restore_head(model: nn.Module) -> nn.Module:
     for path, layer in record.layers:
         current = _submodule(model, path)
         for alias in _paths_of(model, current):
-            _replace(model, alias, layer.to(next(current.parameters()).device))
+            replace_module(model, alias, layer.to(next(current.parameters()).device))
     for module, name, value in record.attributes:
         setattr(module, name, value)
     if record.config is not None:
@@ -264,11 +264,11 @@ def _identity(model: nn.Module, heads: Mapping[str, ClassifierHead]) -> Iterator
     aliases = _paths_of(model, head)
     try:
         for alias in aliases:
-            _replace(model, alias, nn.Identity())
+            replace_module(model, alias, nn.Identity())
         yield []
     finally:
         for alias in aliases:
-            _replace(model, alias, head)
+            replace_module(model, alias, head)
 
 
 @contextmanager
@@ -360,6 +360,7 @@ def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
     return [path for path, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a model."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

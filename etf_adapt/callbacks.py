@@ -1,0 +1,210 @@
+"""What happens around the steps of a run: epochs told to the sampler, heads aligned again, and what is said."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from etf_adapt.report import LOG_FILE, percent, write_log
+
+if TYPE_CHECKING:
+    from etf_adapt.training import ETFTrainer
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Set the CPU threads of this process, undoing the single thread that launchers leave.
+
+    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS=1, so that two cores would run as one. The cores that this
+    process may use are shared out among the processes of this machine, unless a number is given or no launcher ran.
+
+    Args:
+        threads: Number of threads, at least 1; None as above.
+
+    Returns:
+        The number now set.
+
+    Example:
+        >>> set_threads(1)
+        1
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if threads is None and launched:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def missing_processes() -> str | None:
+    """Say so where more than one process was asked for and one runs.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one process without a word; it leaves MASTER_ADDR behind, which
+    it sets for more than one only.
+
+    Returns:
+        The sentence, or None where all is as asked.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "0")) > 1 or (
+        "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    )
+    if not asked or PartialState().num_processes > 1:
+        return None
+    return (
+        "WARNING: several processes were asked for, but one runs: on CPUs start them with "
+        "`torchrun --nproc_per_node <n>` or an Accelerate configuration with `distributed_type: MULTI_CPU`."
+    )
+
+
+def describe_run(trainer: ETFTrainer) -> list[str]:
+    """Say what really runs: processes, device and precision; rows and classes; head; trained parameters; and the draw.
+
+    Args:
+        trainer: A trainer that is about to train.
+
+    Returns:
+        Lines for a person.
+    """
+    args, state = trainer.args, PartialState()
+    precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast over float32 weights"
+    counts = trainer.class_counts[trainer.class_counts > 0] if trainer.class_counts is not None else []
+    head = next(iter(trainer.heads.values()))
+    parameters = list(trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    validation = f", {len(trainer.eval_dataset):,} to validate" if isinstance(trainer.eval_dataset, Sized) else ""
+    fixed = "learned" if head.trainable else "fixed"
+    lines = [
+        f"{state.num_processes} process(es) of {torch.get_num_threads()} threads on {args.device}, {precision}",
+        f"{sum(counts):,} rows to train{validation}; {len(counts)} classes of {min(counts):,} to {max(counts):,} rows "
+        f"(imbalance {max(counts) / min(counts):.4g})",
+        f"head {head.kind}, frame {head.frame}, {fixed}; {trained:,} of {sum(p.numel() for p in parameters):,} parameters "
+        f"trained; BatchNorm statistics {trainer.batch_norm}",
+        f"sampler {args.sampler}, {trainer.get_total_train_batch_size(args)} rows a step, seed {args.seed}",
+    ]
+    missing = missing_processes()
+    return [*lines, *([missing] if missing else [])]
+
+
+class EpochStart(TrainerCallback):
+    """Tell the sampler which epoch begins.
+
+    After a stop in mid-epoch ``accelerate.skip_first_batches`` wraps the sampler so deep, with two processes, that
+    ``set_epoch`` of the loader no longer reaches it, and the epoch is resumed with the first epoch's rows.
+
+    Args:
+        updates_per_epoch: Function that returns the optimizer steps of an epoch.
+        targets: Function that returns what to tell: objects with ``set_epoch``.
+    """
+
+    def __init__(self, updates_per_epoch: Callable[[], int], targets: Callable[[], list[Any]]) -> None:
+        self.updates_per_epoch = updates_per_epoch
+        self.targets = targets
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch that the number of steps done says."""
+        for target in self.targets():
+            target.set_epoch(state.global_step // self.updates_per_epoch())
+
+
+class Realign(TrainerCallback):
+    """Align the head again at the end of each of the first epochs.
+
+    This happens in the last step of the epoch, not after it: a checkpoint of that step then holds the new head.
+
+    Args:
+        updates_per_epoch: Function that returns the optimizer steps of an epoch.
+        align: Function that aligns the head.
+        epochs: Number of epochs after which it does.
+    """
+
+    def __init__(self, updates_per_epoch: Callable[[], int], align: Callable[[], None], epochs: int) -> None:
+        self.updates_per_epoch = updates_per_epoch
+        self.align = align
+        self.epochs = epochs
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Align after the last step of an epoch."""
+        done, rest = divmod(state.global_step, self.updates_per_epoch())
+        if rest == 0 and done <= self.epochs:
+            self.align()
+
+
+class RunLog(TrainerCallback):
+    """Say one plain line per evaluation, and keep the log as JSON lines in the run's folder.
+
+    The file is written from the trainer's history, which checkpoints hold: after a resume it has no line twice.
+    """
+
+    def __init__(self) -> None:
+        self._train: Mapping[str, Any] = {}
+        self._start = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the file anew from the history."""
+        self._start = time.monotonic()
+        self._write(args, state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add what was logged."""
+        logs = logs or {}
+        self._write(args, state)
+        if "loss" in logs:
+            self._train = logs
+        if "eval_accuracy" in logs or ("loss" in logs and args.eval_strategy == "no"):
+            self._say(f"{self._where(args, state)}{self._training()}{_scores(logs)}", args, state)
+
+    def _where(self, args: TrainingArguments, state: TrainerState) -> str:
+        seconds = time.monotonic() - self._start
+        epochs = f"epoch {state.epoch or 0.0:.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else "step"
+        return f"{epochs} ({state.global_step}/{state.max_steps} steps, {seconds:.0f} s)"
+
+    def _training(self) -> str:
+        if not self._train:
+            return ""
+        said = f" | train loss {self._train['loss']:.4f}, learning rate {self._train['learning_rate']:.2e}"
+        self._train = {}
+        return said
+
+    @staticmethod
+    def _write(args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero and Path(args.output_dir).is_dir():
+            write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+
+    @staticmethod
+    def _say(line: str, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(line)
+
+
+def _scores(logs: Mapping[str, Any]) -> str:
+    if "eval_accuracy" not in logs:
+        return ""
+    names = ("balanced_accuracy", "accuracy", "many", "medium", "few")
+    said = [f"{name.replace('_', ' ')} {percent(logs.get(f'eval_{name}'))}" for name in names]
+    return " | validation: " + ", ".join(said)
+
+
+class ProgressBar(ProgressCallback):
+    """Transformers' progress bar, without its print of every log: ``RunLog`` says what is worth a line."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Print nothing."""

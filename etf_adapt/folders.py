@@ -1,0 +1,237 @@
+"""Model folders: what is read from them and written to them beside the weights, in transformers' and timm's layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+from timm.models import filter_pretrained_cfg
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from etf_adapt.model_names import locate_model, resolve_model_name
+
+ENTRY = "etf_adapt"
+"""Name of our one entry in a model's ``config.json``. Every stock reader passes over it, and keeps it when it saves."""
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def locate(name_or_path: str, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
+    """Turn any name of a model into a folder or Hub id, and make sure within seconds that it can be had.
+
+    Args:
+        name_or_path: Folder, Hub id, timm name or short name (``etf_adapt.model_names.resolve_model_name``).
+        fetch: Whether its files are needed.
+        options: Arguments of ``from_pretrained``. With a cache or revision of one's own among them the Hub is not asked
+            beforehand.
+
+    Returns:
+        A folder or a Hub id.
+
+    Raises:
+        OSError: The model is neither here nor can it be fetched.
+        ValueError: No model has this name.
+    """
+    location = resolve_model_name(str(name_or_path))
+    has_own_options = any((options or {}).get(name) is not None for name in _HUB_OPTIONS)
+    return locate_model(location) if fetch and not has_own_options else location
+
+
+def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Read a model's configuration, in transformers' or timm's layout.
+
+    Args:
+        location: A folder or Hub id from ``locate``.
+        fetch: Whether the Hub may be asked; the configuration of a timm model is otherwise timm's own.
+        options: Arguments of ``from_pretrained``.
+
+    Returns:
+        The configuration, and those of the options that it has not taken up.
+    """
+    if not fetch and location.startswith("timm/") and not Path(location).is_dir():
+        return _timm_config(location.removeprefix("timm/")), options
+    hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    loaded = AutoConfig.from_pretrained(location, return_unused_kwargs=True, **options)
+    config, unused = loaded
+    model_args = getattr(config, "model_args", None)
+    if isinstance(config, TimmWrapperConfig) and model_args:
+        # timm's own exports hold it here too, and TimmWrapper then passes it twice
+        config.model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
+    return config, {**unused, **hub_options}
+
+
+def _timm_config(name: str) -> TimmWrapperConfig:
+    """Return the configuration of a model in timm's registry, as its folder on the Hub has it."""
+    try:
+        known = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise ValueError(f"`name_or_path` (='timm/{name}'): {error} See timm.list_models().") from error
+    settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
+    settings.pop("architecture", None)
+    labels = [f"LABEL_{index}" for index in range(known.num_classes)]
+    config = {"architecture": name.split(".")[0], "num_classes": known.num_classes, "label_names": labels}
+    return TimmWrapperConfig.from_dict({**config, "pretrained_cfg": settings})
+
+
+def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
+    """Load what turns a model's raw inputs into tensors.
+
+    Args:
+        name_or_path: Anything that ``ETFFor...from_pretrained`` takes.
+        task: ``"image"`` or ``"text"``.
+        options: Arguments of ``AutoTokenizer.from_pretrained`` or ``AutoImageProcessor.from_pretrained``.
+
+    Returns:
+        A tokenizer, which has a padding token; an image processor; or, for timm's models, the data configuration: a dict
+        with ``input_size``, ``interpolation``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
+
+    Raises:
+        FileNotFoundError: The model's folder holds no tokenizer or image processor.
+        ValueError: The task is unknown.
+
+    Example:
+        >>> load_processor("timm/test_vit.r160_in1k", "image")["input_size"]
+        (3, 160, 160)
+    """
+    if task not in ("image", "text"):
+        raise ValueError(f"`task` (={task!r}) must be one of 'image', 'text'.")
+    location = resolve_model_name(str(name_or_path))
+    if task == "image":
+        config, _ = load_config(location, fetch=not location.startswith("timm/"), **options)
+        if isinstance(config, TimmWrapperConfig):
+            return _data_config(config)
+    loader = AutoTokenizer if task == "text" else AutoImageProcessor
+    try:
+        processor = loader.from_pretrained(location, **options)
+    except (OSError, ValueError, KeyError) as error:
+        what = "tokenizer" if task == "text" else "image processor"
+        raise FileNotFoundError(
+            f"`{name_or_path}` holds no {what} ({str(error).splitlines()[0]}): save the one that belongs to the model beside it."
+        ) from error
+    if task == "text" and processor.pad_token is None and processor.eos_token is not None:
+        processor.pad_token = processor.eos_token
+    return processor
+
+
+def _data_config(config: TimmWrapperConfig) -> dict[str, Any]:
+    settings = dict(getattr(config, "pretrained_cfg", None) or {})
+    size = (config.model_args or {}).get("img_size")
+    if size is not None:
+        channels = settings.get("input_size", (3,))[0]
+        settings["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+    data_config: dict[str, Any] = resolve_data_config(pretrained_cfg=settings)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data_config.items()}
+
+
+def is_training_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder has the name that ``Trainer`` gives its checkpoints: ``checkpoint-<step>``.
+
+    Example:
+        >>> is_training_checkpoint("out/checkpoint-20"), is_training_checkpoint("out")
+        (True, False)
+    """
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).resolve().name) is not None
+
+
+def layer_digest(layers: Iterable[tuple[Tensor, Tensor | None]]) -> str:
+    """Hash the rows and biases of a model's heads.
+
+    Args:
+        layers: Weight and bias of each head. They are hashed in float32, so that half-precision files loaded as float32
+            give the same digest.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2, 3, dtype=torch.bfloat16)
+        >>> layer_digest([(weight, None)]) == layer_digest([(weight.float(), None)])
+        True
+    """
+    digest = hashlib.sha256()
+    for tensor in (part for layer in layers for part in layer if part is not None):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().astype(np.dtype("<f4")).tobytes())
+    return digest.hexdigest()
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder's safetensors file or files, as they are stored.
+
+    Raises:
+        FileNotFoundError: The folder holds no safetensors weights.
+    """
+    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = [name for name in sorted(names) if not Path(folder, name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"`{folder}` lacks {missing[0]}: its weights cannot be read.")
+    return {key: tensor for name in sorted(names) for key, tensor in load_file(Path(folder, name)).items()}
+
+
+def write_timm_folder(
+    folder: str | Path,
+    config: TimmWrapperConfig,
+    model: Any,
+    state_dict: Mapping[str, Tensor],
+) -> None:
+    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read.
+
+    TimmWrapper's own folder is read by neither ``timm`` nor ``pipeline``; timm's own export holds ``num_classes`` among
+    ``model_args``, which TimmWrapper refuses, and names no labels, which then become ImageNet's.
+
+    Args:
+        folder: Made where it does not exist.
+        config: The wrapper's configuration, with label names and our entry.
+        model: The timm model itself.
+        state_dict: Its weights under timm's names.
+    """
+    pretrained_cfg = getattr(config, "pretrained_cfg", None)
+    if not pretrained_cfg:
+        pretrained_cfg = filter_pretrained_cfg(dict(model.pretrained_cfg), remove_source=True, remove_null=True)
+    pretrained_cfg = {
+        name: value
+        for name, value in deepcopy(dict(pretrained_cfg)).items()
+        if name not in ("architecture", "label_names", "label_descriptions", "label_offset")
+    }
+    model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
+    contents: dict[str, Any] = {
+        "architecture": config.architecture,
+        "num_classes": config.num_labels,
+        "num_features": model.num_features,
+        "label_names": [config.id2label[index] for index in range(config.num_labels)],
+        "model_args": model_args,
+        "pretrained_cfg": pretrained_cfg | {"num_classes": config.num_labels, "custom_load": False},
+        ENTRY: getattr(config, ENTRY, None),
+    }
+    if isinstance(getattr(model, "global_pool", None), str):
+        contents["global_pool"] = model.global_pool
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(_unshared(state_dict), Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+    text = json.dumps({name: value for name, value in contents.items() if value not in (None, {})}, indent=2)
+    Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with another, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state_dict.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.detach().clone() if storage in seen else tensor.detach().contiguous()
+        seen.add(storage)
+    return result

@@ -1,0 +1,412 @@
+"""What a run leaves in its folder, besides the model: arguments, log, results, predictions; and what it prints at the end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ARGUMENTS_FILE = "arguments.json"
+RESULTS_FILE = "all_results.json"
+LOG_FILE = "log.jsonl"
+PREDICTIONS_FILE = "predictions.csv"
+RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
+
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "many",
+    "medium",
+    "few",
+    "head_third",
+    "middle_third",
+    "tail_third",
+    "ece",
+    "loss",
+)
+"""The scores of ``all_results.json``, each once with the prefix ``eval_`` (validation) and once with ``test_``."""
+
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
+                "vocab*", "merges.txt", "special_tokens_map.json", "README.md")  # fmt: skip
+_PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
+_SECRETS = ("token", "password", "secret")
+
+
+TRACEBACK_VARIABLE = "ETF_ADAPT_TRACEBACK"
+"""Environment variable that, set to anything, shows where an error came from."""
+
+
+class OutputFolderError(ValueError):
+    """Raised where results would mix with, or replace, what an output folder holds already."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one message, without a traceback, for what its user can mend.
+
+    A wrong value, a missing or unreadable file and a missing package end it with exit code 2; a loss that is not finite and
+    memory that runs out with 1; Ctrl-C with 130. Any other exception is a bug and keeps its traceback. Of several
+    processes that find the same mistake, the first alone speaks.
+
+    Example:
+        >>> with one_line_errors():
+        ...     raise SystemExit(0)
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(_say("stopped; --resume_from_checkpoint last goes on from the newest checkpoint", 130)) from None
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        raise SystemExit(_say(_message(error), 2)) from None
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        # torch's errors of memory are RuntimeErrors, and so are its bugs.
+        expected = isinstance(error, (ArithmeticError, MemoryError)) or "out of memory" in str(error).lower()
+        if os.environ.get(TRACEBACK_VARIABLE) or not expected:
+            raise
+        raise SystemExit(_say(_message(error), 1)) from None
+
+
+def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse an output folder that holds anything that this run has no leave to touch. Nothing is changed.
+
+    An empty folder, a missing one, and that of a run that ended before its first checkpoint are always free.
+
+    Args:
+        folder: The output folder.
+        resume: Whether an earlier run that lies there is to go on.
+        overwrite: Whether an earlier run that lies there may be replaced. What no run wrote is never replaced.
+
+    Raises:
+        OutputFolderError: The folder holds an earlier run and neither was said, or something else.
+
+    Example:
+        >>> check_output_dir("a folder that does not exist yet")
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise OutputFolderError(f"`output_dir` (={str(folder)!r}) is a file: name a folder.")
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if not names:
+        return
+    if not (path / ARGUMENTS_FILE).is_file():
+        raise OutputFolderError(
+            f"`output_dir` (={str(folder)!r}) holds something that no run of this recipe wrote ({names[0]!r}): "
+            "choose another folder, or an empty one."
+        )
+    trained = [name for name in names if name.startswith("checkpoint-") or name.endswith(".safetensors")]
+    if trained and not resume and not overwrite:
+        raise OutputFolderError(
+            f"`output_dir` (={str(folder)!r}) holds an earlier run: go on with it (--resume_from_checkpoint last), "
+            "replace it (--overwrite_output_dir), or choose another folder (--output_dir)."
+        )
+
+
+def remove_run_files(folder: str | os.PathLike[str]) -> None:
+    """Remove the model and the reports of an earlier run from its folder, and nothing else; checkpoints stay.
+
+    Args:
+        folder: An output folder that ``check_output_dir`` has passed with ``overwrite=True``.
+    """
+    path = Path(folder)
+    if not (path / ARGUMENTS_FILE).is_file():
+        return
+    for pattern in (*_MODEL_FILES, *RUN_FILES):
+        for file in path.glob(pattern):
+            if file.is_file():
+                file.unlink()
+
+
+def write_json(file: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON in one step, so that a reader finds the old file or the new one; what is not finite becomes null.
+
+    Args:
+        file: The file; its folder is made where it is missing.
+        content: Dicts, lists, numbers (numpy's too), strings; anything else is written as its ``str``.
+    """
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def public_value(value: Any) -> Any:
+    """Return a value as it may be published: no absolute path, and of dicts no entry that is a secret.
+
+    Of an absolute path the part below the working folder stays, else the last name: the rest tells who ran it where.
+
+    Args:
+        value: Argument of a run.
+
+    Returns:
+        The value, ready for JSON.
+
+    Example:
+        >>> public_value("/home/me/models/vit"), public_value({"lr": 1.0, "token": "hf_x"})
+        ('vit', {'lr': 1.0})
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.relpath(value) if Path(value).is_relative_to(Path.cwd()) else Path(value).name
+    if isinstance(value, Mapping):
+        kept = {key: item for key, item in value.items() if not any(word in str(key) for word in _SECRETS)}
+        return {key: public_value(item) for key, item in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [public_value(item) for item in value]
+    return _plain(getattr(value, "value", value))  # the value of an enumeration, as it is typed
+
+
+def public_arguments(*groups: Any) -> dict[str, Any]:
+    """Return all arguments of a run as one flat dict that may be published.
+
+    Tokens are left out, and paths are those of ``public_value``.
+
+    Args:
+        groups: Dataclass instances, such as those that ``HfArgumentParser`` returns.
+
+    Returns:
+        The arguments by name, ready for JSON. Written to a file, the recipe reads them again.
+    """
+    arguments: dict[str, Any] = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if field.init and not any(word in field.name for word in _SECRETS):
+                arguments[field.name] = public_value(getattr(group, field.name))
+    return arguments
+
+
+def public_command(argv: Sequence[str]) -> str:
+    """Return the command line of a run as it may be published: without tokens and private paths.
+
+    Args:
+        argv: The arguments, without the program.
+
+    Example:
+        >>> public_command(["--model", "/home/me/vit", "--hub_token", "hf_x", "--seed", "1"])
+        'accelerate launch recipes/finetune.py --model vit --seed 1'
+    """
+    told: list[str] = []
+    skip = False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if skip or (flag.startswith("--") and any(secret in flag for secret in _SECRETS)):
+            skip = not skip and not equals
+            continue
+        told.append(f"{flag}={public_value(value)}" if flag.startswith("--") and equals else public_value(word))
+    return shlex.join(["accelerate", "launch", "recipes/finetune.py", *told])
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the versions and the hardware of this process, without names of users, machines or folders.
+
+    Returns:
+        ``python``, one version for each installed package that matters, ``platform``, ``cpu_count``, ``processes`` and,
+        where there is one, ``device``.
+    """
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["platform"] = f"{platform.system()} {platform.machine()}"
+    found["cpu_count"] = os.cpu_count()
+    found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+def flat_results(
+    train: Mapping[str, Any], validation: Mapping[str, Any] | None, test: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Join the figures of a run under flat names.
+
+    Args:
+        train: Figures of the training, taken over as they are named.
+        validation: Scores of the saved model on the validation rows, without prefix.
+        test: The same on the test rows; None where there are none.
+
+    Returns:
+        ``train_*`` and ``epoch``, then ``eval_<score>`` and ``test_<score>`` for each of ``SCORES``: None where a score
+        does not exist, such as that of an empty group.
+
+    Example:
+        >>> flat_results({"epoch": 2.0}, {"accuracy": 0.5}, None)["eval_accuracy"]
+        0.5
+    """
+    results = dict(train)
+    for prefix, scores in (("eval", validation), ("test", test)):
+        for name in SCORES:
+            results[f"{prefix}_{name}"] = None if scores is None else scores.get(name)
+    return results
+
+
+def write_log(file: str | os.PathLike[str], history: Iterable[Mapping[str, Any]]) -> None:
+    """Write the training log, one JSON object a line: all that was logged at one step together.
+
+    Args:
+        file: The file, replaced where it exists.
+        history: ``trainer.state.log_history``.
+    """
+    steps: dict[Any, dict[str, Any]] = {}
+    for entry in history:
+        steps.setdefault(entry.get("step"), {}).update(entry)
+    lines = [json.dumps(_plain(entry), allow_nan=False) for entry in steps.values()]
+    Path(file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_predictions(
+    file: str | os.PathLike[str],
+    *,
+    row_ids: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    predictions: Sequence[int] | np.ndarray,
+    confidences: Sequence[float] | np.ndarray,
+    label_names: Sequence[str],
+) -> None:
+    """Write what the model says of each row, by class name, as comma-separated values.
+
+    Args:
+        file: The file, replaced where it exists.
+        row_ids: Number of each row in its split.
+        labels: True class of each row.
+        predictions: Predicted class of each row.
+        confidences: Calibrated probability of the predicted class.
+        label_names: Name of each class.
+    """
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("row_id", "label", "prediction", "confidence"))
+        for row_id, label, prediction, confidence in zip(row_ids, labels, predictions, confidences, strict=True):
+            writer.writerow((int(row_id), label_names[label], label_names[prediction], f"{confidence:.6f}"))
+
+
+def shot_table(
+    scores: Mapping[str, Any],
+    class_counts: Sequence[int] | np.ndarray,
+    row_counts: Sequence[int] | np.ndarray,
+    *,
+    shot_bounds: Sequence[int] = (20, 100),
+) -> list[tuple[str, str, int, int, float | None]]:
+    """Tabulate accuracy by the number of training rows that a class had.
+
+    Args:
+        scores: ``accuracy``, ``balanced_accuracy`` and the groups' accuracies, as in ``SCORES``.
+        class_counts: Training rows of each class.
+        row_counts: Evaluated rows of each class.
+        shot_bounds: Training rows (at least, at most) of a medium class.
+
+    Returns:
+        One tuple for each group: name, training rows a class, classes, evaluated rows, accuracy in [0, 1] or None. First the
+        shot groups, then the thirds by training count, then the mean over classes and that over rows.
+
+    Example:
+        >>> shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2]
+        ('few', '< 20', 1, 10, 0.5)
+    """
+    from etf_adapt.metrics import class_thirds, shot_groups  # imports torch, which a check of arguments must not wait for
+
+    counts, rows = np.asarray(class_counts), np.asarray(row_counts)
+    low, high = shot_bounds
+    groups = shot_groups(counts, shot_bounds=(low, high))
+    bounds = {"many": f"> {high}", "medium": f"{low}..{high}", "few": f"< {low}"}
+    table = [
+        (name, bounds[name], len(classes), int(rows[classes].sum()), scores.get(name)) for name, classes in groups.items()
+    ]
+    thirds = {f"{name}_third": classes for name, classes in class_thirds(counts).items()}
+    every = {"balanced_accuracy": np.arange(len(counts)), "accuracy": np.arange(len(counts))}
+    titles = {"balanced_accuracy": "mean of classes", "accuracy": "mean of rows"}
+    for name, classes in (thirds | every).items():
+        span = f"{counts[classes].min()}..{counts[classes].max()}" if len(classes) else "-"
+        title = titles.get(name, name.replace("_", " "))
+        table.append((title, span, len(classes), int(rows[classes].sum()), scores.get(name)))
+    return table
+
+
+def format_table(table: Iterable[tuple[str, str, int, int, float | None]]) -> str:
+    """Set a table of ``shot_table`` in columns for a terminal.
+
+    Args:
+        table: Its rows.
+
+    Returns:
+        Lines of text, the head line first.
+    """
+    lines = [f"  {'':<16}{'training rows':>14}{'classes':>9}{'rows':>9}{'accuracy %':>12}"]
+    for name, bounds, classes, rows, accuracy in table:
+        lines.append(f"  {name:<16}{bounds:>14}{classes:>9,}{rows:>9,}{percent(accuracy):>12}")
+    return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """Write a share as per cent with one decimal, a dash where there is none.
+
+    Example:
+        >>> percent(0.1234), percent(None)
+        ('12.3', '-')
+    """
+    return "-" if share is None or not math.isfinite(share) else f"{100.0 * share:.1f}"
+
+
+def loading_lines(folder: str | os.PathLike[str], task: str) -> str:
+    """Return the two lines of Python that load a finished run with stock transformers.
+
+    Args:
+        folder: The output folder.
+        task: ``"image"`` or ``"text"``.
+
+    Example:
+        >>> print(loading_lines("out/x", "image"))
+        from transformers import pipeline
+        classify = pipeline("image-classification", model="out/x")
+    """
+    pipeline = "image-classification" if task == "image" else "text-classification"
+    return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={json.dumps(str(folder))})'
+
+
+def _message(error: BaseException) -> str:
+    """Return what an error says, without the traceback that a data loader's worker puts before it."""
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Original Traceback" in said:
+        said = said.rstrip().splitlines()[-1].partition(": ")[2]
+    return said.strip() or type(error).__name__
+
+
+def _say(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)

@@ -1,0 +1,387 @@
+"""Transformers' Trainer with our sampler, loss, heads, metrics and checkpoints: a subclass, no loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from etf_adapt.alignment import align_head
+from etf_adapt.arguments import SAMPLER_POWERS, ETFTrainingArguments
+from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
+from etf_adapt.callbacks import EpochStart, ProgressBar, Realign, RunLog, describe_run, set_threads
+from etf_adapt.checkpoints import (
+    resolve_checkpoint,
+)
+from etf_adapt.evaluation import predict_rows
+from etf_adapt.metrics import ShotAccuracy
+from etf_adapt.modeling import AdaptedModel
+from etf_adapt.parameters import (
+    batch_norms,
+    fix_parameters,
+    reestimate_batch_norms,
+    require_finite,
+    set_head_learning_rate,
+)
+from etf_adapt.rows import RowDraws
+from etf_adapt.sampler import ClassBalancedSampler
+from etf_adapt.swap import head_modules
+
+
+class ETFTrainer(ResumableTrainer):
+    """Train a model with an ETF head, or with any head to compare it with, by transformers' ``Trainer``.
+
+    What differs from the stock class: rows are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned on
+    the training rows before the first step; a fixed head stays out of the optimizer whatever was unfrozen; mixup,
+    CutMix and smoothing give soft labels to the model's own loss; evaluation streams and counts each row once; a loss
+    or weight that is not finite ends the run before it is saved; a checkpoint is complete or known not to be, holds no
+    ``training_args.bin``, and is resumed bit for bit on the CPU.
+
+    Args:
+        model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; what is trained of it is float32.
+        args: Settings of the run.
+        train_dataset: Training rows, map-style, as ``data_collator`` takes them.
+        eval_dataset: Validation rows; needed unless ``eval_strategy`` is ``"no"``.
+        alignment_dataset: The training rows in the same order as evaluation transforms them; ``train_dataset`` by default.
+        data_collator: Makes a batch of rows, with ``labels`` (batch,) and ``row_id`` (batch,), the row's number in its data
+            set; the latter is needed to evaluate on several processes.
+        processing_class: Tokenizer or image processor, saved beside the model.
+        labels: Label of each training row; by default the column ``label`` or ``labels`` of ``train_dataset``.
+        callbacks: Further callbacks.
+
+    Raises:
+        ValueError: The model has no head of ours, or settings and model do not fit.
+    """
+
+    args: ETFTrainingArguments
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: ETFTrainingArguments,
+        *,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | None = None,
+        alignment_dataset: Dataset[Any] | None = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        labels: Sequence[int] | NDArray[np.int64] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.heads = head_modules(model)
+        if not self.heads or not isinstance(model, AdaptedModel):
+            raise ValueError(
+                "`model` has no head and loss of etf_adapt: load it with ETFFor..., or call adapt(model, ...)."
+            )
+        set_threads(args.torch_threads)
+        num_classes = next(iter(self.heads.values())).num_classes
+        self.train_labels: NDArray[np.int64] | None = None
+        self.class_counts: NDArray[np.int64] | None = None
+        if train_dataset is not None:
+            self.train_labels = labels_of(train_dataset) if labels is None else np.asarray(labels)
+            self.class_counts = np.bincount(self.train_labels, minlength=num_classes)
+            if len(self.class_counts) > num_classes:
+                raise ValueError(
+                    f"`train_dataset` has label {len(self.class_counts) - 1}, but the head has {num_classes} classes: load "
+                    f"the model with num_labels={len(self.class_counts)}."
+                )
+            model.set_loss(model.etf_settings["loss"], class_counts=self.class_counts.tolist())
+        self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
+        self.alignment: dict[str, Any] | None = None
+        self._soft_labels = SoftLabels(
+            num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
+        )
+        self._train_sampler: RowDraws | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        own = [
+            EpochStart(self._updates_per_epoch, lambda: [self._train_sampler]),
+            Realign(self._updates_per_epoch, self.align, args.realign_epochs),
+            RunLog(),
+            *([] if args.disable_tqdm else [ProgressBar()]),
+        ]
+        for callback in (*own, *callbacks):
+            self.add_callback(callback)
+        self.batch_norm = self._resolve_batch_norm()
+        self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
+        if args.realign_epochs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`realign_epochs` (={args.realign_epochs}) cannot be had with FSDP or DeepSpeed, which split the head over "
+                "processes: set it to 0 or use DDP."
+            )
+
+    # What is trained, and from where
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True for the newest complete one in ``output_dir``.
+            trial: As in ``Trainer``.
+            ignore_keys_for_eval: Without effect: evaluation reads the logits alone.
+
+        Returns:
+            Number of steps, mean loss and figures of the run.
+
+        Raises:
+            ValueError: Nothing is left to train, weights to train are not float32, the checkpoint belongs to a run with
+                another draw, or ``output_dir`` holds another run.
+            FileNotFoundError: There is no complete checkpoint to resume from.
+            FloatingPointError: A loss or a weight is not finite.
+        """
+        checkpoint = resolve_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
+        freed = fix_parameters(self.model, freeze=self.args.freeze, steps=steps)
+        if freed:
+            self._say(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        elif self._is_fresh():
+            if self.batch_norm == "reestimate":
+                reestimate_batch_norms(
+                    self.model, self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
+                )
+            self.align()
+        for line in describe_run(self):
+            self._say(line)
+        if checkpoint is not None:
+            self._say(f"resuming from {checkpoint}")
+        output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        require_finite(self.model, step=self.state.global_step)
+        return output
+
+    def align(self) -> None:
+        """Set the head in closed form from the training rows as evaluation reads them (``etf_adapt.align_head``)."""
+        result = align_head(
+            self.model,
+            self._alignment_loader(mixed=False),
+            class_counts=self.class_counts,
+            frame=self.args.frame,
+            penalty=self.args.frame_penalty,
+            seed=self.args.seed,
+        )
+        for head in self.heads.values():
+            for rows in (head.weight, head.bias):
+                if rows is not None:
+                    broadcast(rows.data)  # Processes may round the same sums differently.
+        self.alignment = asdict(result)
+
+    def _is_fresh(self) -> bool:
+        """Return whether the head is one that the first step should find aligned."""
+        return all(
+            head.kind in ("etf", "cosine") and head.frame in ("random", "initialised") for head in self.heads.values()
+        )
+
+    def _alignment_loader(self, *, mixed: bool) -> DataLoader[Any]:
+        """Load the training rows as evaluation reads them, each once in order, or mixed as training draws them."""
+        dataset = self.alignment_dataset
+        if dataset is None:
+            raise ValueError("`train_dataset` (=None) is needed to train and to align the head: pass it to ETFTrainer.")
+        return DataLoader(
+            dataset,
+            batch_size=self.args.train_batch_size if mixed else self.args.eval_batch_size,
+            sampler=self._get_train_sampler() if mixed else None,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def _resolve_batch_norm(self) -> str:
+        """Return what happens to BatchNorm's statistics: as asked, else frozen wherever features must not drift."""
+        if not batch_norms(self.model):
+            return "none"
+        head = next(iter(self.heads.values()))
+        fixed = head.kind == "etf" and not head.trainable
+        if self.args.batch_norm == "train" and fixed and self.args.frame != "random":
+            raise ValueError(
+                "`batch_norm` (='train') moves the features away from a head that was aligned on them and is fixed: set it "
+                "to 'frozen' or 'reestimate', or make the head trainable."
+            )
+        return self.args.batch_norm or ("frozen" if fixed or self.args.freeze == "backbone" else "train")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the stock optimizer, with the trained parameters of the head in groups of their own learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.head_learning_rate is not None:
+            set_head_learning_rate(optimizer, self.heads.values(), self.args.head_learning_rate)
+        return optimizer
+
+    # The draw, the step and the loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        if self.train_labels is None:
+            raise ValueError("`train_dataset` (=None) is needed to train: pass it to ETFTrainer.")
+        batch_size = self.get_total_train_batch_size(self.args)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        power = SAMPLER_POWERS[self.args.sampler]
+        sampler: Any = ClassBalancedSampler(self.train_labels, power=power, batch_size=batch_size, seed=seed)
+        lengths = lengths_of(self.train_dataset, self.args.length_column_name)
+        if lengths is not None and self.args.train_sampling_strategy == "group_by_length":
+            sampler = SimilarLengths(sampler, lengths, batch_size=batch_size, seed=seed)
+        self._train_sampler = RowDraws(sampler)
+        return self._train_sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return SequentialSampler(eval_dataset)
+
+    def draw_settings(self) -> dict[str, Any]:
+        """Return all that decides which rows are drawn when, for the checkpoints."""
+        labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
+        return {
+            "sampler": self.args.sampler,
+            "train_sampling_strategy": self.args.train_sampling_strategy,
+            "batch size": self.get_total_train_batch_size(self.args),
+            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            "rows": f"{len(labels)} of hash {sha256(labels.astype(np.int64).tobytes()).hexdigest()[:12]}",
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what a checkpoint of ours holds beyond transformers' own."""
+        frames = {path: head.frame for path, head in self.heads.items()}
+        return {"frames": frames, "alignment": self.alignment, "batch_norm": self.batch_norm}
+
+    def restore_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``own_state`` returned when the checkpoint was written."""
+        for path, head in self.heads.items():
+            head.frame = state["frames"][path]
+        self.alignment, self.batch_norm = state["alignment"], state["batch_norm"]
+
+    def _updates_per_epoch(self) -> int:
+        return len(self._train_sampler or ()) // self.get_total_train_batch_size(self.args)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Return the rows that a pass over a loader reads: for training those drawn, not those of the data set."""
+        if dataloader.dataset is self.train_dataset and self._train_sampler is not None:
+            return len(self._train_sampler)
+        return super().num_examples(dataloader)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the model's own loss of a training batch, on soft labels where mixup, CutMix or smoothing ask for them."""
+        inputs = {name: value for name, value in inputs.items() if name != "row_id"}
+        for norm in self._frozen_norms:
+            norm.eval()  # Trainer puts the whole model into training mode before each step.
+        if self._soft_labels.is_active:
+            name = self.model.main_input_name
+            inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss (={loss.item()}) of step {self.state.global_step + 1} is not finite and nothing was saved since the "
+                "last checkpoint: lower `learning_rate`, set `max_grad_norm`, or train in float32."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Predict each row once, over all processes, and measure.
+
+        Args:
+            dataloader: This process's share of the rows.
+            description: What it is done for.
+            prediction_loss_only: Without effect.
+            ignore_keys: Without effect.
+            metric_key_prefix: Put before the name of each metric.
+
+        Returns:
+            ``predictions``: the ``RowPredictions``; ``label_ids``; ``metrics``: those of ``ShotAccuracy`` and
+            ``balanced_accuracy_pooled``; and the number of rows.
+        """
+        require_finite(self.model, step=self.state.global_step)
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:  # evaluation without training: autocast, device
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.callback_handler.eval_dataloader = dataloader
+        rows = predict_rows(model, self._with_progress(dataloader), num_rows=len(dataloader.dataset))  # type: ignore[arg-type]
+        metric = ShotAccuracy(self.class_counts, shot_bounds=(self.args.shot_bounds[0], self.args.shot_bounds[1]))
+        metric.add_batch(
+            predictions=rows.predictions, references=rows.labels, confidences=rows.confidences, losses=rows.losses
+        )
+        metrics: dict[str, float | None] = metric.compute()
+        metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
+            rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
+        )
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=rows, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels))
+
+    def _with_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
+            tqdm.write(line)
+
+
+def pooled_balanced_accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64], *, min_rows: int = 5) -> float:
+    r"""Compute the balanced accuracy with one recall for all classes that have few rows.
+
+    The recall of a class with one row is 0 or 1, and a mean over many of those chooses by chance. With
+    :math:`r_c` the recall of a class with at least ``min_rows`` rows, m the number of classes with fewer but at least one,
+    and R the share of right rows among all of theirs:
+
+    .. math:: \frac{\sum_c r_c + m R}{\#\{c\} + m}
+
+    so each class keeps its weight and the small ones share a recall. It is the balanced accuracy where no class is small,
+    and the accuracy where all are.
+
+    Args:
+        predictions: Predicted classes (rows,).
+        labels: True classes (rows,).
+        min_rows: Rows from which a class has a recall of its own.
+
+    Returns:
+        A share from 0 to 1.
+
+    Example:
+        >>> labels = np.array([0, 0, 0, 0, 1, 2])
+        >>> float(pooled_balanced_accuracy(np.array([0, 0, 0, 0, 1, 0]), labels, min_rows=3))
+        0.6666666666666666
+    """
+    rows = np.bincount(labels)
+    right = np.bincount(labels[predictions == labels], minlength=len(rows))
+    large, small = rows >= min_rows, (rows > 0) & (rows < min_rows)
+    recalls = np.sum(right[large] / rows[large])
+    if small.any():
+        recalls += small.sum() * right[small].sum() / rows[small].sum()
+    return float(recalls / (large.sum() + small.sum()))

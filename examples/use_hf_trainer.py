@@ -1,0 +1,64 @@
+"""Train with transformers' own Trainer: two lines differ from a usual script.
+
+    python examples/use_hf_trainer.py
+
+    - model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)
+    + model = ETFForImageClassification.from_pretrained(folder, num_labels=10)
+    + align_head(model, trainer.get_eval_dataloader(train))
+
+The result is a stock checkpoint: it is loaded below without etf_adapt. Needs no network, and takes seconds.
+"""
+
+import tempfile
+
+import numpy as np
+from transformers import AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
+
+from etf_adapt import ETFForImageClassification, align_head, load_data
+from etf_adapt.model_names import micro_folder
+from etf_adapt.modeling import load_processor
+from etf_adapt.transforms import image_transforms
+
+folder = micro_folder()  # a pretrained image model inside the package; any Hub id would do
+data = load_data("digits", imbalance_factor=20)
+to_tensor = image_transforms(load_processor(folder, "image"), train=False)
+
+
+def transform(rows: dict) -> dict:
+    return {"pixel_values": [to_tensor(image) for image in rows["image"]], "labels": rows["label"]}
+
+
+def balanced_accuracy(outputs: EvalPrediction) -> dict[str, float]:
+    right = outputs.predictions.argmax(axis=1) == outputs.label_ids
+    return {"balanced_accuracy": float(np.mean([right[outputs.label_ids == label].mean() for label in range(10)]))}
+
+
+train, test = data.train.with_transform(transform), data.test.with_transform(transform)
+model = ETFForImageClassification.from_pretrained(folder, id2label=data.id2label)
+
+with tempfile.TemporaryDirectory() as output_dir:
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir,
+            num_train_epochs=2,
+            per_device_train_batch_size=32,
+            learning_rate=1e-4,
+            remove_unused_columns=False,  # the transform needs the column of images
+            logging_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=balanced_accuracy,
+    )
+    alignment = align_head(model, trainer.get_eval_dataloader(train), class_counts=data.class_counts)
+    print(f"aligned on {alignment.rows} rows; before training:", trainer.evaluate()["eval_balanced_accuracy"])
+    trainer.train()
+    print("after training:", trainer.evaluate()["eval_balanced_accuracy"])
+
+    trainer.save_model(f"{output_dir}/result")
+    stock = AutoModelForImageClassification.from_pretrained(f"{output_dir}/result")  # knows nothing of etf_adapt
+    pixels = test[0]["pixel_values"][None]
+    print(type(stock).__name__, "predicts", stock.config.id2label[stock(pixel_values=pixels).logits.argmax().item()])

@@ -1,0 +1,487 @@
+"""Fine-tune a pretrained image or text model on classes that are unevenly filled, and leave a stock checkpoint.
+
+    accelerate launch recipes/finetune.py                                    # micro on digits: nothing to download, a minute
+    accelerate launch recipes/finetune.py --model vit_base --head etf        # any timm or transformers model
+    accelerate launch recipes/finetune.py --model vit_base --dataset path/to/images --imbalance_factor 100
+    accelerate launch recipes/finetune.py --model path/to/all-MiniLM-L6-v2 --dataset path/to/csv_folder
+    accelerate launch recipes/finetune.py --head linear --loss cross_entropy # what to compare with
+    accelerate launch recipes/finetune.py --paper                            # the method as it was published
+    accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
+
+All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments and the ones below and in
+etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with one line and exit code
+1; ETF_ADAPT_TRACEBACK=1 shows where.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import transformers
+from transformers import HfArgumentParser
+
+from etf_adapt import report
+from etf_adapt.model_names import MODEL_NAMES, check_choice, locate_model, model_task, nearest_names, resolve_model_name
+
+if TYPE_CHECKING:
+    from etf_adapt.arguments import ETFTrainingArguments
+    from etf_adapt.data import ClassificationData
+    from etf_adapt.evaluation import RowPredictions
+    from etf_adapt.training import ETFTrainer
+
+HEADS = ("etf", "linear", "cosine", "paper")
+LOSSES = ("dot_regression", "cross_entropy", "logit_adjusted")
+ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
+NEWEST = ("last", "latest", "auto", "true", "yes")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what becomes of its head."""
+
+    model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
+    head: str = field(default="etf", metadata={"help": f"One of {', '.join(HEADS)}."})
+    loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}; by default the head's own."})
+    head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
+    head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
+    paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
+    pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
+
+
+@dataclass
+class DataArguments:
+    """Which data, and what the model sees of them."""
+
+    dataset: str = field(default="digits", metadata={"help": "digits, a Hub id, a file or a folder."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not found."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, if it is not found."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
+    imbalance_factor: float | None = field(
+        default=None, metadata={"help": "Make train long-tailed: largest over smallest class count, at least 1."}
+    )
+    imbalance_profile: str = field(default="exponential", metadata={"help": "exponential or step."})
+    class_order: str = field(default="label", metadata={"help": "Rank of the classes: label, or permuted by the seed."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train for a missing validation split."})
+    validation_before_long_tail: bool = field(
+        default=False, metadata={"help": "Cut it before the long tail, balanced, as benchmarks do."}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels a side, for models that allow another size."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."})
+    augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
+
+
+@dataclass
+class OutputArguments:
+    """Where the result goes; the folder itself is output_dir of TrainingArguments."""
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+
+
+class Parser(HfArgumentParser):
+    """Parser whose complaints are raised, so that they look as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe on command-line arguments."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with report.one_line_errors():
+        # What can be known wrong is known before the imports that take seconds, and before any data are prepared.
+        model_args, data_args, output_args, training_argv = read_arguments(argv)
+        location = resolve_model_name(model_args.model)
+        if model_args.pretrained or not location.startswith("timm/"):
+            location = locate_model(location)
+        finetune(model_args, data_args, output_args, parse_training(training_argv), location, argv)
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    output_args: OutputArguments,
+    args: ETFTrainingArguments,
+    location: str,
+    argv: Sequence[str],
+) -> None:
+    """Prepare data and model, train, calibrate, save, evaluate what was saved, and report."""
+    import datasets
+    from accelerate import PartialState
+
+    from etf_adapt.callbacks import set_threads
+    from etf_adapt.training import ETFTrainer
+
+    state = PartialState()
+    set_threads(args.torch_threads)
+    transformers.set_seed(args.seed)
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+    # Data: the splits, with the long tail that was asked for.
+    data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
+
+    # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
+    model = load_model(location, model_args, data, seed=args.seed)
+    rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
+
+    # Train. From here on the output folder is ours.
+    if data.validation is None:
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+    if state.is_main_process:
+        arguments = report.public_arguments(model_args, data_args, args)
+        claim_output_dir(args.output_dir, arguments, overwrite=output_args.overwrite_output_dir)
+    state.wait_for_everyone()
+    trainer = ETFTrainer(
+        model,
+        args,
+        train_dataset=rows["train"],
+        alignment_dataset=rows["alignment"],
+        eval_dataset=rows["validation"],
+        data_collator=collator,
+        processing_class=processor if hasattr(processor, "save_pretrained") else None,
+        labels=data.train["label"],
+    )
+    outcome = trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+    settings = model.etf_settings  # of the head that was trained; calibration makes it an ordinary layer
+
+    # Calibrate on validation, save, and score what was saved.
+    if rows["validation"] is not None:
+        calibrate(trainer, rows["validation"])
+    trainer.save_model(args.output_dir)
+    state.wait_for_everyone()
+    scored = {
+        split: score_saved(trainer, rows[split], data.task) for split in ("validation", "test") if rows[split] is not None
+    }
+
+    # Report.
+    if state.is_main_process:
+        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, argv)
+    state.destroy_process_group()
+
+
+def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
+    """Load the data set, with the long tail that was asked for."""
+    from etf_adapt.data import load_data
+
+    return load_data(
+        data_args.dataset,
+        revision=data_args.dataset_revision,
+        image_column=data_args.image_column,
+        text_column=data_args.text_column,
+        label_column=data_args.label_column,
+        imbalance_factor=data_args.imbalance_factor,
+        imbalance_profile=data_args.imbalance_profile,
+        class_order=data_args.class_order,
+        validation_fraction=data_args.validation_fraction,
+        validation_before_long_tail=data_args.validation_before_long_tail,
+        max_train_rows=data_args.max_train_rows,
+        seed=seed,
+    )
+
+
+def load_model(location: str, model_args: ModelArguments, data: ClassificationData, *, seed: int) -> Any:
+    """Load the pretrained model, with a new head and the loss that goes with it."""
+    from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification
+
+    known = model_task(model_args.model)
+    if known is not None and known != data.task:
+        raise ValueError(f"`model` (={model_args.model!r}) reads {known}s, and the data set holds {data.task}s.")
+    factory = ETFForImageClassification if data.task == "image" else ETFForSequenceClassification
+    options = {}
+    if not model_args.pretrained and location.startswith("timm/"):
+        options["config"] = timm_architecture(location.removeprefix("timm/"))
+    model = factory.from_pretrained(
+        location,
+        num_labels=len(data.label_names),
+        id2label=data.id2label,
+        head=model_args.head,
+        trainable=True if model_args.head_trainable else None,
+        head_path=model_args.head_path,
+        pretrained=model_args.pretrained,
+        seed=seed,
+        **options,
+    )
+    loss: dict[str, Any] | None = None if model_args.loss is None else {"name": model_args.loss}
+    if loss is not None and loss["name"] != "dot_regression" and model_args.head == "etf":
+        loss["scale"] = ETF_SCALE
+    model.set_loss(loss, class_counts=data.class_counts.tolist())
+    return model
+
+
+def timm_architecture(name: str) -> Any:
+    """Describe a timm model from the installed timm, so that one with random weights needs no network."""
+    import timm
+
+    from etf_adapt.folders import timm_config
+
+    description = timm.get_pretrained_cfg(name).to_dict()
+    return timm_config({"architecture": name.split(".")[0], "num_classes": 1000, "pretrained_cfg": description})
+
+
+def set_image_size(model: Any, processor: Any, size: int) -> None:
+    """Make a model, and what its folder says of its input, expect images of another size.
+
+    Networks of convolutions take any. Position embeddings of transformers are interpolated once, to stay stock weights.
+    """
+    import torch
+
+    config = model.config
+    if hasattr(model, "timm_model"):
+        if hasattr(model.timm_model, "set_input_size"):
+            model.timm_model.set_input_size(img_size=size)
+            config.model_args = {**(config.model_args or {}), "img_size": size}
+        config.pretrained_cfg = {**config.pretrained_cfg, "input_size": [3, size, size]}
+    else:
+        own = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+        scale = size / (own.get("height") or own["shortest_edge"])
+        for name in ("size", "crop_size"):
+            if getattr(processor, name, None):
+                sides = {side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length}
+                setattr(processor, name, sides)
+        for module in model.modules():
+            embeddings = getattr(module, "position_embeddings", None)
+            if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):
+                patches = (size // module.patch_embeddings.patch_size[0]) ** 2
+                extra = embeddings.shape[1] - module.patch_embeddings.num_patches
+                with torch.no_grad():
+                    resized = module.interpolate_pos_encoding(embeddings.new_zeros(1, patches + extra, 1), size, size)
+                module.position_embeddings = torch.nn.Parameter(resized.clone())
+                module.patch_embeddings.image_size = (size, size)
+                module.patch_embeddings.num_patches = patches
+        if hasattr(config, "image_size"):
+            config.image_size = size
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"`image_size` (={size}) is none that {type(model).__name__} allows: {error}.") from error
+
+
+def prepare_rows(
+    location: str, model: Any, data: ClassificationData, data_args: DataArguments, *, seed: int
+) -> tuple[dict[str, Any], Any, Any]:
+    """Turn each split into rows as the model takes them; return these, what makes batches of them, and the processor."""
+    from accelerate import PartialState
+
+    from etf_adapt.modeling import load_processor
+    from etf_adapt.rows import ImageCollator, TransformedRows
+    from etf_adapt.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
+    from etf_adapt.transforms import image_transforms
+
+    timm_config = getattr(model.config, "pretrained_cfg", None)
+    processor = timm_config if timm_config else load_processor(location, data.task)
+    splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
+    if data.task == "image":
+        size = data_args.image_size
+        if size is not None:
+            set_image_size(model, processor, size)
+        plain = image_transforms(processor, train=False, image_size=size)
+        mixed = image_transforms(
+            processor, train=True, image_size=size, augment=data_args.augment, allow_flip=data.allow_flip
+        )
+        rows: dict[str, Any] = {
+            name: None if split is None else TransformedRows(split, mixed if name == "train" else plain, seed=seed)
+            for name, split in splits.items()
+        }
+        return rows, ImageCollator(), processor
+    if processor.pad_token is None:
+        processor.pad_token = processor.eos_token  # as ETFFor... has told a model that has none
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = data_args.max_length or min(filter(None, (processor.model_max_length, positions, DEFAULT_MAX_LENGTH)))
+    with PartialState().main_process_first():  # the others read what it leaves in the cache
+        rows = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}
+    return rows, TextCollator(processor), processor
+
+
+def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool) -> None:
+    """Mark the output folder as this run's, after removing an earlier run where that was asked for."""
+    from etf_adapt.checkpoints import remove_checkpoints
+
+    if overwrite:
+        remove_checkpoints(folder)
+        report.remove_run_files(folder)
+    report.write_json(Path(folder, report.ARGUMENTS_FILE), arguments)
+
+
+def calibrate(trainer: ETFTrainer, rows: Any) -> None:
+    """Fold the one factor into the head that makes its confidences fair on validation rows."""
+    from etf_adapt.evaluation import fit_temperature
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.set_temperature(model.etf_settings["temperature"] * fit_temperature(model, trainer.get_eval_dataloader(rows)))
+
+
+def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
+    """Score the saved folder as its users will load it: by the stock classes."""
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    from etf_adapt.evaluation import predict_rows
+    from etf_adapt.metrics import ShotAccuracy
+
+    args = trainer.args
+    stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
+    model = stock.from_pretrained(args.output_dir).to(args.device)
+    predicted = predict_rows(model, trainer.get_eval_dataloader(rows), num_rows=len(rows))
+    metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
+    scores = metric.compute(
+        predictions=predicted.predictions,
+        references=predicted.labels,
+        confidences=predicted.confidences,
+        losses=predicted.losses,
+    )
+    return scores, predicted
+
+
+def leave_report(
+    trainer: ETFTrainer,
+    training: dict[str, float],
+    scored: dict[str, tuple[dict[str, float | None], RowPredictions]],
+    settings: dict[str, Any],
+    data: ClassificationData,
+    model_args: ModelArguments,
+    argv: Sequence[str],
+) -> None:
+    """Write results, predictions and the model card beside the model, and show them."""
+    import numpy as np
+
+    from etf_adapt.card import CardFacts, make_card
+
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    scores = {split: scored[split][0] for split in scored}
+    report.write_json(
+        folder / report.RESULTS_FILE, report.flat_results(training, scores.get("validation"), scores.get("test"))
+    )
+    split = "test" if "test" in scored else "validation"
+    table = []
+    if split in scored:
+        rows = scored[split][1]
+        evaluated = np.bincount(rows.labels, minlength=len(data.label_names))
+        table = report.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
+        print(f"\n{split} accuracy, by the training rows of the classes:\n{report.format_table(table)}")
+    if "test" in scored:
+        report.write_predictions(
+            folder / report.PREDICTIONS_FILE,
+            row_ids=rows.row_ids,
+            labels=rows.labels,
+            predictions=rows.predictions,
+            confidences=rows.confidences,
+            label_names=data.label_names,
+        )
+    public = report.public_arguments(model_args, args)
+    card = make_card(
+        CardFacts(
+            model_id=public["output_dir"],
+            on_hub=False,
+            task=data.task,
+            timm=hasattr(trainer.model, "timm_model"),
+            base_model=MODEL_NAMES.get(model_args.model, public["model"]),
+            dataset=data.description | {"name": report.public_value(data.description["name"])},
+            label_names=data.label_names,
+            class_counts=data.class_counts.tolist(),
+            head=settings["head"],
+            loss=settings["loss"],
+            split=split,
+            scores=scores.get(split, {}),
+            table=table,
+            calibrated_rows=len(scored["validation"][1].labels) if "validation" in scored else 0,
+            command=report.public_command(argv),
+            seeds={"seed": args.seed, "data_seed": args.data_seed},
+            environment=report.describe_environment(),
+        )
+    )
+    card.save(folder / "README.md")
+    lines = report.loading_lines(folder, data.task).replace("\n", "\n    ")
+    print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, OutputArguments, list[str]]:
+    """Parse and check the arguments defined here; return them, and those left for ETFTrainingArguments."""
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = [*flags_from_file(argv[0]), *argv[1:]]
+    if "-h" in argv or "--help" in argv:
+        parse_training(["--help"])
+    parser = Parser((ModelArguments, DataArguments, OutputArguments), add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir", "--output-dir")
+    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    model_args, data_args, output_args, shared, rest = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if model_args.paper:
+        if "--head" in argv and model_args.head != "paper":
+            raise ValueError(f"`paper` (=True) contradicts `head` (={model_args.head!r}): give one of them.")
+        model_args.head = "paper"
+    check_choice("head", model_args.head, HEADS)
+    if model_args.loss is not None:
+        check_choice("loss", model_args.loss, LOSSES)
+    check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
+    check_choice("class_order", data_args.class_order, ("label", "permuted"))
+    if data_args.dataset == "digits" and model_task(model_args.model) == "text":
+        raise ValueError(f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset.")
+
+    output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args)))
+    resume = shared.resume_from_checkpoint
+    report.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
+    rest += ["--output_dir", output_dir, *(["--resume_from_checkpoint", resume] if resume else [])]
+    return model_args, data_args, output_args, rest
+
+
+def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
+    """Parse the remaining flags, with transformers' own; torch is imported here."""
+    from etf_adapt.arguments import ETFTrainingArguments
+
+    own = (ModelArguments, DataArguments, OutputArguments)
+    if "--help" in argv:
+        Parser((*own, ETFTrainingArguments), description=__doc__.splitlines()[0]).parse_args(["--help"])
+    parser = Parser(ETFTrainingArguments, allow_abbrev=False)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        flags = [f"--{entry.name}" for group in (*own, ETFTrainingArguments) for entry in fields(group)]
+        near = nearest_names(unknown[0].split("=")[0], flags)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
+        raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
+    if args.push_to_hub:
+        raise ValueError("`push_to_hub` (=True): publish the finished folder, with `hf upload <owner/name> <output_dir>`.")
+    return args
+
+
+def flags_from_file(file: str) -> list[str]:
+    """Turn a JSON or YAML file of arguments into flags, so that flags after it win."""
+    import yaml
+
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no file of settings {file!r}.")
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings: it must map the names of arguments to values.")
+    flags = []
+    for name, value in settings.items():
+        if value is None or value == [] or value == {}:
+            continue
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *(str(word) for word in words)]
+    return flags
+
+
+def default_name(model_args: ModelArguments, data_args: DataArguments) -> str:
+    """Name a run after its data, model and head."""
+    names = (Path(data_args.dataset).stem, Path(model_args.model).name, model_args.head)
+    return "-".join(re.sub(r"[^\w.-]+", "_", name) for name in names)
+
+
+def resume_value(flag: str | None) -> str | bool | None:
+    """Return what ``Trainer.train`` takes: True for the newest checkpoint, a folder, or None."""
+    return True if flag is not None and flag.lower() in NEWEST else flag
+
+
+if __name__ == "__main__":
+    main()

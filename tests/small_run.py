@@ -1,0 +1,125 @@
+"""A run of a few seconds: noisy images of three uneven classes and a ViT of 3,000 weights; a module and a program.
+
+As a program it takes one JSON argument: the keywords of ``make_trainer``, and ``resume``, ``kill_at`` (a step at which the
+process kills itself) and ``record`` (a folder for the rows seen, the final weights and the metrics).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+from etf_adapt.arguments import ETFTrainingArguments
+from etf_adapt.modeling import adapt
+from etf_adapt.training import ETFTrainer
+
+COUNTS = (60, 21, 7)
+
+
+class NoisyRows(Dataset):
+    """Images (3, 8, 8): the pattern of the row's class and noise."""
+
+    def __init__(self, counts: tuple[int, ...], seed: int) -> None:
+        patterns = torch.randn(len(counts), 3, 8, 8, generator=torch.Generator().manual_seed(99))
+        order = np.random.default_rng(seed).permutation(sum(counts))
+        self.labels = np.repeat(np.arange(len(counts)), counts)[order]
+        noise = torch.randn(len(order), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        self.images = patterns[self.labels] + noise
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[row], "labels": int(self.labels[row]), "row_id": int(row)}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+        "row_id": torch.tensor([row["row_id"] for row in rows]),
+    }
+
+
+def make_model(num_classes: int = len(COUNTS), *, dropout: float = 0.1, **head: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, hidden_dropout_prob=dropout)
+    return adapt(ViTForImageClassification(config), num_classes, **head)
+
+
+def make_trainer(
+    output_dir: str | Path,
+    *,
+    counts: tuple[int, ...] = COUNTS,
+    eval_counts: tuple[int, ...] | None = None,
+    model: Any = None,
+    dropout: float = 0.1,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **settings: Any,
+) -> ETFTrainer:
+    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "use_cpu": True}
+    args = ETFTrainingArguments(output_dir=str(output_dir), **{**defaults, "torch_threads": 1, **settings})
+    train = NoisyRows(tuple(counts), seed=0)
+    return ETFTrainer(
+        make_model(len(counts), dropout=dropout) if model is None else model,
+        args,
+        train_dataset=train,
+        eval_dataset=NoisyRows(tuple(eval_counts or [7] * len(counts)), seed=1),
+        data_collator=collate,
+        labels=train.labels,
+        callbacks=callbacks,
+    )
+
+
+def weights(trainer: ETFTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+class KillAt(TrainerCallback):
+    """Kill this process, as no handler can catch it, when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(settings: dict[str, Any]) -> None:
+    resume, kill_at, record = settings.pop("resume", None), settings.pop("kill_at", None), settings.pop("record", None)
+    trainer = make_trainer(**settings, callbacks=() if kill_at is None else (KillAt(kill_at),))
+    seen: list[list[int]] = []
+    step = trainer.training_step
+
+    def recorded(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        seen.append(inputs["row_id"].tolist())
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = recorded
+    trainer.train(resume)
+    metrics = {name: value for name, value in trainer.evaluate().items() if "second" not in name and "time" not in name}
+    rank = trainer.args.process_index
+    if record is not None:
+        folder = Path(record)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{rank}.json").write_text(json.dumps({"rows": seen, "metrics": metrics}))
+        if rank == 0:
+            save_file(
+                {name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors"
+            )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,191 @@
+"""What a run leaves is complete, private and safe: results, log, predictions, card; and nothing of others is touched."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from etf_adapt import report
+from etf_adapt.card import CardFacts, escape_markdown, make_card
+
+HOSTILE_NAMES = ["a|b", "<script>alert(1)</script>", "{{ 7 * 7 }}", "two\nlines\n---\n# heading", 'quo"te', "```\ncode"]
+
+
+def card_facts(**changes) -> CardFacts:
+    scores = {"accuracy": 0.5, "balanced_accuracy": 0.25, "few": None, "many": math.nan, "ece": 0.01}
+    facts = CardFacts(
+        model_id="out/digits-micro-etf",
+        on_hub=False,
+        task="image",
+        timm=True,
+        base_model="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        dataset={"name": "digits", "kind": "embedded", "rows": {"train": 10}},
+        label_names=["no", "yes"],
+        class_counts=[200, 8],
+        head={"kind": "etf", "frame": "ridge", "trainable": False},
+        loss={"name": "dot_regression", "form": "one_sided"},
+        split="test",
+        scores=scores,
+        table=report.shot_table(scores, [200, 8], [10, 10]),
+        calibrated_rows=20,
+        command="accelerate launch recipes/finetune.py",
+        seeds={"seed": 0},
+        environment={"python": "3.11"},
+    )
+    return dataclasses.replace(facts, **changes)
+
+
+class TestOutputFolder:
+    def test_an_empty_or_missing_folder_is_free(self, tmp_path):
+        report.check_output_dir(tmp_path)
+        report.check_output_dir(tmp_path / "missing")
+
+    def test_anything_that_no_run_wrote_is_refused_whatever_is_said(self, tmp_path):
+        (tmp_path / "thesis.txt").write_text("years of work")
+        for say in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(report.OutputFolderError, match="thesis"):
+                report.check_output_dir(tmp_path, **say)
+
+    def test_an_earlier_run_is_kept_unless_the_user_says_how_to_go_on(self, tmp_path):
+        report.write_json(tmp_path / report.ARGUMENTS_FILE, {})
+        (tmp_path / "checkpoint-7").mkdir()
+        with pytest.raises(report.OutputFolderError, match=r"--resume_from_checkpoint.*--overwrite_output_dir"):
+            report.check_output_dir(tmp_path)
+        report.check_output_dir(tmp_path, resume=True)
+        report.check_output_dir(tmp_path, overwrite=True)
+
+    def test_a_run_that_ended_before_its_first_checkpoint_is_no_obstacle(self, tmp_path):
+        report.write_json(tmp_path / report.ARGUMENTS_FILE, {})
+        report.check_output_dir(tmp_path)
+
+    def test_a_file_is_no_folder(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(report.OutputFolderError, match="is a file"):
+            report.check_output_dir(tmp_path / "file")
+
+    def test_replacing_a_run_removes_its_files_and_no_others(self, tmp_path):
+        for name in ("model.safetensors", "config.json", "README.md", report.ARGUMENTS_FILE, "thesis.txt"):
+            (tmp_path / name).write_text("")
+        report.remove_run_files(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_nothing_is_removed_where_no_run_was(self, tmp_path):
+        (tmp_path / "model.safetensors").write_text("")
+        report.remove_run_files(tmp_path)
+        assert (tmp_path / "model.safetensors").exists()
+
+
+class TestFiles:
+    def test_what_is_not_finite_is_written_as_null(self, tmp_path):
+        report.write_json(tmp_path / "r.json", {"nan": math.nan, "inf": [math.inf], "one": 1.0})
+        assert json.loads((tmp_path / "r.json").read_text()) == {"nan": None, "inf": [None], "one": 1.0}
+        assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+    def test_arguments_tell_no_token_and_no_place_of_this_machine(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        @dataclasses.dataclass
+        class Arguments:
+            model: str = "/home/somebody/models/vit"
+            dataset: str = str(tmp_path / "data" / "birds")
+            output_dir: str = "out/run"
+            hub_token: str = "hf_secret"
+            options: dict = dataclasses.field(default_factory=lambda: {"dir": "/home/somebody/x", "api_token": "hf_secret"})
+
+        public = report.public_arguments(Arguments())
+        assert public == {"model": "vit", "dataset": "data/birds", "output_dir": "out/run", "options": {"dir": "x"}}
+
+    def test_the_command_tells_no_token_and_no_place_of_this_machine(self):
+        argv = ["--model", "/home/somebody/vit", "--data=/home/somebody/d", "--hub_token", "hf_s", "--hub_token=hf_s", "--paper"]
+        assert report.public_command(argv) == "accelerate launch recipes/finetune.py --model vit --data=d --paper"
+
+    def test_results_are_flat_and_name_every_score_of_both_splits(self):
+        results = report.flat_results({"train_runtime": 1.0}, {"accuracy": 0.5}, None)
+        assert {f"{split}_{score}" for split in ("eval", "test") for score in report.SCORES} <= set(results)
+        assert results["eval_accuracy"] == 0.5 and results["test_accuracy"] is None and results["train_runtime"] == 1.0
+
+    def test_the_log_has_one_line_a_step(self, tmp_path):
+        history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_accuracy": 0.5}, {"step": 2, "loss": math.nan}]
+        report.write_log(tmp_path / "log.jsonl", history)
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert lines == [{"step": 1, "loss": 2.0, "eval_accuracy": 0.5}, {"step": 2, "loss": None}]
+
+    def test_predictions_keep_class_names_whatever_they_hold(self, tmp_path):
+        rows = range(len(HOSTILE_NAMES))
+        file = tmp_path / "predictions.csv"
+        report.write_predictions(
+            file, row_ids=rows, labels=rows, predictions=rows, confidences=[0.5] * len(rows), label_names=HOSTILE_NAMES
+        )
+        with open(file, newline="", encoding="utf-8") as stream:
+            assert [row["label"] for row in csv.DictReader(stream)] == HOSTILE_NAMES
+
+    def test_the_environment_names_versions_and_no_machine(self):
+        import platform
+
+        found = report.describe_environment()
+        assert "torch" in found and platform.node() not in found.values()
+
+
+class TestTable:
+    def test_groups_and_thirds_each_hold_every_class_once(self):
+        table = report.shot_table({}, [500, 100, 60, 20, 5], [3, 3, 3, 3, 3])
+        assert [row[2] for row in table] == [1, 3, 1, 2, 1, 2, 5, 5]
+        assert sum(row[3] for row in table[:3]) == sum(row[3] for row in table[3:6]) == 15
+
+    def test_an_empty_group_is_a_dash(self):
+        table = report.shot_table({"many": None}, [50, 50], [1, 1])
+        assert "many" in (line := report.format_table(table).splitlines()[1]) and line.endswith(" -")
+
+
+class TestCard:
+    def test_metadata_are_what_the_hub_reads(self):
+        metadata = make_card(card_facts()).data.to_dict()
+        assert metadata["pipeline_tag"] == "image-classification" and metadata["library_name"] == "timm"
+        assert metadata["base_model"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        metrics = metadata["model-index"][0]["results"][0]["metrics"]
+        assert [metric["value"] for metric in metrics] == [0.5, 0.25]  # not the group that is empty, nor the NaN
+
+    def test_a_local_base_model_or_data_set_is_not_given_out_as_a_hub_id(self):
+        metadata = make_card(card_facts(base_model="my_model")).data.to_dict()
+        assert "base_model" not in metadata and "datasets" not in metadata
+
+    @pytest.mark.parametrize("name", HOSTILE_NAMES)
+    def test_names_cannot_break_out_of_yaml_markdown_or_html(self, name):
+        labels = {"label_names": [name, "x"], "model_id": f"out/{name}"}
+        card = str(make_card(card_facts(dataset={"name": name, "kind": "Hub"}, base_model=name, command=name, **labels)))
+        read = ModelCard(card).data
+        assert read.datasets == [" ".join(name.split())] and read.pipeline_tag == "image-classification"
+        assert "<script>" not in outside_code(ModelCard(card).text) and "49" not in outside_code(ModelCard(card).text)
+        assert [line.split()[0] for line in headings(card)] == [line.split()[0] for line in headings(str(make_card(card_facts())))]
+
+    def test_escaping_leaves_one_line(self):
+        assert "\n" not in escape_markdown("two\nlines") and "<" not in escape_markdown("<b>")
+
+
+def outside_code(text: str) -> str:
+    """Return the lines that stand in no fenced block."""
+    kept, fence = [], None
+    for line in text.splitlines():
+        ticks = len(line) - len(line.lstrip("`"))
+        if fence is None and ticks >= 3:
+            fence = ticks
+        elif fence is not None and line == "`" * ticks and ticks >= fence:
+            fence = None
+        elif fence is None:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def headings(card: str) -> list[str]:
+    return [line for line in outside_code(card).splitlines() if line.startswith("#")]
+
+
+def test_loading_lines_are_python(tmp_path: Path):
+    for task in ("image", "text"):
+        compile(report.loading_lines(tmp_path / 'quo"te', task), "lines", "exec")

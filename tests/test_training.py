@@ -1,0 +1,318 @@
+"""Laws of a run: one seed is one result, a stop changes nothing, what is fixed stays fixed, and no bad weight is saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import COUNTS, NoisyRows, make_model, make_trainer, weights
+
+from etf_adapt.checkpoints import is_complete, list_checkpoints
+from etf_adapt.training import pooled_balanced_accuracy
+
+PROGRAM = Path(__file__).parent / "small_run.py"
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def run_program(settings, *, killed=False, failed=False, launcher=(sys.executable,)):
+    """Run ``small_run.py``; ``killed``: it must end by SIGKILL; ``failed``: its launcher must say that it did."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    command = [*launcher, str(PROGRAM), json.dumps(settings)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == (-signal.SIGKILL if killed else 1 if failed else 0), done.stderr[-3000:]
+    return done.stdout
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
+    results = []
+    for number, seed in enumerate((3, 3, 4)):
+        trainer = make_trainer(tmp_path / str(number), seed=seed, sampler="balanced")
+        trainer.train()
+        results.append(weights(trainer))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("step", [6, 9, 12], ids=["mid-epoch", "mid-epoch of the second", "end of an epoch"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_total_limit": None,
+        "per_device_train_batch_size": 16 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 3,
+        "sampler": "sqrt",
+        "realign_epochs": 2,
+        "mixup": 0.4,
+        "label_smoothing": 0.1,
+    }
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    assert whole.state.max_steps == 18
+    for path in list_checkpoints(tmp_path / "run"):
+        if int(path.name.split("-")[1]) > step:
+            path.rename(path.with_name(f"later-{path.name}"))
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+    assert resumed.state.best_metric == whole.state.best_metric
+    assert resumed.state.best_global_step == whole.state.best_global_step
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "sampler": "balanced",
+        "num_train_epochs": 2,
+    }
+    run_program({**settings, "output_dir": str(tmp_path / "whole"), "record": str(tmp_path / "a")})
+    run_program({**settings, "output_dir": str(tmp_path / "killed"), "kill_at": 9}, killed=True)
+    run_program({**settings, "output_dir": str(tmp_path / "killed"), "resume": True, "record": str(tmp_path / "b")})
+    assert same(*(load_file(tmp_path / name / "weights.safetensors") for name in "ab"))
+    whole, resumed = (json.loads((tmp_path / name / "0.json").read_text()) for name in "ab")
+    assert resumed["rows"] == whole["rows"][8:]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    trainer = make_trainer(tmp_path / "run", num_train_epochs=3, save_total_limit=None)
+    trainer.train()
+    (tmp_path / "run" / "checkpoint-18" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "run" / "checkpoint-12" / "model.safetensors").unlink()
+    resumed = make_trainer(tmp_path / "run", num_train_epochs=3, save_total_limit=None)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(trainer), weights(resumed))
+    assert all(map(is_complete, list_checkpoints(tmp_path / "run")))
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
+    # With a learning rate of zero no evaluation is better than the first.
+    settings = {"learning_rate": 0.0, "early_stopping_patience": 2, "num_train_epochs": 9, "save_total_limit": None}
+    trainer = make_trainer(tmp_path / "run", **settings)
+    trainer.train()
+    assert trainer.state.epoch == 3
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 3
+    (tmp_path / "run" / "checkpoint-18").rename(tmp_path / "later")
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 3
+
+
+def test_a_finished_run_trains_no_step_more(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=4, load_best_model_at_end=False
+    )
+    trainer.train()
+    resumed = make_trainer(
+        tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=4, load_best_model_at_end=False
+    )
+    assert resumed.train(resume_from_checkpoint=True).global_step == 8
+    assert same(weights(trainer), weights(resumed))
+
+
+def test_a_run_is_not_resumed_with_another_draw(tmp_path):
+    make_trainer(tmp_path / "run", sampler="balanced").train()
+    with pytest.raises(ValueError, match=r"sampler 'balanced', and this run has 'instance'"):
+        make_trainer(tmp_path / "run").train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_does_not_touch_an_older_one(tmp_path):
+    make_trainer(tmp_path / "run").train()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match="holds checkpoint-12 of an earlier run"):
+        make_trainer(tmp_path / "run").train()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_no_pickle_of_the_arguments_is_left(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "finished"))
+    assert not list(tmp_path.rglob("training_args.bin"))
+    assert (tmp_path / "finished" / "model.safetensors").is_file()
+    assert not list((tmp_path / "finished").glob("*.pt*")) and not list((tmp_path / "finished").glob("*.bin"))
+
+
+def test_the_log_has_each_epoch_once_after_a_resume(tmp_path):
+    trainer = make_trainer(tmp_path / "run", save_total_limit=None)
+    trainer.train()
+    (tmp_path / "run" / "checkpoint-12").rename(tmp_path / "later")
+    make_trainer(tmp_path / "run", save_total_limit=None).train(resume_from_checkpoint=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1.0, 2.0]
+    assert all("loss" in line and "eval_balanced_accuracy" in line for line in lines)
+
+
+def test_the_fixed_head_stays_fixed_and_out_of_the_optimizer(tmp_path, capsys):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.model.requires_grad_(True)
+    trainer.train()
+    ((path, head),) = trainer.heads.items()
+    assert "fixed again" in capsys.readouterr().out and path
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not held & {id(parameter) for parameter in head.parameters()}
+    fresh = make_trainer(tmp_path / "other")
+    fresh.align()
+    assert torch.equal(head.weight, next(iter(fresh.heads.values())).weight)
+
+
+def test_a_trained_head_has_its_own_learning_rate(tmp_path):
+    model = make_model(head="linear")
+    trainer = make_trainer(tmp_path, model=model, head_learning_rate=0.25, learning_rate=0.125)
+    optimizer = trainer.create_optimizer()
+    head = {id(parameter) for parameter in next(iter(trainer.heads.values())).parameters()}
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert {rates[key] for key in head} == {(0.25, trainer.args.weight_decay), (0.25, 0.0)}
+    assert {rate for key, (rate, _) in rates.items() if key not in head} == {0.125}
+
+
+def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
+    model = make_model(head="linear")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(tmp_path / "run", model=model, freeze="backbone")
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    path = next(iter(trainer.heads))
+    assert changed == {f"{path}.weight", f"{path}.bias"}
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        make_trainer(tmp_path / "none", freeze="backbone").train()
+
+
+def test_without_epochs_the_head_is_aligned_only(tmp_path):
+    trainer = make_trainer(tmp_path / "run", freeze="backbone", num_train_epochs=0)
+    trainer.train()
+    assert trainer.alignment["frame"] == "ridge"
+    assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
+
+
+def test_realignment_moves_the_head_in_the_first_epochs_only(tmp_path):
+    heads = []
+    for epochs in range(4):
+        trainer = make_trainer(
+            tmp_path / str(epochs), realign_epochs=epochs, num_train_epochs=3, load_best_model_at_end=False
+        )
+        trainer.train()
+        heads.append(next(iter(trainer.heads.values())).weight.detach().clone())
+    assert not any(torch.equal(heads[i], heads[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_what_is_not_finite_ends_the_run_unsaved(tmp_path, where):
+    trainer = make_trainer(tmp_path / "run", num_train_epochs=4)
+    step = trainer.training_step
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+
+    def poisoned(model, inputs, num_items_in_batch=None):
+        if trainer.state.global_step == 11:
+            if where == "loss":
+                inputs = {**inputs, "pixel_values": inputs["pixel_values"] * math.nan}
+            else:
+                loss = step(model, inputs, num_items_in_batch)
+                parameter.grad.fill_(math.inf)
+                return loss
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = poisoned
+    trainer.args.max_grad_norm = 0.0
+    with pytest.raises(FloatingPointError, match="not finite|no longer finite"):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert all(
+        bool(torch.isfinite(v).all()) for v in load_file(tmp_path / "run/checkpoint-6/model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("frame", ["random", "ridge"])
+def test_two_uneven_classes_are_learned(tmp_path, frame):
+    trainer = make_trainer(
+        tmp_path / "run", counts=(100, 5), eval_counts=(40, 40), frame=frame, num_train_epochs=6, sampler="balanced"
+    )
+    before = trainer.evaluate()["eval_balanced_accuracy"] if frame == "random" else None
+    trainer.train()
+    after = trainer.evaluate()["eval_balanced_accuracy"]
+    assert after > 0.85 and (before is None or after > before)
+
+
+def test_mixed_precision_keeps_float32_weights(tmp_path):
+    trainer = make_trainer(tmp_path / "run", bf16=True)
+    trainer.train()
+    exact = make_trainer(tmp_path / "exact")
+    exact.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    losses = [entry["loss"] for t in (trainer, exact) for entry in t.state.log_history if "loss" in entry]
+    assert losses[0] != losses[2] and abs(losses[0] - losses[2]) < 0.05
+    with pytest.raises(ValueError, match=r"is torch.bfloat16, but weights are trained in float32"):
+        make_trainer(tmp_path / "half", model=make_model().to(torch.bfloat16)).train()
+
+
+def test_evaluation_counts_each_row_once(tmp_path):
+    trainer = make_trainer(tmp_path, eval_counts=(9, 5, 3), per_device_eval_batch_size=4)
+    rows = NoisyRows((9, 5, 3), seed=1)
+    output = trainer.predict(rows)
+    assert output.predictions.row_ids.tolist() == list(range(17))
+    with torch.no_grad():
+        logits = trainer.model.eval()(pixel_values=rows.images).logits
+    assert np.array_equal(output.predictions.predictions, logits.argmax(-1).numpy())
+    assert output.metrics["test_accuracy"] == np.mean(logits.argmax(-1).numpy() == rows.labels)
+    assert math.isclose(
+        output.metrics["test_loss"],
+        torch.nn.functional.cross_entropy(logits, torch.tensor(rows.labels)).item(),
+        rel_tol=1e-5,
+    )
+
+
+def test_small_classes_share_one_recall():
+    labels = np.array([0] * 6 + [1] * 5 + [2, 2, 3])
+    predictions = np.array([0] * 3 + [1] * 3 + [1] * 5 + [2, 0, 0])
+    assert pooled_balanced_accuracy(predictions, labels) == pytest.approx((0.5 + 1.0 + 2 * 1 / 3) / 4)
+    assert pooled_balanced_accuracy(predictions, labels, min_rows=1) == pytest.approx((0.5 + 1.0 + 0.5 + 0.0) / 4)
+    assert pooled_balanced_accuracy(predictions, labels, min_rows=99) == pytest.approx(9 / 14)
+
+
+def test_the_draw_counts_the_whole_batch(tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=8, sampler="balanced")
+    loader = trainer.get_train_dataloader()
+    assert len(loader) * 8 == len(trainer._train_sampler) == 96  # 88 rows, in whole batches of 24
+    drawn = trainer.train_labels[np.concatenate([batch["row_id"] for batch in loader])]
+    assert np.bincount(drawn).tolist() == [32, 32, 32]
+
+
+def test_smoothing_in_soft_labels_is_the_models_own_loss(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing=0.3)
+    images, labels = (
+        torch.stack([trainer.train_dataset[row]["pixel_values"] for row in range(4)]),
+        torch.tensor([0, 1, 2, 0]),
+    )
+    batch = {"pixel_values": images, "labels": labels, "row_id": torch.arange(4)}
+    model = trainer.model.eval()
+    soft = torch.full((4, 3), 0.1) + 0.7 * torch.eye(3)[labels]
+    expected = model.compute_loss_from_logits(model(pixel_values=images).logits, soft)
+    assert torch.allclose(trainer.compute_loss(model, dict(batch)), expected)
+    assert len(COUNTS) == 3
