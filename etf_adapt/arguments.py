@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -161,9 +162,16 @@ class ETFTrainingArguments(TrainingArguments):
         _one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "group_by_length"))
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False  # Pinning without a device only warns.
+        if not torch.accelerator.is_available():
+            # Processes started on a machine without a device join only if told so; each would run alone otherwise, all
+            # of them writing into one folder (accelerate 1.15).
+            self.use_cpu = True
         super().__post_init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and self.world_size == 1:
+            raise ValueError(
+                f"WORLD_SIZE (={os.environ['WORLD_SIZE']}) processes were started, but they do not know of each other: make no "
+                "Accelerator and no PartialState before these arguments."
+            )
         for name, (required, why) in REFUSED_ACCELERATOR.items():
             _require(f"accelerator_config.{name}", getattr(self.accelerator_config, name), required, why)
 

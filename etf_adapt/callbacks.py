@@ -47,20 +47,18 @@ def set_threads(threads: int | None = None) -> int:
 def missing_processes() -> str | None:
     """Say so where more than one process was asked for and one runs.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process without a word; it leaves MASTER_ADDR behind, which
+    ``accelerate launch --cpu --num_processes 2`` starts one process without a word. It leaves MASTER_ADDR behind, which
     it sets for more than one only.
 
     Returns:
         The sentence, or None where all is as asked.
     """
-    asked = int(os.environ.get("WORLD_SIZE", "0")) > 1 or (
-        "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    )
+    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if not asked or PartialState().num_processes > 1:
         return None
     return (
-        "WARNING: several processes were asked for, but one runs: on CPUs start them with "
-        "`torchrun --nproc_per_node <n>` or an Accelerate configuration with `distributed_type: MULTI_CPU`."
+        "WARNING: several processes were asked for, but one runs: start them with `torchrun --nproc_per_node <n>` or "
+        "`accelerate launch --multi_gpu --num_processes <n>`, which start them on CPUs too."
     )
 
 
@@ -74,23 +72,44 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
         Lines for a person.
     """
     args, state = trainer.args, PartialState()
+    runs = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} of {torch.get_num_threads()} threads"
+    kind = f" ({trainer.accelerator.distributed_type.value})" if state.num_processes > 1 else ""
     precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast over float32 weights"
-    counts = trainer.class_counts[trainer.class_counts > 0] if trainer.class_counts is not None else []
-    head = next(iter(trainer.heads.values()))
-    parameters = list(trainer.model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    counts = [] if trainer.class_counts is None else [int(rows) for rows in trainer.class_counts if rows]
+    classes = f"{len(counts)} classes of {min(counts):,} to {max(counts):,} rows" if counts else "no classes"
+    imbalance = f" (imbalance {max(counts) / min(counts):.4g})" if counts else ""
     validation = f", {len(trainer.eval_dataset):,} to validate" if isinstance(trainer.eval_dataset, Sized) else ""
-    fixed = "learned" if head.trainable else "fixed"
+    head = next(iter(trainer.heads.values()))
+    frame = f"{args.frame} frame to be set" if trainer.needs_alignment() else f"{head.frame} frame"
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
     lines = [
-        f"{state.num_processes} process(es) of {torch.get_num_threads()} threads on {args.device}, {precision}",
-        f"{sum(counts):,} rows to train{validation}; {len(counts)} classes of {min(counts):,} to {max(counts):,} rows "
-        f"(imbalance {max(counts) / min(counts):.4g})",
-        f"head {head.kind}, frame {head.frame}, {fixed}; {trained:,} of {sum(p.numel() for p in parameters):,} parameters "
-        f"trained; BatchNorm statistics {trainer.batch_norm}",
-        f"sampler {args.sampler}, {trainer.get_total_train_batch_size(args)} rows a step, seed {args.seed}",
+        f"runs: {runs} on {args.device.type}{kind}, {precision}",
+        f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
+        f"head: {head.kind}, {frame}, {'learned' if head.trainable else 'fixed'}; BatchNorm statistics {trainer.batch_norm}",
+        f"trained: {sum(size for size, trained in sizes if trained):,} of {sum(size for size, _ in sizes):,} parameters",
+        f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
     ]
     missing = missing_processes()
     return [*lines, *([missing] if missing else [])]
+
+
+def describe_alignment(result: Mapping[str, Any]) -> str:
+    """Say what an alignment did.
+
+    Args:
+        result: Fields of an ``etf_adapt.alignment.AlignmentResult``.
+
+    Returns:
+        A line for a person.
+
+    Example:
+        >>> describe_alignment({"frame": "ridge", "rows": 1200, "penalties": (0.1,), "balanced_accuracy": 0.831})
+        'aligned: ridge frame on 1,200 rows, penalty 0.1, leave-one-out balanced accuracy 83.1'
+    """
+    penalties = [f"penalty {penalty:.4g}" for penalty in result["penalties"] if penalty is not None]
+    score = result["balanced_accuracy"]
+    said = [f"aligned: {result['frame']} frame on {result['rows']:,} rows", *penalties[:1]]
+    return ", ".join([*said, *([] if score is None else [f"leave-one-out balanced accuracy {percent(score)}"])])
 
 
 class EpochStart(TrainerCallback):
@@ -186,8 +205,9 @@ class RunLog(TrainerCallback):
 
     @staticmethod
     def _write(args: TrainingArguments, state: TrainerState) -> None:
-        if state.is_world_process_zero and Path(args.output_dir).is_dir():
-            write_log(Path(args.output_dir) / LOG_FILE, state.log_history)
+        folder = Path(str(args.output_dir))
+        if state.is_world_process_zero and folder.is_dir():
+            write_log(folder / LOG_FILE, state.log_history)
 
     @staticmethod
     def _say(line: str, args: TrainingArguments, state: TrainerState) -> None:
@@ -206,5 +226,5 @@ def _scores(logs: Mapping[str, Any]) -> str:
 class ProgressBar(ProgressCallback):
     """Transformers' progress bar, without its print of every log: ``RunLog`` says what is worth a line."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print nothing."""

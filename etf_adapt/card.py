@@ -230,7 +230,12 @@ def _usage(facts: CardFacts) -> str:
     ]
     if facts.timm:
         place = "hf-hub:" if facts.on_hub else "local-dir:"
-        lines += ["", "import timm", "", f"model = timm.create_model({json.dumps(place + facts.model_id)}, pretrained=True)"]
+        lines += [
+            "",
+            "import timm",
+            "",
+            f"model = timm.create_model({json.dumps(place + facts.model_id)}, pretrained=True)",
+        ]
     return "\n".join(lines)
 
 

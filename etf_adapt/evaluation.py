@@ -91,9 +91,8 @@ def fit_temperature(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> f
         fit.add_batch(logits, labels)
     if PartialState().num_processes > 1:
         device = next(model.parameters()).device
-        totals = torch.cat([fit.sums, torch.tensor([float(fit.rows)], dtype=torch.float64)]).to(device)
-        totals = reduce(totals, "sum").cpu()
-        fit.sums, fit.rows = totals[:-1], int(totals[-1])
+        fit.sums = reduce(fit.sums.to(device), "sum").cpu()
+        fit.rows = int(reduce(torch.tensor(fit.rows, device=device), "sum"))
     return fit.factor()
 
 

@@ -25,7 +25,8 @@ from etf_adapt.model_names import locate_model, resolve_model_name
 ENTRY = "etf_adapt"
 """Name of our one entry in a model's ``config.json``. Every stock reader passes over it, and keeps it when it saves."""
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
 
 
 def locate(name_or_path: str, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
@@ -45,7 +46,7 @@ def locate(name_or_path: str, *, fetch: bool, options: Mapping[str, Any] | None 
         ValueError: No model has this name.
     """
     location = resolve_model_name(str(name_or_path))
-    has_own_options = any((options or {}).get(name) is not None for name in _HUB_OPTIONS)
+    has_own_options = any((options or {}).get(name) is not None for name in HUB_OPTIONS)
     return locate_model(location) if fetch and not has_own_options else location
 
 
@@ -62,7 +63,7 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
     """
     if not fetch and location.startswith("timm/") and not Path(location).is_dir():
         return _timm_config(location.removeprefix("timm/")), options
-    hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     loaded = AutoConfig.from_pretrained(location, return_unused_kwargs=True, **options)
     config, unused = loaded
     model_args = getattr(config, "model_args", None)
@@ -75,7 +76,7 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
 def _timm_config(name: str) -> TimmWrapperConfig:
     """Return the configuration of a model in timm's registry, as its folder on the Hub has it."""
     try:
-        known = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         raise ValueError(f"`name_or_path` (='timm/{name}'): {error} See timm.list_models().") from error
     settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
@@ -118,7 +119,7 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         what = "tokenizer" if task == "text" else "image processor"
         raise FileNotFoundError(
-            f"`{name_or_path}` holds no {what} ({str(error).splitlines()[0]}): save the one that belongs to the model beside it."
+            f"`{name_or_path}` holds no {what} ({str(error).splitlines()[0]}): save the one that belongs to the model there."
         ) from error
     if task == "text" and processor.pad_token is None and processor.eos_token is not None:
         processor.pad_token = processor.eos_token
@@ -213,7 +214,7 @@ def write_timm_folder(
         "architecture": config.architecture,
         "num_classes": config.num_labels,
         "num_features": model.num_features,
-        "label_names": [config.id2label[index] for index in range(config.num_labels)],
+        "label_names": [name for _, name in sorted((config.id2label or {}).items())],
         "model_args": model_args,
         "pretrained_cfg": pretrained_cfg | {"num_classes": config.num_labels, "custom_load": False},
         ENTRY: getattr(config, ENTRY, None),

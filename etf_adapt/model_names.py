@@ -141,7 +141,9 @@ def resolve_model_name(name: str) -> str:
             raise FileNotFoundError(f"`model` (={name!r}) is a folder without a config.json: it holds no model.")
         return str(folder)
     if name.startswith(("./", "../", "/", "~")) or name.count("/") > 1 or folder.suffix in (".safetensors", ".bin"):
-        raise FileNotFoundError(f"`model` (={name!r}) is not a folder: give the folder that holds the model's config.json.")
+        raise FileNotFoundError(
+            f"`model` (={name!r}) is not a folder: give the folder that holds the model's config.json."
+        )
     if name.count("/") == 1 and all(name.split("/")):
         return name
     return _timm_or_old_id(name)

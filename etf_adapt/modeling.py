@@ -1,363 +1,428 @@
-"""Stock classification models with a head and a loss of ours: loading, training-time forward, and saving as stock folders."""
+"""Loading: any stock classification model with a new head and loss of ours, or one saved here with its own."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
-    TimmWrapperForImageClassification,
 )
-from transformers.utils import ModelOutput
 
-from etf_adapt.folders import (
-    ENTRY,
-    is_training_checkpoint,
-    layer_digest,
-    load_config,
-    load_processor,
-    locate,
-    read_weights,
-    write_timm_folder,
-)
-from etf_adapt.head import ClassifierHead, fold_head
-from etf_adapt.losses import Loss, make_loss
-from etf_adapt.state_dict import convert_state_dict, find_missing
-from etf_adapt.swap import head_modules, logits_of, swap_head
+from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
+from etf_adapt.folders import ENTRY, HUB_OPTIONS, layer_digest, load_config, load_processor, locate, read_weights
+from etf_adapt.swap import find_heads, head_modules, swap_head
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
 
-DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
-    "etf": {"name": "dot_regression"},
-    "linear": {"name": "cross_entropy"},
-    "cosine": {"name": "cross_entropy"},
-    # As in the published code: on the sphere, by the length of the feature, the classes of a batch weighted equally.
-    "paper": {"name": "dot_regression", "form": "sphere", "balance": "in_batch", "unit_features": True},
-}
-"""Settings of the loss that goes with each kind of head."""
-
-_STOCK_SHAPED = ("etf", "linear")
-_TIMM_PREFIX = "timm_model."
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
-# For type checkers only: at run time a base of transformers' own would hide the stock class's attributes.
-_Base = PreTrainedModel if TYPE_CHECKING else object
+
+class _Factory(ETFModel):
+    """Loading, common to both tasks."""
+
+    _auto_model: Any
+    _task: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} is not instantiated: use {type(self).__name__}.from_pretrained(...).")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        head: str | None = None,
+        trainable: bool | None = None,
+        loss: Mapping[str, Any] | str | None = None,
+        class_counts: Sequence[int] | None = None,
+        head_path: str | Sequence[str] | None = None,
+        pretrained: bool = True,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> ETFModel:
+        """Load a pretrained model and give it a head and a loss of ours; or load one that has them back.
+
+        A folder saved here comes back with its head, loss and settings, unless other labels or another head are asked
+        for. Any other model gets a new head. Weights are loaded as float32 whatever their file holds, since half-precision
+        weights would be trained in half precision.
+
+        Args:
+            name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``); a folder in
+                transformers' or timm's layout.
+            num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
+            id2label: Names of the classes.
+            label2id: Their inverse, where that is at hand.
+            head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``. Where None: as saved, or ``"etf"``.
+            trainable: Whether the head learns; as saved, or as usual for its kind, where None.
+            loss: Arguments of ``etf_adapt.losses.make_loss``, or its name; as saved, or the head's usual one, where None.
+            class_counts: Training rows of each class, for the loss that needs them.
+            head_path: Module path or paths of the layer to replace, for models in which it is not found.
+            pretrained: Whether to load weights; otherwise they are random, in the same architecture.
+            seed: Seed of the random frame and of weights that are not in the file.
+            kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
+
+        Returns:
+            The stock model, of a class that is both the stock one and this one.
+
+        Raises:
+            OSError: The model is not here and cannot be fetched.
+            ValueError: No model has this name, it does not do this task, or arguments do not fit each other.
+        """
+        factory = factory_of(cls)
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        dtype = kwargs.pop("dtype", "auto" if kwargs.get("quantization_config") else torch.float32)
+        location = locate(str(name_or_path), fetch=pretrained, options=kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = load_config(location, fetch=pretrained, **kwargs)
+        factory._require_task(config, location)
+        count, names = _resolve_labels(num_labels, id2label, label2id)
+        saved = getattr(config, ENTRY, None) if pretrained else None
+        with _seeded(seed):
+            if saved is not None and _is_unfolded(saved):
+                model = factory._load_checkpoint(location, config, saved, dtype=dtype)
+            else:
+                model = factory._load_stock(location, config, count, pretrained=pretrained, dtype=dtype, **kwargs)
+        before = cast(int, model.config.num_labels)
+        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path)
+        if saved is not None and kept:
+            if not isinstance(model, ETFModel):
+                model = _restore(factory, model, saved)
+            _override(model, trainable, loss, class_counts)
+        else:
+            if saved is not None:
+                warnings.warn(
+                    f"The head saved in {location} ({saved['head']['kind']!r}, {before} classes) is replaced by a new one "
+                    f"({head or 'etf'!r}, {count or before} classes): other labels or another head were asked for.",
+                    stacklevel=2,
+                )
+            model = _adapt(
+                factory,
+                model,
+                count or before,
+                head=head or "etf",
+                trainable=trainable,
+                loss=loss,
+                class_counts=class_counts,
+                id2label=names,
+                head_path=head_path,
+                seed=seed,
+            )
+        model.processor = _find_processor(location, factory._task, model.config, kwargs)
+        if factory._task == "text":
+            _set_padding(model)
+        return cast(ETFModel, model)
+
+    @classmethod
+    def _require_task(cls, config: PreTrainedConfig, location: str) -> None:
+        if type(config) not in cls._auto_model._model_mapping and cls._auto_model.__name__ not in getattr(
+            config, "auto_map", {}
+        ):
+            other = "ETFForImageClassification" if cls._task == "text" else "ETFForSequenceClassification"
+            raise ValueError(
+                f"`name_or_path` (={location!r}) is a {config.model_type!r} model, of which transformers has no class for "
+                f"{cls._task} classification: choose another model, or {other} for the other kind of input."
+            )
+
+    @classmethod
+    def _load_stock(
+        cls, location: str, config: PreTrainedConfig, num_labels: int | None, *, pretrained: bool, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
+        if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
+            if num_labels is None:
+                raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
+            config.num_labels = num_labels
+        if pretrained:
+            return cast(PreTrainedModel, cls._auto_model.from_pretrained(location, config=config, **kwargs))
+        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        model = cast(PreTrainedModel, cls._auto_model.from_config(config, **options)).eval()
+        if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better
+            fresh = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
+            model.timm_model.load_state_dict(fresh.state_dict())
+        return model
+
+    @classmethod
+    def _load_checkpoint(cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], *, dtype: Any) -> Any:
+        """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
+        model = cls._load_stock(location, config, None, pretrained=False, dtype=dtype)
+        model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
+        model.load_state_dict(read_weights(location), strict=False)
+        model._require_complete()
+        return model
 
 
-class ETFModel(_Base):
-    """What a stock classification model gains: our loss in its forward, and folders and checkpoints that read back exactly.
+class ETFForImageClassification(_Factory):
+    """Factory of image classification models with a head and a loss of ours.
 
-    Classes with these methods are made on the fly, as subclasses of the stock class with its name; see ``adapt``.
+    ``from_pretrained`` returns the stock model of transformers, or timm's in transformers' wrapper, with its last layer
+    replaced. What it returns is an instance of its stock class and of this one.
 
-    Attributes:
-        accepts_loss_kwargs: False, so that ``Trainer`` averages the loss over accumulated batches. (True by a ``**kwargs``
-            in the signature would multiply the gradients by their number.)
-        processor: Tokenizer or image processor that ``save_pretrained`` writes beside the model; None where there is none.
+    Example:
+        >>> model = ETFForImageClassification.from_pretrained("timm/test_vit.r160_in1k", num_labels=3, pretrained=False)
+        >>> model(pixel_values=torch.randn(2, 3, 160, 160), labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
+        >>> type(model).__name__, isinstance(model, ETFForImageClassification)
+        ('TimmWrapperForImageClassification', True)
     """
 
-    accepts_loss_kwargs = False
-    processor: Any = None
-    _stock_class: type[PreTrainedModel]
-    _loss: Loss | None = None
-    _loss_settings: dict[str, Any]
-    _class_counts: list[int] | None = None
-    _temperature: float = 1.0
-    _prior_adjustment: list[float] | None = None
-    _shards: dict[str, Tensor] | None = None
-    _unlabelled_steps: int = 0
-    _has_warned_of_frame: bool = False
+    _auto_model = AutoModelForImageClassification
+    _task = "image"
 
-    # Settings and loss
 
-    @property
-    def etf_settings(self) -> dict[str, Any]:
-        """Head, loss and calibration of the model, as they stand in ``config.json``.
+class ETFForSequenceClassification(_Factory):
+    """Factory of text classification models with a head and a loss of ours; as ``ETFForImageClassification``.
 
-        ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
-        ``paths``; ``loss``: arguments of ``etf_adapt.losses.make_loss``; ``class_counts``; ``temperature`` and
-        ``prior_adjustment``: what ``set_temperature`` folded into the head.
-        """
-        heads = head_modules(self)
-        first = next(iter(heads.values()), None)
-        head = {
-            "kind": getattr(first, "folded_from", getattr(first, "kind", None)),
-            "frame": getattr(first, "frame", None),
-            "trainable": getattr(first, "trainable", None),
-            "folded": hasattr(first, "folded_from"),
-            "paths": list(heads),
-        }
-        return {
-            "version": 1,
-            "library": "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers",
-            "head": head,
-            "loss": dict(self._loss_settings),
-            "class_counts": self._class_counts,
-            "temperature": self._temperature,
-            "prior_adjustment": self._prior_adjustment,
-        }
+    Decoders need ``config.pad_token_id``: it is taken from the tokenizer beside the model.
+    """
 
-    def set_loss(
-        self, settings: Mapping[str, Any] | str | None = None, class_counts: Sequence[int] | None = None
-    ) -> None:
-        """Choose the loss that ``forward`` returns.
+    _auto_model = AutoModelForSequenceClassification
+    _task = "text"
 
-        Args:
-            settings: Arguments of ``etf_adapt.losses.make_loss``, or the loss's name; the default of the head's kind where
-                None.
-            class_counts: Training rows of each class (num_classes,); those known so far where None.
 
-        Raises:
-            ValueError: The settings are not those of a loss, or class counts are missing or of another number.
-        """
-        heads = list(head_modules(self).values())
-        chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
-        chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
-        counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
-        if counts is not None and len(counts) != heads[0].num_classes:
-            raise ValueError(
-                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes: give one a class."
-            )
-        self._loss = make_loss(chosen, class_counts=counts)
-        self._loss_settings, self._class_counts = chosen, counts
+def adapt(
+    model: _Model,
+    num_labels: int,
+    *,
+    head: str = "etf",
+    trainable: bool | None = None,
+    loss: Mapping[str, Any] | str | None = None,
+    class_counts: Sequence[int] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    label2id: Mapping[str, int] | None = None,
+    head_path: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> _Model:
+    """Give a stock classification model a head and a loss of ours, in place.
 
-    def set_temperature(self, temperature: float, prior_adjustment: Sequence[float] | None = None) -> None:
-        r"""Fold a factor s of the logits, and offsets a, into the head, in place of those folded before.
+    Args:
+        model: A classification model of transformers; timm's in transformers' TimmWrapper.
+        num_labels: Number of classes.
+        head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
+        trainable: Whether the head learns; as usual for its kind where None.
+        loss: Arguments of ``etf_adapt.losses.make_loss``, or its name; the head's usual one where None.
+        class_counts: Training rows of each class, for the loss that needs them.
+        id2label: Names of the classes.
+        label2id: Their inverse, where that is at hand.
+        head_path: Module path or paths of the layer to replace, where it is not found.
+        seed: Seed of the random frame.
 
-        .. math:: W \leftarrow s W, \qquad b \leftarrow s b + a
+    Returns:
+        The same object, now of a class that is a subclass of its own and of ``ETFForImageClassification`` or
+        ``ETFForSequenceClassification``.
 
-        The stock layer then gives calibrated confidences. The loss of ``forward`` takes both out again, so that training
-        goes on as before. The factor changes no argmax; offsets do.
+    Raises:
+        TypeError: The model is not one of transformers.
+        ValueError: Arguments do not fit each other or the model.
 
-        Args:
-            temperature: The factor s, above 0 (1 / T in the terms of temperature scaling).
-            prior_adjustment: The offsets a (num_classes,); none where None.
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> model = adapt(ViTForImageClassification(ViTConfig(**sizes)), 3)
+        >>> model.etf_settings["head"]["kind"], model.classifier.weight.requires_grad
+        ('etf', False)
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
+            "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
+        )
+    count, names = _resolve_labels(num_labels, id2label, label2id)
+    is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
+    return cast(
+        _Model,
+        _adapt(
+            ETFForImageClassification if is_image else ETFForSequenceClassification,
+            model,
+            cast(int, count),
+            head=head,
+            trainable=trainable,
+            loss=loss,
+            class_counts=class_counts,
+            id2label=names,
+            head_path=head_path,
+            seed=seed,
+        ),
+    )
 
-        Raises:
-            ValueError: s is not positive, a has another length or the layer no bias, or the head is not a stock layer yet.
-        """
-        if not temperature > 0.0:
-            raise ValueError(f"`temperature` (={temperature}) must be above 0.")
-        heads = list(head_modules(self).values())
-        for head in heads:
-            if head.kind not in _STOCK_SHAPED:
-                raise ValueError(f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it.")
-            if prior_adjustment is not None and head.bias is None:
-                raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
-            if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
-                raise ValueError(
-                    f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
-                )
-        if prior_adjustment is not None and len(heads) > 1:
-            raise ValueError("`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone.")
-        factor = temperature / self._temperature
-        old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
-        new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
-        for head in heads:
-            weight, bias = head.rows()
-            head.set_rows(factor * weight, None if bias is None else factor * (bias - old) + new)
-        self._temperature = float(temperature)
-        self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
 
-    def reset_temperature(self) -> None:
-        """Forget what was folded into the head, after its rows were set anew."""
-        self._temperature, self._prior_adjustment = 1.0, None
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, and give it its state back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
 
-    def fold_heads(self) -> None:
-        """Replace cosine and paper heads by the stock layer with the same argmax, as ``save_pretrained`` would.
 
-        Other heads stay. The confidences change: calibrate afterwards.
-        """
-        for path, head in head_modules(self).items():
-            folded = _folded(self, head, path)
-            if folded is not head:
-                parent, _, name = path.rpartition(".")
-                setattr(self.get_submodule(parent), name, folded)
-                self.set_loss(_without_unit_features(self._loss_settings))
+def _adapt(
+    factory: type[_Factory],
+    model: PreTrainedModel,
+    num_labels: int,
+    *,
+    head: str,
+    trainable: bool | None,
+    loss: Mapping[str, Any] | str | None,
+    class_counts: Sequence[int] | None,
+    id2label: Mapping[int, str] | None,
+    head_path: str | Sequence[str] | None,
+    seed: int,
+) -> Any:
+    if isinstance(model, ETFModel):
+        model.fold_heads()  # so that the new layer has the bias of the stock one
+    elif "forward" in vars(model):
+        raise ValueError(
+            f"The forward of this {type(model).__name__} was replaced on the object, as by `device_map` over several devices, and "
+            "would pass by our loss: load the model on one device."
+        )
+    paths = find_heads(model, head=head_path)
+    has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}
+    with _seeded(seed):
+        generator = torch.Generator().manual_seed(seed)
+        swap_head(model, num_labels, head=paths, kind=head, trainable=trainable, id2label=id2label, generator=generator)
+    if not isinstance(model, ETFModel):
+        model.__class__ = made_class(factory, type(model))
+    made = cast(ETFModel, model)
+    made._has_bias = {**has_bias, **made._has_bias}
+    made._class_counts, made._has_trained = None, False
+    made.reset_temperature()
+    made.set_loss(loss, class_counts)
+    return made
 
-    def compute_loss_from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the model's loss.
 
-        Args:
-            logits: Tensor (batch, num_classes), as ``forward`` returns them.
-            labels: Tensor (batch,) of class indices, or (batch, num_classes) of probabilities.
+def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str, Any]) -> Any:
+    """Give a model that was loaded with its saved layer the head, loss and settings that it was saved with."""
+    if saved.get("version") != 1:
+        raise ValueError(
+            f"The folder was written by a newer etf_adapt (entry version {saved.get('version')}): upgrade it."
+        )
+    entry, paths = saved["head"], saved["head"]["paths"]
+    layers = {path: model.get_submodule(path) for path in paths}
+    tensors = [(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)) for layer in layers.values()]
+    is_changed = entry.get("sha256") is not None and _is_changed(tensors, entry)
+    counts = saved["class_counts"]
+    has_counts = counts is not None and len(counts) == model.config.num_labels
+    model = _adapt(
+        factory,
+        model,
+        cast(int, model.config.num_labels),
+        head="linear" if entry["folded"] else entry["kind"],
+        trainable=entry["trainable"],
+        loss=saved["loss"] if has_counts or saved["loss"]["name"] != "logit_adjusted" else None,
+        class_counts=counts if has_counts else None,
+        id2label=None,
+        head_path=paths,
+        seed=0,
+    )
+    for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
+        if not _is_unfolded(saved):
+            head.set_rows(weight, bias)
+        head.frame = "changed" if is_changed else entry["frame"]
+        if entry["folded"]:
+            head.folded_from = entry["kind"]
+    if is_changed:
+        warnings.warn(
+            f"The head's layer is not the one that etf_adapt saved: another tool has changed it since. It is loaded as it "
+            f"stands, without its calibration, and is {'trained' if entry['trainable'] else 'fixed'}.",
+            stacklevel=3,
+        )
+    else:
+        model._temperature, model._prior_adjustment = saved["temperature"], saved["prior_adjustment"]
+    return model
 
-        Returns:
-            Scalar tensor, float32.
-        """
-        self._unlabelled_steps = 0
-        if self._loss is None:  # a copy: functions are not pickled
-            self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
-        if self._prior_adjustment is not None:
-            logits = logits - logits.new_tensor(self._prior_adjustment)
-        if self._temperature != 1.0:
-            logits = logits.float() / self._temperature
-        return self._loss(logits, labels.to(logits.device))
 
-    def _warn_in_training(self, labels: Tensor | None) -> None:
-        """Say once what would train on in silence: an unaligned head, and a loss that is not the model's."""
-        if not self._has_warned_of_frame and any(
-            head.kind == "etf" and head.frame == "random" for head in head_modules(self).values()
-        ):
-            self._has_warned_of_frame = True
-            warnings.warn(
-                "The ETF head is a random frame, to which the features of a pretrained model have to turn first. "
-                "etf_adapt.align_head(model, dataloader) sets it from the training rows before the first step and learns the "
-                "rare classes better; ETFTrainer does so by itself.",
-                stacklevel=3,
-            )
-        if labels is None:
-            self._unlabelled_steps += 1
-            if self._unlabelled_steps == 2:  # Whoever calls compute_loss_from_logits has done so by now.
-                warnings.warn(
-                    f"This model is trained without its labels, so that its loss ({self._loss_settings['name']}) is not used. "
-                    "Trainer does that for `label_smoothing_factor` and applies a cross-entropy: set it to 0 and call "
-                    f"model.set_loss({self._loss_settings | {'label_smoothing': 0.1}}).",
-                    stacklevel=3,
-                )
+def _is_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[str, Any]) -> bool:
+    """Return whether loaded layers differ from those saved; unknown, so False, where they were rounded or are elsewhere."""
+    weight = layers[0][0]
+    if weight.is_meta or torch.finfo(weight.dtype).bits < torch.finfo(getattr(torch, entry["dtype"])).bits:
+        return False
+    return layer_digest(layers) != entry["sha256"]
 
-    # Saving and loading
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        *,
-        fold: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a folder that stock transformers reads, and for timm's backbones timm too, and this library in full.
+def _is_kept(
+    saved: Mapping[str, Any],
+    config: PreTrainedConfig,
+    num_labels: int | None,
+    id2label: Mapping[int, str] | None,
+    head: str | None,
+    head_path: str | Sequence[str] | None,
+) -> bool:
+    """Return whether what was asked for is the head that was saved."""
+    entry = saved["head"]
+    paths = [head_path] if isinstance(head_path, str) else head_path
+    return (
+        num_labels in (None, config.num_labels)
+        and (id2label is None or id2label == dict(config.id2label or {}))
+        and (head is None or (head == entry["kind"] and not entry["folded"]))
+        and (paths is None or list(paths) == entry["paths"])
+    )
 
-        Args:
-            save_directory: Folder.
-            is_main_process: Whether this process writes.
-            state_dict: The model's weights, where they have to be gathered; its own otherwise.
-            fold: Whether cosine and paper heads are folded into the stock layer with the same argmax. Where None, all
-                folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
-                and those of the two kinds are read here only.
-            kwargs: Passed on to transformers' ``save_pretrained``. Timm's layout has one weight file and takes
-                ``push_to_hub`` and its arguments only.
-        """
-        self._require_complete()
-        fold = not is_training_checkpoint(save_directory) if fold is None else fold
-        tensors: dict[str, Tensor] = dict(self.state_dict() if state_dict is None else state_dict)
-        self.config.__dict__[ENTRY] = self._entry(tensors, fold=fold)
-        if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
-            self.processor.save_pretrained(save_directory)
-        if not isinstance(self, TimmWrapperForImageClassification):
-            super().save_pretrained(
-                cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
-            )
-        elif is_main_process:
-            names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
-            write_timm_folder(save_directory, self.config, self.timm_model, names)
-            kwargs.pop("max_shard_size", None)
-            if kwargs.pop("push_to_hub", False):
-                self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
 
-    def _entry(self, tensors: dict[str, Tensor], *, fold: bool) -> dict[str, Any]:
-        """Return the entry of ``config.json``; heads that are to be folded are folded in ``tensors``."""
-        settings = self.etf_settings
-        for path, head in head_modules(self).items():
-            own = {name: tensors[f"{path}.{name}"] for name in head.state_dict() if f"{path}.{name}" in tensors}
-            if fold and head.kind not in _STOCK_SHAPED:
-                copy = deepcopy(head)
-                copy.load_state_dict(own)
-                stock = _folded(self, copy, path)
-                for name in own:
-                    del tensors[f"{path}.{name}"]
-                tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
-                settings["head"]["folded"] = True
-                settings["loss"] = _without_unit_features(settings["loss"])
-        layers = [(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")) for path in settings["head"]["paths"]]
-        settings["dtype"] = str(layers[0][0].dtype).removeprefix("torch.") if layers else None
-        settings["sha256"] = layer_digest(layers)
-        return settings
+def _is_unfolded(saved: Mapping[str, Any]) -> bool:
+    return saved["head"]["kind"] not in STOCK_SHAPED and not saved["head"]["folded"]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights under the model's names or under those of its files (``etf_adapt.state_dict``).
 
-        ``Trainer`` calls this with the contents of a checkpoint's file, or of one shard after another, and
-        ``strict=False``. Nothing is loaded before all of the backbone is there, so that a half-loaded model can be neither
-        run nor saved.
+def _override(
+    model: ETFModel,
+    trainable: bool | None,
+    loss: Mapping[str, Any] | str | None,
+    class_counts: Sequence[int] | None,
+) -> None:
+    """Change what was asked for by name in a model that was restored."""
+    if trainable is not None:
+        for head in head_modules(model).values():
+            head.trainable = trainable
+            head.fix()
+    if loss is not None or class_counts is not None:
+        model.set_loss(model._loss_settings if loss is None else loss, class_counts)
 
-        Args:
-            state_dict: Tensors by name: all of them, those of the head, or those of one shard.
-            strict: Whether missing and unexpected names are an error.
-            assign: As in ``torch.nn.Module.load_state_dict``.
 
-        Returns:
-            Names that are missing and unexpected.
+def _resolve_labels(
+    num_labels: int | None, id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None
+) -> tuple[int | None, dict[int, str] | None]:
+    if id2label is None and label2id is not None:
+        id2label = {index: name for name, index in label2id.items()}
+    names = None if id2label is None else {int(index): str(name) for index, name in sorted(id2label.items())}
+    if names is not None and num_labels is not None and len(names) != num_labels:
+        raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
+    return (len(names) if num_labels is None and names is not None else num_labels), names
 
-        Raises:
-            RuntimeError: Names are missing or unexpected and ``strict`` is set, or the weights are those of another model
-                or of another kind of head.
-        """
-        if getattr(self, "hf_quantizer", None) is not None:
-            return super().load_state_dict(state_dict, strict, assign)
-        collected = {**(self._shards or {}), **state_dict}
-        converted, unexpected = convert_state_dict(self, collected)
-        if strict:
-            self._shards = None
-            return super().load_state_dict({**converted, **{name: collected.get(name) for name in unexpected}}, True, assign)
-        heads = head_modules(self)
-        of_heads = tuple(f"{path}." for path in heads)
-        missing = find_missing(self, converted)
-        self._require_same_heads(converted, missing, unexpected, of_heads)
-        holds_backbone = any(not name.startswith(of_heads) for name in (*converted, *unexpected))
-        if holds_backbone and any(not name.startswith(of_heads) for name in missing):
-            self._shards = collected
-            if unexpected and not converted:
-                self._require_complete()
-            return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
-        self._shards = None
-        before = [head.rows()[0] for head in heads.values()]
-        super().load_state_dict(converted, False, assign)
-        for head, rows in zip(heads.values(), before, strict=True):
-            if head.frame == "random" and not torch.equal(head.rows()[0], rows):
-                head.frame = "loaded"
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _require_same_heads(
-        self, converted: Mapping[str, Tensor], missing: Sequence[str], unexpected: Sequence[str], of_heads: tuple[str, ...]
-    ) -> None:
-        """Refuse the weights of a head of another kind, such as a folded one for one that is not."""
-        partial = [name for name in missing if name.startswith(of_heads)]
-        foreign = [name for name in unexpected if name.removeprefix(_TIMM_PREFIX).startswith(
-            tuple(path.removeprefix(_TIMM_PREFIX) for path in of_heads)
-        )]
-        if foreign or (partial and any(name.startswith(of_heads) for name in converted)):
-            kind = next(iter(head_modules(self).values())).kind
-            raise RuntimeError(
-                f"The weights hold another head than this model's ({kind!r}): {', '.join(foreign + partial)}. Finished folders "
-                "hold cosine and paper heads folded; go on from a folder checkpoint-<step>, or load this one with "
-                "ETFFor...from_pretrained."
-            )
+def _find_processor(location: str, task: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    """Load the tokenizer or image processor beside a model; None where there is none, or timm's configuration holds it."""
+    if isinstance(config, TimmWrapperConfig):
+        return None
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+    try:
+        return load_processor(location, task, **{name: options[name] for name in names if name in options})
+    except FileNotFoundError:
+        return None
 
-    def _require_complete(self) -> None:
-        if self._shards is not None:
-            missing = [name for name in find_missing(self, convert_state_dict(self, self._shards)[0])]
-            raise RuntimeError(
-                f"The {len(self._shards)} tensors given to load_state_dict lack {len(missing)} of this model's, such as "
-                f"{missing[0]}, and none was loaded: give all of them, or load a part of the model by "
-                "model.get_submodule(path).load_state_dict(...)."
-            )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the stock class and the factory: a class made on the fly is found by no name."""
-        _, _, state, *rest = super().__reduce_ex__(2)
-        state = {name: value for name, value in state.items() if name != "_loss"}
-        return _blank, (_factory_of(type(self)), self._stock_class), state, *rest
+def _set_padding(model: ETFModel) -> None:
+    """Give a decoder the padding token that it needs to find the last token of each text."""
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "pad_token_id", None) is not None:
+        return
+    pad_token_id = getattr(model.processor, "pad_token_id", None)
+    if pad_token_id is None:
+        warnings.warn(
+            "`config.pad_token_id` (=None) is needed by decoders for batches of more than one text, and no tokenizer with a "
+            "padding token lies beside the model: set model.config.pad_token_id to your tokenizer's.",
+            stacklevel=3,
+        )
+    text_config.pad_token_id = model.config.pad_token_id = pad_token_id

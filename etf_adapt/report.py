@@ -70,7 +70,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(_say("stopped; --resume_from_checkpoint last goes on from the newest checkpoint", 130)) from None
+        raise SystemExit(
+            _say("stopped; --resume_from_checkpoint last goes on from the newest checkpoint", 130)
+        ) from None
     except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -143,7 +145,9 @@ def write_json(file: str | os.PathLike[str], content: Any) -> None:
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.write_text(
+        json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     draft.replace(path)
 
 
@@ -325,20 +329,22 @@ def shot_table(
         >>> shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2]
         ('few', '< 20', 1, 10, 0.5)
     """
-    from etf_adapt.metrics import class_thirds, shot_groups  # imports torch, which a check of arguments must not wait for
+    # Imports torch, which a check of arguments must not wait for.
+    from etf_adapt.metrics import class_thirds, shot_groups
 
     counts, rows = np.asarray(class_counts), np.asarray(row_counts)
     low, high = shot_bounds
     groups = shot_groups(counts, shot_bounds=(low, high))
     bounds = {"many": f"> {high}", "medium": f"{low}..{high}", "few": f"< {low}"}
     table = [
-        (name, bounds[name], len(classes), int(rows[classes].sum()), scores.get(name)) for name, classes in groups.items()
+        (name, bounds[name], len(classes), int(rows[classes].sum()), scores.get(name))
+        for name, classes in groups.items()
     ]
     thirds = {f"{name}_third": classes for name, classes in class_thirds(counts).items()}
     every = {"balanced_accuracy": np.arange(len(counts)), "accuracy": np.arange(len(counts))}
     titles = {"balanced_accuracy": "mean of classes", "accuracy": "mean of rows"}
     for name, classes in (thirds | every).items():
-        span = f"{counts[classes].min()}..{counts[classes].max()}" if len(classes) else "-"
+        span = "..".join(str(count) for count in sorted({*_extremes(counts[classes])})) or "-"
         title = titles.get(name, name.replace("_", " "))
         table.append((title, span, len(classes), int(rows[classes].sum()), scores.get(name)))
     return table
@@ -383,6 +389,10 @@ def loading_lines(folder: str | os.PathLike[str], task: str) -> str:
     """
     pipeline = "image-classification" if task == "image" else "text-classification"
     return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={json.dumps(str(folder))})'
+
+
+def _extremes(counts: np.ndarray) -> tuple[int, ...]:
+    return (int(counts.min()), int(counts.max())) if len(counts) else ()
 
 
 def _message(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -33,6 +33,7 @@ class ResumableTrainer(Trainer):
     """
 
     args: ETFTrainingArguments
+    model: PreTrainedModel
     _misses = 0  # evaluations since the best one
 
     def draw_settings(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
+        folder = output_dir or str(self.args.output_dir)
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # One for each file of weights, among our lines.
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
@@ -111,8 +112,11 @@ class ResumableTrainer(Trainer):
         )
         if resume is None:
             self._misses = 0
-        elif self.state.best_global_step:
-            best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            return epochs, batches
+        # Once more: loading the weights, which has happened in between, takes a head that has changed for a new one.
+        self.restore_own_state(read_state(resume)["own"])
+        if self.state.best_global_step:
+            best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         if self._is_stopped_early() or self.state.global_step >= max_steps:
             return num_train_epochs, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor])
     if state_dict.keys() <= names:
         return dict(state_dict), []
     twin = _meta_twin(model)
-    config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model))
+    config = LoadStateDictConfig(weight_mapping=cast(Any, get_model_conversion_mapping(model)))
     show_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -91,7 +91,8 @@ def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
             return None
         if id(tensor) not in tensors:
             blank = torch.empty_like(tensor, device="meta")
-            tensors[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
         return tensors[id(tensor)]
 
     def copy(module: nn.Module | None) -> nn.Module | None:

@@ -20,13 +20,13 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from etf_adapt.alignment import align_head
 from etf_adapt.arguments import SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
-from etf_adapt.callbacks import EpochStart, ProgressBar, Realign, RunLog, describe_run, set_threads
+from etf_adapt.callbacks import EpochStart, ProgressBar, Realign, RunLog, describe_alignment, describe_run, set_threads
 from etf_adapt.checkpoints import (
     resolve_checkpoint,
 )
 from etf_adapt.evaluation import predict_rows
 from etf_adapt.metrics import ShotAccuracy
-from etf_adapt.modeling import AdaptedModel
+from etf_adapt.modeling import ETFModel
 from etf_adapt.parameters import (
     batch_norms,
     fix_parameters,
@@ -34,6 +34,7 @@ from etf_adapt.parameters import (
     require_finite,
     set_head_learning_rate,
 )
+from etf_adapt.resume import ResumableTrainer
 from etf_adapt.rows import RowDraws
 from etf_adapt.sampler import ClassBalancedSampler
 from etf_adapt.swap import head_modules
@@ -81,7 +82,7 @@ class ETFTrainer(ResumableTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.heads = head_modules(model)
-        if not self.heads or not isinstance(model, AdaptedModel):
+        if not self.heads or not isinstance(model, ETFModel):
             raise ValueError(
                 "`model` has no head and loss of etf_adapt: load it with ETFFor..., or call adapt(model, ...)."
             )
@@ -154,23 +155,23 @@ class ETFTrainer(ResumableTrainer):
             FileNotFoundError: There is no complete checkpoint to resume from.
             FloatingPointError: A loss or a weight is not finite.
         """
-        checkpoint = resolve_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
         freed = fix_parameters(self.model, freeze=self.args.freeze, steps=steps)
         if freed:
             self._say(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
         if checkpoint is not None:
             self.restore(checkpoint)
-        elif self._is_fresh():
-            if self.batch_norm == "reestimate":
-                reestimate_batch_norms(
-                    self.model, self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
-                )
-            self.align()
         for line in describe_run(self):
             self._say(line)
         if checkpoint is not None:
             self._say(f"resuming from {checkpoint}")
+        elif self.needs_alignment():
+            if self.batch_norm == "reestimate":
+                batches = self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
+                reestimate_batch_norms(self.model, batches)
+            self.align()
+            self._say(describe_alignment(self.alignment or {}))
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         require_finite(self.model, step=self.state.global_step)
         return output
@@ -189,10 +190,11 @@ class ETFTrainer(ResumableTrainer):
             for rows in (head.weight, head.bias):
                 if rows is not None:
                     broadcast(rows.data)  # Processes may round the same sums differently.
+        self.model.reset_temperature()
         self.alignment = asdict(result)
 
-    def _is_fresh(self) -> bool:
-        """Return whether the head is one that the first step should find aligned."""
+    def needs_alignment(self) -> bool:
+        """Return whether the head is fresh and of a kind that is set before the first step."""
         return all(
             head.kind in ("etf", "cosine") and head.frame in ("random", "initialised") for head in self.heads.values()
         )

@@ -62,4 +62,6 @@ for inputs, classes in test_loader:
     rows_of_class += torch.bincount(classes.cpu(), minlength=10)
     hits += torch.bincount(classes[predictions == classes].cpu(), minlength=10)
 recall = hits / rows_of_class
-accelerator.print(f"balanced accuracy {100 * recall.mean():.1f} %, three rarest classes {100 * recall[-3:].mean():.1f} %")
+accelerator.print(
+    f"balanced accuracy {100 * recall.mean():.1f} %, three rarest classes {100 * recall[-3:].mean():.1f} %"
+)

@@ -73,8 +73,12 @@ class DataArguments:
         default=False, metadata={"help": "Cut it before the long tail, balanced, as benchmarks do."}
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels a side, for models that allow another size."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels a side, for models that allow another size."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
+    )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
 
 
@@ -83,6 +87,9 @@ class OutputArguments:
     """Where the result goes; the folder itself is output_dir of TrainingArguments."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+
+
+OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 
 
 class Parser(HfArgumentParser):
@@ -115,7 +122,7 @@ def finetune(
 ) -> None:
     """Prepare data and model, train, calibrate, save, evaluate what was saved, and report."""
     import datasets
-    from accelerate import PartialState
+    from accelerate.state import PartialState
 
     from etf_adapt.callbacks import set_threads
     from etf_adapt.training import ETFTrainer
@@ -160,7 +167,9 @@ def finetune(
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
     scored = {
-        split: score_saved(trainer, rows[split], data.task) for split in ("validation", "test") if rows[split] is not None
+        split: score_saved(trainer, rows[split], data.task)
+        for split in ("validation", "test")
+        if rows[split] is not None
     }
 
     # Report.
@@ -197,10 +206,11 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
     if known is not None and known != data.task:
         raise ValueError(f"`model` (={model_args.model!r}) reads {known}s, and the data set holds {data.task}s.")
     factory = ETFForImageClassification if data.task == "image" else ETFForSequenceClassification
-    options = {}
-    if not model_args.pretrained and location.startswith("timm/"):
-        options["config"] = timm_architecture(location.removeprefix("timm/"))
-    model = factory.from_pretrained(
+    name = model_args.loss or {"cosine": "logit_adjusted"}.get(model_args.head)
+    loss: dict[str, Any] | None = {"name": name} if name else None  # None is the head's own
+    if loss is not None and name != "dot_regression" and model_args.head == "etf":
+        loss["scale"] = ETF_SCALE
+    return factory.from_pretrained(
         location,
         num_labels=len(data.label_names),
         id2label=data.id2label,
@@ -208,24 +218,10 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
         trainable=True if model_args.head_trainable else None,
         head_path=model_args.head_path,
         pretrained=model_args.pretrained,
+        loss=loss,
+        class_counts=data.class_counts.tolist(),
         seed=seed,
-        **options,
     )
-    loss: dict[str, Any] | None = None if model_args.loss is None else {"name": model_args.loss}
-    if loss is not None and loss["name"] != "dot_regression" and model_args.head == "etf":
-        loss["scale"] = ETF_SCALE
-    model.set_loss(loss, class_counts=data.class_counts.tolist())
-    return model
-
-
-def timm_architecture(name: str) -> Any:
-    """Describe a timm model from the installed timm, so that one with random weights needs no network."""
-    import timm
-
-    from etf_adapt.folders import timm_config
-
-    description = timm.get_pretrained_cfg(name).to_dict()
-    return timm_config({"architecture": name.split(".")[0], "num_classes": 1000, "pretrained_cfg": description})
 
 
 def set_image_size(model: Any, processor: Any, size: int) -> None:
@@ -246,40 +242,43 @@ def set_image_size(model: Any, processor: Any, size: int) -> None:
         scale = size / (own.get("height") or own["shortest_edge"])
         for name in ("size", "crop_size"):
             if getattr(processor, name, None):
-                sides = {side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length}
+                sides = {
+                    side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length
+                }
                 setattr(processor, name, sides)
         for module in model.modules():
             embeddings = getattr(module, "position_embeddings", None)
             if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):
-                patches = (size // module.patch_embeddings.patch_size[0]) ** 2
-                extra = embeddings.shape[1] - module.patch_embeddings.num_patches
+                patches = (size // config.patch_size) ** 2
+                extra = embeddings.shape[1] - module.patch_embeddings.num_patches  # class token and the like
+                tokens = embeddings.new_zeros(1, patches + extra, embeddings.shape[2])
                 with torch.no_grad():
-                    resized = module.interpolate_pos_encoding(embeddings.new_zeros(1, patches + extra, 1), size, size)
+                    resized = module.interpolate_pos_encoding(tokens, size, size)
                 module.position_embeddings = torch.nn.Parameter(resized.clone())
-                module.patch_embeddings.image_size = (size, size)
                 module.patch_embeddings.num_patches = patches
-        if hasattr(config, "image_size"):
-            config.image_size = size
+        for part in (config, *model.modules()):
+            if "image_size" in vars(part):
+                part.image_size = size if isinstance(part.image_size, int) else (size, size)
     try:
         with torch.no_grad():
             model.eval()(pixel_values=torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"`image_size` (={size}) is none that {type(model).__name__} allows: {error}.") from error
+        why = str(error).rstrip(".")
+        raise ValueError(f"`image_size` (={size}) is none that {type(model).__name__} allows: {why}.") from error
 
 
 def prepare_rows(
     location: str, model: Any, data: ClassificationData, data_args: DataArguments, *, seed: int
 ) -> tuple[dict[str, Any], Any, Any]:
     """Turn each split into rows as the model takes them; return these, what makes batches of them, and the processor."""
-    from accelerate import PartialState
+    from accelerate.state import PartialState
 
     from etf_adapt.modeling import load_processor
     from etf_adapt.rows import ImageCollator, TransformedRows
     from etf_adapt.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
     from etf_adapt.transforms import image_transforms
 
-    timm_config = getattr(model.config, "pretrained_cfg", None)
-    processor = timm_config if timm_config else load_processor(location, data.task)
+    processor = load_processor(location, data.task) if model.processor is None else model.processor
     splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
     if data.task == "image":
         size = data_args.image_size
@@ -318,6 +317,7 @@ def calibrate(trainer: ETFTrainer, rows: Any) -> None:
     from etf_adapt.evaluation import fit_temperature
 
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model.fold_heads()  # a cosine or paper head becomes the stock layer whose confidences are meant
     model.set_temperature(model.etf_settings["temperature"] * fit_temperature(model, trainer.get_eval_dataloader(rows)))
 
 
@@ -383,7 +383,7 @@ def leave_report(
             model_id=public["output_dir"],
             on_hub=False,
             task=data.task,
-            timm=hasattr(trainer.model, "timm_model"),
+            timm=settings["library"] == "timm",
             base_model=MODEL_NAMES.get(model_args.model, public["model"]),
             dataset=data.description | {"name": report.public_value(data.description["name"])},
             label_names=data.label_names,
@@ -410,7 +410,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
         argv = [*flags_from_file(argv[0]), *argv[1:]]
     if "-h" in argv or "--help" in argv:
         parse_training(["--help"])
-    parser = Parser((ModelArguments, DataArguments, OutputArguments), add_help=False, allow_abbrev=False)
+    parser = Parser(OWN_ARGUMENTS, add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir")
     parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
     model_args, data_args, output_args, shared, rest = parser.parse_args_into_dataclasses(
@@ -426,7 +426,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
     check_choice("class_order", data_args.class_order, ("label", "permuted"))
     if data_args.dataset == "digits" and model_task(model_args.model) == "text":
-        raise ValueError(f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset.")
+        raise ValueError(
+            f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset."
+        )
 
     output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args)))
     resume = shared.resume_from_checkpoint
@@ -439,18 +441,20 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     """Parse the remaining flags, with transformers' own; torch is imported here."""
     from etf_adapt.arguments import ETFTrainingArguments
 
-    own = (ModelArguments, DataArguments, OutputArguments)
     if "--help" in argv:
-        Parser((*own, ETFTrainingArguments), description=__doc__.splitlines()[0]).parse_args(["--help"])
-    parser = Parser(ETFTrainingArguments, allow_abbrev=False)
+        everything = Parser([*OWN_ARGUMENTS, ETFTrainingArguments], description=__doc__.splitlines()[0])
+        everything.parse_args(["--help"])
+    parser = Parser([ETFTrainingArguments], allow_abbrev=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        flags = [f"--{entry.name}" for group in (*own, ETFTrainingArguments) for entry in fields(group)]
+        flags = [f"--{entry.name}" for group in (*OWN_ARGUMENTS, ETFTrainingArguments) for entry in fields(group)]
         near = nearest_names(unknown[0].split("=")[0], flags)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
         raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
     if args.push_to_hub:
-        raise ValueError("`push_to_hub` (=True): publish the finished folder, with `hf upload <owner/name> <output_dir>`.")
+        raise ValueError(
+            "`push_to_hub` (=True): publish the finished folder, with `hf upload <owner/name> <output_dir>`."
+        )
     return args
 
 

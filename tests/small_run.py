@@ -68,7 +68,7 @@ def make_trainer(
     callbacks: tuple[TrainerCallback, ...] = (),
     **settings: Any,
 ) -> ETFTrainer:
-    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "use_cpu": True}
+    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
     args = ETFTrainingArguments(output_dir=str(output_dir), **{**defaults, "torch_threads": 1, **settings})
     train = NoisyRows(tuple(counts), seed=0)
     return ETFTrainer(

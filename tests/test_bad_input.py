@@ -109,7 +109,12 @@ DATA_CASES: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
     "class with no rows": (class_without_rows, [], ["empty", "no training rows"]),
     "image file that is no image": (no_image, [], ["3.png", "no image"]),
     "label outside the range": (label_outside_the_range, [], ["7"]),
-    "non-positive imbalance factor": (lambda folder: csv(folder, GOOD), ["--imbalance_factor", "0"], ["imbalance_factor", "0"]),
+    "non-positive imbalance factor": (
+        lambda folder: csv(folder, GOOD),
+        ["--imbalance_factor", "0"],
+        ["imbalance_factor", "0"],
+    ),
+    "texts for an image model": (lambda folder: csv(folder, GOOD), [], ["reads images", "texts"]),
     "validation fraction": (lambda folder: csv(folder, GOOD), ["--validation_fraction", "1.5"], ["1.5"]),
 }
 
@@ -191,10 +196,10 @@ def test_without_the_hub_a_model_that_is_not_cached_is_told_within_seconds(tmp_p
 
 
 def test_messages_of_loader_workers_lose_their_traceback(capsys):
-    said = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: the image of row 3"
+    said = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: image 3"
     with pytest.raises(SystemExit), report.one_line_errors():
         raise ValueError(said)
-    assert capsys.readouterr().err == "error: the image of row 3\n"
+    assert capsys.readouterr().err == "error: image 3\n"
 
 
 def test_a_run_that_fails_ends_with_one_and_a_bug_keeps_its_traceback(capsys):

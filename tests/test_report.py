@@ -96,13 +96,23 @@ class TestFiles:
             dataset: str = str(tmp_path / "data" / "birds")
             output_dir: str = "out/run"
             hub_token: str = "hf_secret"
-            options: dict = dataclasses.field(default_factory=lambda: {"dir": "/home/somebody/x", "api_token": "hf_secret"})
+            options: dict = dataclasses.field(
+                default_factory=lambda: {"dir": "/home/somebody/x", "api_token": "hf_secret"}
+            )
 
         public = report.public_arguments(Arguments())
         assert public == {"model": "vit", "dataset": "data/birds", "output_dir": "out/run", "options": {"dir": "x"}}
 
     def test_the_command_tells_no_token_and_no_place_of_this_machine(self):
-        argv = ["--model", "/home/somebody/vit", "--data=/home/somebody/d", "--hub_token", "hf_s", "--hub_token=hf_s", "--paper"]
+        argv = [
+            "--model",
+            "/home/somebody/vit",
+            "--data=/home/somebody/d",
+            "--hub_token",
+            "hf_s",
+            "--hub_token=hf_s",
+            "--paper",
+        ]
         assert report.public_command(argv) == "accelerate launch recipes/finetune.py --model vit --data=d --paper"
 
     def test_results_are_flat_and_name_every_score_of_both_splits(self):
@@ -158,11 +168,15 @@ class TestCard:
     @pytest.mark.parametrize("name", HOSTILE_NAMES)
     def test_names_cannot_break_out_of_yaml_markdown_or_html(self, name):
         labels = {"label_names": [name, "x"], "model_id": f"out/{name}"}
-        card = str(make_card(card_facts(dataset={"name": name, "kind": "Hub"}, base_model=name, command=name, **labels)))
+        card = str(
+            make_card(card_facts(dataset={"name": name, "kind": "Hub"}, base_model=name, command=name, **labels))
+        )
         read = ModelCard(card).data
         assert read.datasets == [" ".join(name.split())] and read.pipeline_tag == "image-classification"
         assert "<script>" not in outside_code(ModelCard(card).text) and "49" not in outside_code(ModelCard(card).text)
-        assert [line.split()[0] for line in headings(card)] == [line.split()[0] for line in headings(str(make_card(card_facts())))]
+        assert [line.split()[0] for line in headings(card)] == [
+            line.split()[0] for line in headings(str(make_card(card_facts())))
+        ]
 
     def test_escaping_leaves_one_line(self):
         assert "\n" not in escape_markdown("two\nlines") and "<" not in escape_markdown("<b>")

@@ -13,11 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from small_run import COUNTS, NoisyRows, make_model, make_trainer, weights
+from small_run import NoisyRows, make_model, make_trainer, weights
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import BertConfig, BertForSequenceClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from etf_adapt.arguments import ETFTrainingArguments
 from etf_adapt.checkpoints import is_complete, list_checkpoints
-from etf_adapt.training import pooled_balanced_accuracy
+from etf_adapt.data import load_data
+from etf_adapt.modeling import adapt
+from etf_adapt.parameters import batch_norms
+from etf_adapt.rows import ImageCollator, TransformedRows
+from etf_adapt.training import ETFTrainer, pooled_balanced_accuracy
 
 PROGRAM = Path(__file__).parent / "small_run.py"
 
@@ -241,7 +249,7 @@ def test_what_is_not_finite_ends_the_run_unsaved(tmp_path, where):
 
     trainer.training_step = poisoned
     trainer.args.max_grad_norm = 0.0
-    with pytest.raises(FloatingPointError, match="not finite|no longer finite"):
+    with pytest.raises(FloatingPointError, match=r"not finite|no longer finite"):
         trainer.train()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert all(
@@ -296,6 +304,107 @@ def test_small_classes_share_one_recall():
     assert pooled_balanced_accuracy(predictions, labels, min_rows=99) == pytest.approx(9 / 14)
 
 
+def make_resnet(head):
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=10)
+    return adapt(TimmWrapperForImageClassification(config), 3, head=head)
+
+
+@pytest.mark.parametrize(
+    ("head", "asked", "moves_before", "moves_in_training"),
+    [
+        ("etf", None, False, False),
+        ("etf", "reestimate", True, False),
+        ("linear", None, False, True),
+        ("linear", "frozen", False, False),
+    ],
+)
+def test_statistics_of_batch_norm_stay_under_a_fixed_head(tmp_path, head, asked, moves_before, moves_in_training):
+    model = make_resnet(head)
+    norm = batch_norms(model)[0]
+    fresh = norm.running_mean.clone()
+    trainer = make_trainer(
+        tmp_path, model=model, batch_norm=asked, learning_rate=0.0, num_train_epochs=1, load_best_model_at_end=False
+    )
+    at_first_step = []
+    step = trainer.training_step
+
+    def watched(*args):
+        at_first_step.append(norm.running_mean.clone())
+        return step(*args)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert torch.equal(at_first_step[0], fresh) != moves_before
+    assert torch.equal(norm.running_mean, at_first_step[0]) != moves_in_training
+
+
+def test_moving_statistics_under_an_aligned_head_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`batch_norm` \(='train'\) moves the features away"):
+        make_trainer(tmp_path, model=make_resnet("etf"), batch_norm="train")
+    assert make_trainer(tmp_path, model=make_resnet("etf"), batch_norm="train", frame="random").batch_norm == "train"
+    assert make_trainer(tmp_path).batch_norm == "none"
+
+
+def noisy(image):
+    """Transform an image at random; a function of the module, so that workers can be given it."""
+    pixels = pil_to_tensor(image).float() / 16
+    return pixels + torch.randn(pixels.shape)
+
+
+def test_workers_change_nothing(tmp_path):
+    data = load_data("digits", max_train_rows=120)
+    trained = []
+    for workers in (0, 2):
+        model = make_model(10)
+        args = ETFTrainingArguments(
+            output_dir=str(tmp_path / str(workers)), num_train_epochs=2, per_device_train_batch_size=16, sampler="balanced",
+            eval_strategy="no", save_strategy="no", load_best_model_at_end=False, dataloader_num_workers=workers,
+            torch_threads=1,
+        )  # fmt: skip
+        trainer = ETFTrainer(
+            model, args, train_dataset=TransformedRows(data.train, noisy, seed=0), data_collator=ImageCollator()
+        )
+        trainer.train()
+        trained.append(weights(trainer))
+    assert same(*trained)
+
+
+class PadTokens:
+    def __call__(self, rows):
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "row_id")}
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+        return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": batch["label"], "row_id": batch["row_id"]}
+
+
+def texts(counts, seed):
+    """Rows of 3 to 30 tokens, those of class c mostly c + 1."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = [np.where(generator.random(size) < 0.6, label + 1, generator.integers(1, 20, size)).tolist()
+            for label, size in zip(labels, generator.integers(3, 31, len(labels)))]  # fmt: skip
+    return Dataset.from_dict(
+        {"input_ids": rows, "length": [len(row) for row in rows], "label": labels, "row_id": range(len(rows))}
+    )
+
+
+def test_texts_are_batched_by_length_and_learned(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = adapt(BertForSequenceClassification(BertConfig(**sizes, vocab_size=20)), 3)
+    args = ETFTrainingArguments(
+        output_dir=str(tmp_path / "run"), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=3e-3, torch_threads=1
+    )
+    train = texts((80, 30, 10), 0)
+    trainer = ETFTrainer(
+        model, args, train_dataset=train, eval_dataset=texts((20, 20, 20), 1), data_collator=PadTokens()
+    )
+    padded = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+    assert len(set(padded)) > 5 and np.mean(padded) < 20
+    trainer.train()
+    assert trainer.state.best_metric > 0.7
+
+
 def test_the_draw_counts_the_whole_batch(tmp_path):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=8, sampler="balanced")
     loader = trainer.get_train_dataloader()
@@ -315,4 +424,3 @@ def test_smoothing_in_soft_labels_is_the_models_own_loss(tmp_path):
     soft = torch.full((4, 3), 0.1) + 0.7 * torch.eye(3)[labels]
     expected = model.compute_loss_from_logits(model(pixel_values=images).logits, soft)
     assert torch.allclose(trainer.compute_loss(model, dict(batch)), expected)
-    assert len(COUNTS) == 3

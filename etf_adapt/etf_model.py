@@ -1,0 +1,441 @@
+"""The class of the models: a stock classification class with our loss in its forward, and folders that read back exactly."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.utils import ModelOutput
+
+from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
+from etf_adapt.head import ClassifierHead, fold_head
+from etf_adapt.losses import Loss, make_loss
+from etf_adapt.state_dict import convert_state_dict, find_missing
+from etf_adapt.swap import head_modules, logits_of, replace_module
+
+DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
+    "etf": {"name": "dot_regression"},
+    "linear": {"name": "cross_entropy"},
+    "cosine": {"name": "cross_entropy"},
+    # As in the published code: on the sphere, by the length of the feature, the classes of a batch weighted equally.
+    "paper": {"name": "dot_regression", "form": "sphere", "balance": "in_batch", "unit_features": True},
+}
+"""Settings of the loss that goes with each kind of head."""
+
+STOCK_SHAPED = ("etf", "linear")
+"""Kinds of head that are saved as they are; the others are folded."""
+
+_TIMM_PREFIX = "timm_model."
+_MADE: dict[tuple[type, type], type] = {}
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object  # A base of transformers' own would hide the attributes of the stock class.
+
+
+class ETFModel(_Base):
+    """What a stock classification model gains: our loss in its forward, and folders and checkpoints that read back exactly.
+
+    Classes with these methods are made on the fly, as subclasses of the stock class with its name; see ``adapt``.
+
+    Attributes:
+        accepts_loss_kwargs: False, so that ``Trainer`` averages the loss over accumulated batches. (True by a ``**kwargs``
+            in the signature would multiply the gradients by their number.)
+        processor: Tokenizer or image processor that ``save_pretrained`` writes beside the model; None where there is none.
+    """
+
+    accepts_loss_kwargs = False
+    processor: Any = None
+    _stock_class: type[PreTrainedModel]
+    _loss: Loss | None = None
+    _loss_settings: Mapping[str, Any] = MappingProxyType({})
+    _class_counts: list[int] | None = None
+    _temperature: float = 1.0
+    _prior_adjustment: list[float] | None = None
+    _shards: dict[str, Tensor] | None = None
+    _unlabelled_steps: int = 0
+    _has_trained: bool = False
+    _has_bias: Mapping[str, bool] = MappingProxyType({})
+
+    # Settings and loss
+
+    @property
+    def etf_settings(self) -> dict[str, Any]:
+        """Head, loss and calibration of the model, as they stand in ``config.json``.
+
+        ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
+        ``paths``; ``loss``: arguments of ``etf_adapt.losses.make_loss``; ``class_counts``; ``temperature`` and
+        ``prior_adjustment``: what ``set_temperature`` folded into the head.
+        """
+        heads = head_modules(self)
+        first = next(iter(heads.values()), None)
+        head = {
+            "kind": getattr(first, "folded_from", getattr(first, "kind", None)),
+            "frame": getattr(first, "frame", None),
+            "trainable": getattr(first, "trainable", None),
+            "folded": hasattr(first, "folded_from"),
+            "paths": list(heads),
+        }
+        return {
+            "version": 1,
+            "library": "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers",
+            "head": head,
+            "loss": dict(self._loss_settings),
+            "class_counts": None if self._class_counts is None else list(self._class_counts),
+            "temperature": self._temperature,
+            "prior_adjustment": self._prior_adjustment,
+        }
+
+    def set_loss(
+        self, settings: Mapping[str, Any] | str | None = None, class_counts: Sequence[int] | None = None
+    ) -> None:
+        """Choose the loss that ``forward`` returns.
+
+        Args:
+            settings: Arguments of ``etf_adapt.losses.make_loss``, or the loss's name; the default of the head's kind where
+                None.
+            class_counts: Training rows of each class (num_classes,); those known so far where None.
+
+        Raises:
+            ValueError: The settings are not those of a loss, or class counts are missing or of another number.
+        """
+        heads = list(head_modules(self).values())
+        chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
+        chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+        counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
+        if counts is not None and len(counts) != heads[0].num_classes:
+            raise ValueError(
+                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes: give one a class."
+            )
+        self._loss = make_loss(chosen, class_counts=counts)
+        self._loss_settings, self._class_counts = chosen, counts
+
+    def set_temperature(self, temperature: float, prior_adjustment: Sequence[float] | None = None) -> None:
+        r"""Fold a factor s of the logits, and offsets a, into the head, in place of those folded before.
+
+        .. math:: W \leftarrow s W, \qquad b \leftarrow s b + a
+
+        The stock layer then gives calibrated confidences. The loss of ``forward`` takes both out again, so that training
+        goes on as before. The factor changes no argmax; offsets do.
+
+        Args:
+            temperature: The factor s, above 0 (1 / T in the terms of temperature scaling).
+            prior_adjustment: The offsets a (num_classes,); none where None.
+
+        Raises:
+            ValueError: s is not positive, a has another length or the layer no bias, or the head is not a stock layer yet.
+        """
+        if not temperature > 0.0:
+            raise ValueError(f"`temperature` (={temperature}) must be above 0.")
+        heads = list(head_modules(self).values())
+        for head in heads:
+            if head.kind not in STOCK_SHAPED:
+                raise ValueError(
+                    f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it."
+                )
+            if prior_adjustment is not None and head.bias is None:
+                raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
+            if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
+                raise ValueError(
+                    f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
+                )
+        if prior_adjustment is not None and len(heads) > 1:
+            raise ValueError(
+                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
+            )
+        factor = temperature / self._temperature
+        old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
+        new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
+        for head in heads:
+            weight, bias = head.rows()
+            head.set_rows(factor * weight, None if bias is None else factor * (bias - old) + new)
+        self._temperature = float(temperature)
+        self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
+
+    def reset_temperature(self) -> None:
+        """Forget what was folded into the head, after its rows were set anew."""
+        self._temperature, self._prior_adjustment = 1.0, None
+
+    def fold_heads(self) -> None:
+        """Replace cosine and paper heads by the stock layer with the same argmax, as ``save_pretrained`` would.
+
+        Other heads stay. The confidences change: calibrate afterwards.
+        """
+        for path, head in head_modules(self).items():
+            folded = _folded(self, head, path)
+            if folded is not head:
+                replace_module(self, path, folded)
+                self.set_loss(without_unit_features(self._loss_settings))
+
+    def compute_loss_from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the model's loss.
+
+        Args:
+            logits: Tensor (batch, num_classes), as ``forward`` returns them.
+            labels: Tensor (batch,) of class indices, or (batch, num_classes) of probabilities.
+
+        Returns:
+            Scalar tensor, float32.
+        """
+        self._unlabelled_steps = 0
+        if self._loss is None:  # a copy: functions are not pickled
+            self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
+        if self._prior_adjustment is not None:
+            logits = logits - logits.new_tensor(self._prior_adjustment)
+        if self._temperature != 1.0:
+            logits = logits.float() / self._temperature
+        return self._loss(logits, labels.to(logits.device))
+
+    def _warn_in_training(self, labels: Tensor | None) -> None:
+        """Say once what would train on in silence: an unaligned head, and a loss that is not the model's."""
+        is_first, self._has_trained = not self._has_trained, True
+        if is_first and any(head.kind == "etf" and head.frame == "random" for head in head_modules(self).values()):
+            warnings.warn(
+                "The ETF head is a random frame, to which the features of a pretrained model have to turn first. "
+                "etf_adapt.align_head(model, dataloader) sets it from the training rows before the first step and learns the "
+                "rare classes better; ETFTrainer does so by itself.",
+                stacklevel=3,
+            )
+        if labels is None:
+            self._unlabelled_steps += 1
+            if self._unlabelled_steps == 2:  # Whoever calls compute_loss_from_logits has done so by now.
+                warnings.warn(
+                    f"This model is trained without its labels, so that its loss ({self._loss_settings['name']}) is not used. "
+                    "Trainer does that for `label_smoothing_factor` and applies a cross-entropy: set it to 0 and call "
+                    f"model.set_loss({ {**self._loss_settings, 'label_smoothing': 0.1} }).",
+                    stacklevel=3,
+                )
+
+    # Saving and loading
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        fold: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a folder that stock transformers reads, and for timm's backbones timm too, and this library in full.
+
+        Args:
+            save_directory: Folder.
+            is_main_process: Whether this process writes.
+            state_dict: The model's weights, where they have to be gathered; its own otherwise.
+            fold: Whether cosine and paper heads are folded into the stock layer with the same argmax. Where None, all
+                folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
+                and those of the two kinds are read here only.
+            kwargs: Passed on to transformers' ``save_pretrained``. Timm's layout has one weight file and takes
+                ``push_to_hub`` and its arguments only.
+        """
+        self._require_complete()
+        fold = not is_training_checkpoint(save_directory) if fold is None else fold
+        tensors: dict[str, Tensor] = dict(self.state_dict() if state_dict is None else state_dict)
+        setattr(self.config, ENTRY, self._entry(tensors, fold=fold))
+        if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
+            self.processor.save_pretrained(save_directory)
+        if not isinstance(self, TimmWrapperForImageClassification):
+            super().save_pretrained(
+                cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
+            )
+        elif is_main_process:
+            names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
+            write_timm_folder(save_directory, self.config, self.timm_model, names)
+            kwargs.pop("max_shard_size", None)
+            if kwargs.pop("push_to_hub", False):
+                self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
+
+    def _entry(self, tensors: dict[str, Tensor], *, fold: bool) -> dict[str, Any] | None:
+        """Return the entry of ``config.json``; heads that are to be folded are folded in ``tensors``."""
+        settings = self.etf_settings
+        heads = head_modules(self)
+        for path, head in heads.items():
+            own = {name: tensors[f"{path}.{name}"] for name in head.state_dict() if f"{path}.{name}" in tensors}
+            if fold and head.kind not in STOCK_SHAPED:
+                copy = deepcopy(head)
+                copy.load_state_dict(own)
+                stock = _folded(self, copy, path)
+                for name in own:
+                    del tensors[f"{path}.{name}"]
+                tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
+                settings["head"]["folded"] = True
+                settings["loss"] = without_unit_features(settings["loss"])
+        if not heads:
+            return None
+        present = [path for path in heads if f"{path}.weight" in tensors]
+        layers = [(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")) for path in present]
+        if len(layers) == len(heads):  # Processes that do not write may hold no weights.
+            settings["head"]["dtype"] = str(layers[0][0].dtype).removeprefix("torch.")
+            settings["head"]["sha256"] = layer_digest(layers)
+        return settings
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights under the model's names or under those of its files (``etf_adapt.state_dict``).
+
+        ``Trainer`` calls this with the contents of a checkpoint's file, or of one shard after another, and
+        ``strict=False``. Nothing is loaded before all of the backbone is there, so that a half-loaded model can be neither
+        run nor saved.
+
+        Args:
+            state_dict: Tensors by name: all of them, those of the head, or those of one shard.
+            strict: Whether missing and unexpected names are an error.
+            assign: As in ``torch.nn.Module.load_state_dict``.
+
+        Returns:
+            Names that are missing and unexpected.
+
+        Raises:
+            RuntimeError: Names are missing or unexpected and ``strict`` is set, or the weights are those of another model
+                or of another kind of head.
+        """
+        if getattr(self, "hf_quantizer", None) is not None:
+            return super().load_state_dict(state_dict, strict, assign)
+        collected = {**(self._shards or {}), **state_dict}
+        converted, unexpected = convert_state_dict(self, collected)
+        if strict:
+            self._shards = None
+            return super().load_state_dict({**converted, **dict.fromkeys(unexpected, torch.empty(0))}, True, assign)
+        heads = head_modules(self)
+        self._refuse_foreign(converted, unexpected, heads)
+        missing = find_missing(self, converted)
+        of_heads = tuple(f"{path}." for path in heads)
+        loads_head = any(name.startswith(of_heads) for name in converted)
+        loads_backbone = not all(name.startswith(of_heads) for name in converted)
+        if any(loads_head if name.startswith(of_heads) else loads_backbone for name in missing):
+            self._shards = collected  # the rest may come with the next shard
+            return _IncompatibleKeys(missing, unexpected)
+        self._shards = None
+        before = [head.rows()[0] for head in heads.values()]
+        super().load_state_dict(converted, False, assign)
+        for head, rows in zip(heads.values(), before, strict=True):
+            if head.frame == "random" and not torch.equal(head.rows()[0], rows):
+                head.frame = "loaded"
+        return _IncompatibleKeys(missing, unexpected)
+
+    def _refuse_foreign(
+        self, converted: Mapping[str, Tensor], unexpected: Sequence[str], heads: Mapping[str, ClassifierHead]
+    ) -> None:
+        """Refuse the weights of another model, and those of another kind of head, such as a folded one."""
+        if unexpected and not converted:
+            raise RuntimeError(
+                f"None of the {len(unexpected)} tensors belongs to this {type(self).__name__}, not even {unexpected[0]}: they "
+                "are those of another model."
+            )
+        of_heads = tuple(f"{path.removeprefix(_TIMM_PREFIX)}." for path in heads)
+        foreign = [name for name in unexpected if name.removeprefix(_TIMM_PREFIX).startswith(of_heads)]
+        if foreign:
+            kind = next(iter(heads.values())).kind
+            raise RuntimeError(
+                f"The weights hold another head than this model's ({kind!r} of {self.config.num_labels} classes): "
+                f"{', '.join(foreign)} does not fit. Finished folders hold cosine and paper heads folded; go on from a folder "
+                "checkpoint-<step>, or load this one with ETFFor...from_pretrained."
+            )
+
+    def _require_complete(self) -> None:
+        if self._shards is not None:
+            missing = find_missing(self, convert_state_dict(self, self._shards)[0])
+            raise RuntimeError(
+                f"The {len(self._shards)} tensors given to load_state_dict lack {len(missing)} of this model's, such as "
+                f"{missing[0]}, and none was loaded: give all of them, or load a part of the model by "
+                "model.get_submodule(path).load_state_dict(...)."
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the stock class and the factory: a class made on the fly is found by no name."""
+        _, _, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
+        state = {name: value for name, value in state.items() if name != "_loss"}
+        return _blank, (factory_of(type(self)), self._stock_class), state, *rest
+
+
+def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
+    """Fold a head into the stock layer of a model's class; the head itself where it is one."""
+    folded = fold_head(head, bias=model._has_bias.get(path, head.bias is not None))
+    if folded is not head:
+        folded.folded_from = head.kind  # type: ignore[assignment]
+    return folded
+
+
+def without_unit_features(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a loss for logits whose features have lengths again, as those of a folded head do."""
+    return {name: value for name, value in loss.items() if name != "unit_features"}
+
+
+def made_class(factory: type[ETFModel], stock: type[PreTrainedModel]) -> type[ETFModel]:
+    """Make the subclass of a stock class that adds ``ETFModel``.
+
+    It bears the stock class's names, those of its module too: transformers takes a class from another module for custom
+    code, saves it as such, and converts no weights for it.
+    """
+    if (factory, stock) not in _MADE:
+        namespace = {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "__init__": stock.__init__,
+            "_stock_class": stock,
+            "forward": _with_loss(stock),
+        }
+        _MADE[factory, stock] = type(stock.__name__, (factory, stock), namespace)
+    return _MADE[factory, stock]
+
+
+def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Wrap a stock class's forward: without its labels, so that its loss is not computed; then add ours.
+
+    The signature stays, by which ``Trainer`` chooses the columns to keep.
+    """
+    stock_forward = stock.forward
+    signature = inspect.signature(stock_forward)
+    names = list(signature.parameters)[1:]  # without self
+    position = names.index("labels") if "labels" in names else None
+
+    @functools.wraps(stock_forward)
+    def forward(self: ETFModel, *args: Any, **kwargs: Any) -> Any:
+        self._require_complete()
+        if position is not None and len(args) > position:
+            labels, args = args[position], (*args[:position], None, *args[position + 1 :])
+        else:
+            labels = kwargs.pop("labels", None)
+        if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
+            return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_in_training(labels)
+        output = stock_forward(self, *args, **kwargs)
+        if labels is None:
+            return output
+        loss = self.compute_loss_from_logits(logits_of(output), labels)
+        if not isinstance(output, ModelOutput):
+            return loss, *output
+        output["loss"] = loss
+        output.move_to_end("loss", last=False)
+        return output
+
+    if position is None:  # as of LeViT and DeiT with a teacher, which have no loss
+        parameters = list(signature.parameters.values())
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        has_rest = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - has_rest, labels)
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+def factory_of(made: type) -> Any:
+    """Return the factory that a class made on the fly belongs to; a factory itself as it is."""
+    return next(base for base in made.__mro__ if not issubclass(base, PreTrainedModel))
+
+
+def _blank(factory: type[ETFModel], stock: type[PreTrainedModel]) -> nn.Module:
+    """Make an empty instance, for unpickling."""
+    return cast(nn.Module, object.__new__(made_class(factory, stock)))

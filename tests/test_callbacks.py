@@ -1,0 +1,71 @@
+"""Laws of what is said and when: epochs reach the sampler, threads are what the cores allow, and one process is told."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_run import make_trainer
+
+from etf_adapt.callbacks import EpochStart, describe_run, missing_processes, set_threads
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    before = torch.get_num_threads()
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_launchers_single_threads_are_undone_and_nothing_else(threads):
+    threads.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    torch.set_num_threads(1)
+    assert set_threads() == 1  # no launcher: whoever set it meant it
+    threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert set_threads() == 8
+    threads.setenv("LOCAL_WORLD_SIZE", "3")
+    assert set_threads() == 2
+    assert set_threads(5) == 5
+
+
+def test_one_process_where_more_were_asked_for_is_told(threads):
+    assert missing_processes() is None
+    threads.setenv("MASTER_ADDR", "127.0.0.1")
+    assert missing_processes() is None
+    threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert "one runs" in missing_processes()
+
+
+def test_the_epoch_told_is_that_of_the_steps_done():
+    told = []
+    target = SimpleNamespace(set_epoch=told.append)
+    callback = EpochStart(lambda: 6, lambda: [target])
+    for step in (0, 5, 6, 17, 18):
+        callback.on_epoch_begin(None, SimpleNamespace(global_step=step), None)
+    assert told == [0, 0, 1, 2, 3]
+
+
+def test_the_start_lines_say_what_runs(tmp_path):
+    trainer = make_trainer(tmp_path, sampler="balanced", gradient_accumulation_steps=2, bf16=True)
+    said = "\n".join(describe_run(trainer))
+    for part in (
+        "runs: 1 process of 1 threads on cpu, bf16 autocast over float32 weights",
+        "88 rows to train, 3 classes of 7 to 60 rows (imbalance 8.571), 21 to validate",
+        "head: etf, ridge frame to be set, fixed",
+        "3,136 of 3,187 parameters",
+        "balanced, 32 rows a step, seed 0",
+    ):
+        assert part in said
+
+
+def test_output_that_is_no_terminal_gets_one_line_an_epoch_and_no_bar(tmp_path, capsys):
+    make_trainer(tmp_path / "run").train()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if line.startswith("epoch ")]
+    assert [line.split(" ")[1] for line in lines] == ["1/2", "2/2"]
+    assert all("train loss" in line and "balanced accuracy" in line for line in lines)
+    assert "it/s" not in captured.out + captured.err
