@@ -40,7 +40,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 Mapped instead of refused: ``label_smoothing_factor`` becomes ``label_smoothing`` (soft labels for the model's own loss,
 where the stock smoother applies cross-entropy); ``train_sampling_strategy="group_by_length"`` batches rows of similar
-length *within* our sampler's draw, and ``"random"`` does not (others are refused); ``data_seed`` seeds our sampler.
+length *within* our sampler's draw, and ``"random"`` does not (others are refused); ``data_seed`` seeds our sampler;
+``load_best_model_at_end`` needs evaluations and is off where ``eval_strategy`` is ``"no"``; ``use_cpu`` is on where there
+is no device.
 Without effect, since evaluation streams: ``eval_accumulation_steps``, ``eval_do_concat_batches``,
 ``eval_use_gather_object``.
 """
@@ -160,6 +162,7 @@ class ETFTrainingArguments(TrainingArguments):
         for name, (required, why) in REFUSED.items():
             _require(name, getattr(self, name), required, why)
         _one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "group_by_length"))
+        self.load_best_model_at_end = self.load_best_model_at_end and self.eval_strategy != "no"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if not torch.accelerator.is_available():

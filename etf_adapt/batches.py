@@ -80,6 +80,7 @@ class SoftLabels:
         smoothing: Weight of the uniform distribution, in [0, 1).
 
     Example:
+        >>> import torch
         >>> soften = SoftLabels(4, smoothing=0.4)
         >>> _, labels = soften(torch.zeros(1, 3, 2, 2), torch.tensor([2]))
         >>> [round(label, 2) for label in labels[0].tolist()]

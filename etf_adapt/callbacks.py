@@ -44,22 +44,28 @@ def set_threads(threads: int | None = None) -> int:
     return torch.get_num_threads()
 
 
-def missing_processes() -> str | None:
-    """Say so where more than one process was asked for and one runs.
+def unmet_requests(distributed_type: str) -> list[str]:
+    """Say what a launcher was asked for and does not happen.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process without a word. It leaves MASTER_ADDR behind, which
-    it sets for more than one only.
+    ``accelerate launch --cpu --num_processes 2`` starts one process without a word; it leaves MASTER_ADDR behind, which
+    it sets for more than one only. FSDP and DeepSpeed are passed over on CPUs (accelerate 1.15).
+
+    Args:
+        distributed_type: What Accelerate does: a value of ``accelerate.DistributedType``.
 
     Returns:
-        The sentence, or None where all is as asked.
+        A sentence for each.
     """
-    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if not asked or PartialState().num_processes > 1:
-        return None
-    return (
-        "WARNING: several processes were asked for, but one runs: start them with `torchrun --nproc_per_node <n>` or "
-        "`accelerate launch --multi_gpu --num_processes <n>`, which start them on CPUs too."
-    )
+    said = []
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ) and PartialState().num_processes == 1:
+        said.append(
+            "WARNING: several processes were asked for, but one runs: start them with `torchrun --nproc_per_node <n>` or "
+            "`accelerate launch --multi_gpu --num_processes <n>`, which start them on CPUs too."
+        )
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" and distributed_type != kind:
+            said.append(f"WARNING: {kind} was asked for, but Accelerate runs {distributed_type} on this machine.")
+    return said
 
 
 def describe_run(trainer: ETFTrainer) -> list[str]:
@@ -72,7 +78,9 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
         Lines for a person.
     """
     args, state = trainer.args, PartialState()
-    runs = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} of {torch.get_num_threads()} threads"
+    runs = (
+        f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} of {torch.get_num_threads()} threads"
+    )
     kind = f" ({trainer.accelerator.distributed_type.value})" if state.num_processes > 1 else ""
     precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast over float32 weights"
     counts = [] if trainer.class_counts is None else [int(rows) for rows in trainer.class_counts if rows]
@@ -89,8 +97,7 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
         f"trained: {sum(size for size, trained in sizes if trained):,} of {sum(size for size, _ in sizes):,} parameters",
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
     ]
-    missing = missing_processes()
-    return [*lines, *([missing] if missing else [])]
+    return [*lines, *unmet_requests(trainer.accelerator.distributed_type.value)]
 
 
 def describe_alignment(result: Mapping[str, Any]) -> str:

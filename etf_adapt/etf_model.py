@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
-from etf_adapt.state_dict import convert_state_dict, find_missing
+from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.swap import head_modules, logits_of, replace_module
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
@@ -303,49 +303,45 @@ class ETFModel(_Base):
         if getattr(self, "hf_quantizer", None) is not None:
             return super().load_state_dict(state_dict, strict, assign)
         collected = {**(self._shards or {}), **state_dict}
-        converted, unexpected = convert_state_dict(self, collected)
+        converted = convert_state_dict(self, collected)
         if strict:
             self._shards = None
-            return super().load_state_dict({**converted, **dict.fromkeys(unexpected, torch.empty(0))}, True, assign)
+            refused = dict.fromkeys((*converted.unexpected, *converted.unfit), torch.empty(0))
+            return super().load_state_dict({**converted.tensors, **refused}, True, assign)
         heads = head_modules(self)
-        self._refuse_foreign(converted, unexpected, heads)
-        missing = find_missing(self, converted)
+        self._refuse_another_head(converted, heads)
+        missing = find_missing(self, converted.tensors)
         of_heads = tuple(f"{path}." for path in heads)
-        loads_head = any(name.startswith(of_heads) for name in converted)
-        loads_backbone = not all(name.startswith(of_heads) for name in converted)
-        if any(loads_head if name.startswith(of_heads) else loads_backbone for name in missing):
-            self._shards = collected  # the rest may come with the next shard
-            return _IncompatibleKeys(missing, unexpected)
+        holds_head = any(name.startswith(of_heads) for name in converted.tensors)
+        holds_backbone = not all(name.startswith(of_heads) for name in (*converted.tensors, *converted.unexpected))
+        is_partial = any(holds_head if name.startswith(of_heads) else holds_backbone for name in missing)
+        if is_partial or converted.unfit:
+            self._shards = collected  # The rest may come with the next shard.
+            return _IncompatibleKeys(missing, converted.unexpected)
         self._shards = None
         before = [head.rows()[0] for head in heads.values()]
-        super().load_state_dict(converted, False, assign)
+        super().load_state_dict(converted.tensors, False, assign)
         for head, rows in zip(heads.values(), before, strict=True):
             if head.frame == "random" and not torch.equal(head.rows()[0], rows):
                 head.frame = "loaded"
-        return _IncompatibleKeys(missing, unexpected)
+        return _IncompatibleKeys(missing, converted.unexpected)
 
-    def _refuse_foreign(
-        self, converted: Mapping[str, Tensor], unexpected: Sequence[str], heads: Mapping[str, ClassifierHead]
-    ) -> None:
-        """Refuse the weights of another model, and those of another kind of head, such as a folded one."""
-        if unexpected and not converted:
-            raise RuntimeError(
-                f"None of the {len(unexpected)} tensors belongs to this {type(self).__name__}, not even {unexpected[0]}: they "
-                "are those of another model."
-            )
+    def _refuse_another_head(self, converted: ConvertedState, heads: Mapping[str, ClassifierHead]) -> None:
+        """Refuse the weights of another kind of head, such as a folded one, or of another number of classes."""
         of_heads = tuple(f"{path.removeprefix(_TIMM_PREFIX)}." for path in heads)
-        foreign = [name for name in unexpected if name.removeprefix(_TIMM_PREFIX).startswith(of_heads)]
+        names = (*converted.unexpected, *converted.unfit)
+        foreign = [name for name in names if name.removeprefix(_TIMM_PREFIX).startswith(of_heads)]
         if foreign:
             kind = next(iter(heads.values())).kind
             raise RuntimeError(
-                f"The weights hold another head than this model's ({kind!r} of {self.config.num_labels} classes): "
+                f"The weights hold another head than this model's ({kind!r}, {self.config.num_labels} classes): "
                 f"{', '.join(foreign)} does not fit. Finished folders hold cosine and paper heads folded; go on from a folder "
                 "checkpoint-<step>, or load this one with ETFFor...from_pretrained."
             )
 
     def _require_complete(self) -> None:
         if self._shards is not None:
-            missing = find_missing(self, convert_state_dict(self, self._shards)[0])
+            missing = find_missing(self, convert_state_dict(self, self._shards).tensors)
             raise RuntimeError(
                 f"The {len(self._shards)} tensors given to load_state_dict lack {len(missing)} of this model's, such as "
                 f"{missing[0]}, and none was loaded: give all of them, or load a part of the model by "

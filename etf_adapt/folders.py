@@ -15,7 +15,7 @@ import timm
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg
-from torch import Tensor
+from torch import Tensor, contiguous_format
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -29,7 +29,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
 
 
-def locate(name_or_path: str, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
+def locate(name_or_path: str | Path, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
     """Turn any name of a model into a folder or Hub id, and make sure within seconds that it can be had.
 
     Args:
@@ -45,9 +45,18 @@ def locate(name_or_path: str, *, fetch: bool, options: Mapping[str, Any] | None 
         OSError: The model is neither here nor can it be fetched.
         ValueError: No model has this name.
     """
-    location = resolve_model_name(str(name_or_path))
+    location = _resolve(name_or_path)
     has_own_options = any((options or {}).get(name) is not None for name in HUB_OPTIONS)
     return locate_model(location) if fetch and not has_own_options else location
+
+
+def _resolve(name_or_path: str | Path) -> str:
+    """Turn any name of a model into a folder or Hub id; a timm name without a tag gets the one that timm prefers."""
+    location = resolve_model_name(str(name_or_path))
+    name = location.removeprefix("timm/")
+    if name == location or "." in name or Path(location).is_dir() or not timm.is_model(name):
+        return location
+    return timm.get_pretrained_cfg_value(name, "hf_hub_id") or location
 
 
 def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -108,7 +117,7 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     """
     if task not in ("image", "text"):
         raise ValueError(f"`task` (={task!r}) must be one of 'image', 'text'.")
-    location = resolve_model_name(str(name_or_path))
+    location = _resolve(name_or_path)
     if task == "image":
         config, _ = load_config(location, fetch=not location.startswith("timm/"), **options)
         if isinstance(config, TimmWrapperConfig):
@@ -233,6 +242,8 @@ def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in state_dict.items():
         storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.detach().clone() if storage in seen else tensor.detach().contiguous()
+        result[name] = (
+            tensor.detach().clone(memory_format=contiguous_format) if storage in seen else tensor.detach().contiguous()
+        )
         seen.add(storage)
     return result

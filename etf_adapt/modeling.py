@@ -86,7 +86,7 @@ class _Factory(ETFModel):
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         dtype = kwargs.pop("dtype", "auto" if kwargs.get("quantization_config") else torch.float32)
-        location = locate(str(name_or_path), fetch=pretrained, options=kwargs)
+        location = locate(name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
@@ -189,6 +189,16 @@ class ETFForSequenceClassification(_Factory):
     """Factory of text classification models with a head and a loss of ours; as ``ETFForImageClassification``.
 
     Decoders need ``config.pad_token_id``: it is taken from the tokenizer beside the model.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> folder = tempfile.mkdtemp()  # any Hub id would do
+        >>> BertForSequenceClassification(BertConfig(**sizes, vocab_size=20)).save_pretrained(folder)
+        >>> model = ETFForSequenceClassification.from_pretrained(folder, num_labels=3)
+        >>> model(input_ids=torch.tensor([[1, 2], [3, 4]]), labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
     """
 
     _auto_model = AutoModelForSequenceClassification
@@ -286,8 +296,8 @@ def _adapt(
         model.fold_heads()  # so that the new layer has the bias of the stock one
     elif "forward" in vars(model):
         raise ValueError(
-            f"The forward of this {type(model).__name__} was replaced on the object, as by `device_map` over several devices, and "
-            "would pass by our loss: load the model on one device."
+            f"The forward of this {type(model).__name__} was replaced on the object, as `device_map` over several devices does, "
+            "and would pass by our loss: load the model on one device."
         )
     paths = find_heads(model, head=head_path)
     has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}

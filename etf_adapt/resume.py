@@ -96,10 +96,15 @@ class ResumableTrainer(Trainer):
             logging.enable_progress_bar()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        self._misses = 0 if is_best else self._misses + 1
+        """Of equally good checkpoints the latest is the best: few validation rows are soon all right, training is not done."""
+        is_better = super()._determine_best_metric(metrics, trial)
+        self._misses = 0 if is_better else self._misses + 1
         self.control.should_training_stop |= self._is_stopped_early()
-        return is_best
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        is_equal = not is_better and self.state.best_metric is not None and metrics.get(name) == self.state.best_metric
+        if is_equal and self.args.save_strategy != "no":
+            self.state.best_global_step = self.state.global_step
+        return is_better or is_equal
 
     def _is_stopped_early(self) -> bool:
         return self.args.early_stopping_patience is not None and self._misses >= self.args.early_stopping_patience

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,23 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 
-def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+@dataclass(frozen=True)
+class ConvertedState:
+    """A state dict in a model's own names and shapes.
+
+    Attributes:
+        tensors: What can be loaded.
+        unexpected: Names for which the model has no place.
+        unfit: Names of the model whose tensors came in another shape, or of which a part is missing where the model merges
+            several tensors of the file into one.
+    """
+
+    tensors: dict[str, Tensor]
+    unexpected: list[str]
+    unfit: list[str]
+
+
+def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> ConvertedState:
     """Convert a state dict as ``save_pretrained`` writes it to the model's own names and tensors.
 
     Names and tensors on disk are those of older versions for many models (a ViT's ``vit.layers.0.attention.q_proj`` is
@@ -28,19 +45,20 @@ def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor])
         state_dict: Tensors by name, as in a file or as in memory.
 
     Returns:
-        Tensors under the model's own names, and the names for which the model has no place.
+        Tensors under the model's own names, and what was left over.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
         >>> model = ViTForImageClassification(ViTConfig(**sizes))
         >>> old = {"vit.encoder.layer.0.attention.attention.query.bias": torch.zeros(4)}
-        >>> list(convert_state_dict(model, old)[0])
+        >>> list(convert_state_dict(model, old).tensors)
         ['vit.layers.0.attention.q_proj.bias']
     """
-    names = model.state_dict().keys()
-    if state_dict.keys() <= names:
-        return dict(state_dict), []
+    own = model.state_dict()
+    if state_dict.keys() <= own.keys():
+        unfit = sorted(name for name, tensor in state_dict.items() if tensor.shape != own[name].shape)
+        return ConvertedState({name: state_dict[name] for name in state_dict if name not in unfit}, [], unfit)
     twin = _meta_twin(model)
     config = LoadStateDictConfig(weight_mapping=cast(Any, get_model_conversion_mapping(model)))
     show_progress = logging.is_progress_bar_enabled()
@@ -50,8 +68,9 @@ def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor])
     finally:
         if show_progress:
             logging.enable_progress_bar()
-    converted = {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
-    return converted, sorted(info.unexpected_keys | {name for name, *_ in info.mismatched_keys})
+    tensors = {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
+    unfit = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
+    return ConvertedState(tensors, sorted(info.unexpected_keys), sorted(unfit))
 
 
 def find_missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

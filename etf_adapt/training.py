@@ -25,6 +25,7 @@ from etf_adapt.checkpoints import (
     resolve_checkpoint,
 )
 from etf_adapt.evaluation import predict_rows
+from etf_adapt.long_tail import read_labels
 from etf_adapt.metrics import ShotAccuracy
 from etf_adapt.modeling import ETFModel
 from etf_adapt.parameters import (
@@ -63,10 +64,22 @@ class ETFTrainer(ResumableTrainer):
 
     Raises:
         ValueError: The model has no head of ours, or settings and model do not fit.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from etf_adapt.modeling import adapt
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> model = adapt(ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)), 2)
+        >>> rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": row % 2} for row in range(8)]
+        >>> args = ETFTrainingArguments(mkdtemp(), num_train_epochs=1, per_device_train_batch_size=4, eval_strategy="no")
+        >>> trainer = ETFTrainer(model, args, train_dataset=rows, labels=[row["labels"] for row in rows])
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        runs: 1 process ...
+        2
     """
 
-    args: ETFTrainingArguments
-    model: PreTrainedModel
+    model: ETFModel
 
     def __init__(
         self,
@@ -91,8 +104,12 @@ class ETFTrainer(ResumableTrainer):
         self.train_labels: NDArray[np.int64] | None = None
         self.class_counts: NDArray[np.int64] | None = None
         if train_dataset is not None:
-            self.train_labels = labels_of(train_dataset) if labels is None else np.asarray(labels)
+            self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids
             self.class_counts = np.bincount(self.train_labels, minlength=num_classes)
+            if len(self.train_labels) != len(train_dataset):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
+                )
             if len(self.class_counts) > num_classes:
                 raise ValueError(
                     f"`train_dataset` has label {len(self.class_counts) - 1}, but the head has {num_classes} classes: load "
@@ -125,11 +142,8 @@ class ETFTrainer(ResumableTrainer):
             self.add_callback(callback)
         self.batch_norm = self._resolve_batch_norm()
         self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
-        if args.realign_epochs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"`realign_epochs` (={args.realign_epochs}) cannot be had with FSDP or DeepSpeed, which split the head over "
-                "processes: set it to 0 or use DDP."
-            )
+        if args.realign_epochs:
+            self._require_realignable()
 
     # What is trained, and from where
 
@@ -192,6 +206,18 @@ class ETFTrainer(ResumableTrainer):
                     broadcast(rows.data)  # Processes may round the same sums differently.
         self.model.reset_temperature()
         self.alignment = asdict(result)
+
+    def _require_realignable(self) -> None:
+        if any(head.kind != "etf" or head.trainable for head in self.heads.values()):
+            raise ValueError(
+                f"`realign_epochs` (={self.args.realign_epochs}) sets the head's rows anew, and this head learns them or draws "
+                "them at random: set it to 0, or use a fixed 'etf' head."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`realign_epochs` (={self.args.realign_epochs}) cannot be had with FSDP or DeepSpeed, which split the head "
+                "over processes: set it to 0 or use DDP."
+            )
 
     def needs_alignment(self) -> bool:
         """Return whether the head is fresh and of a kind that is set before the first step."""
@@ -266,13 +292,13 @@ class ETFTrainer(ResumableTrainer):
     def own_state(self) -> dict[str, Any]:
         """Return what a checkpoint of ours holds beyond transformers' own."""
         frames = {path: head.frame for path, head in self.heads.items()}
-        return {"frames": frames, "alignment": self.alignment, "batch_norm": self.batch_norm}
+        return {"frames": frames, "alignment": self.alignment}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
         """Take up what ``own_state`` returned when the checkpoint was written."""
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
-        self.alignment, self.batch_norm = state["alignment"], state["batch_norm"]
+        self.alignment = state["alignment"]
 
     def _updates_per_epoch(self) -> int:
         return len(self._train_sampler or ()) // self.get_total_train_batch_size(self.args)
@@ -342,8 +368,11 @@ class ETFTrainer(ResumableTrainer):
         metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
             rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
         )
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=rows, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels))
+        named: Any = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        predictions: Any = rows  # where the stock class has an array of all logits
+        return EvalLoopOutput(
+            predictions=predictions, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels)
+        )
 
     def _with_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:

@@ -29,7 +29,7 @@ def test_each_refused_field_says_which_value_it_must_have_and_why(name):
 
 @pytest.mark.parametrize("name", REFUSED_ACCELERATOR)
 def test_each_refused_field_of_the_accelerator_too(name):
-    required, why = REFUSED_ACCELERATOR[name]
+    required, _ = REFUSED_ACCELERATOR[name]
     with pytest.raises(ValueError, match=f"accelerator_config.{name}"):
         ETFTrainingArguments(output_dir="out", accelerator_config={name: other(required)})
 

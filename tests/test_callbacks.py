@@ -9,13 +9,20 @@ import pytest
 import torch
 from small_run import make_trainer
 
-from etf_adapt.callbacks import EpochStart, describe_run, missing_processes, set_threads
+from etf_adapt.callbacks import EpochStart, describe_run, set_threads, unmet_requests
 
 
 @pytest.fixture
 def threads(monkeypatch):
     before = torch.get_num_threads()
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+    for name in (
+        "ACCELERATE_MIXED_PRECISION",
+        "TORCHELASTIC_RUN_ID",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+    ):
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
     torch.set_num_threads(before)
@@ -32,12 +39,19 @@ def test_launchers_single_threads_are_undone_and_nothing_else(threads):
     assert set_threads(5) == 5
 
 
-def test_one_process_where_more_were_asked_for_is_told(threads):
-    assert missing_processes() is None
+def test_what_was_asked_for_and_does_not_run_is_told(threads):
+    assert unmet_requests("NO") == []
     threads.setenv("MASTER_ADDR", "127.0.0.1")
-    assert missing_processes() is None
+    assert unmet_requests("NO") == []
     threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert "one runs" in missing_processes()
+    (said,) = unmet_requests("NO")
+    assert "several processes were asked for, but one runs" in said
+    threads.delenv("MASTER_ADDR")
+    threads.setenv("ACCELERATE_USE_FSDP", "true")
+    assert unmet_requests("FSDP") == []
+    assert unmet_requests("MULTI_CPU") == [
+        "WARNING: FSDP was asked for, but Accelerate runs MULTI_CPU on this machine."
+    ]
 
 
 def test_the_epoch_told_is_that_of_the_steps_done():

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from PIL import Image
@@ -144,7 +145,7 @@ def test_adapt_keeps_the_object_and_every_weight_but_the_head():
 
 
 def test_adapt_refuses_what_is_no_model_of_transformers():
-    with pytest.raises(TypeError, match="Linear.*swap_head"):
+    with pytest.raises(TypeError, match=r"Linear.*swap_head"):
         adapt(torch.nn.Linear(2, 2), 3)
 
 
@@ -155,7 +156,7 @@ def test_adapt_refuses_what_is_no_model_of_transformers():
 def test_the_loss_of_forward_is_that_of_its_logits(name):
     model, inputs = MAKERS[name](), batch(name)
     output = model(**inputs, labels=LABELS)
-    assert list(output)[0] == "loss"
+    assert next(iter(output)) == "loss"
     assert torch.equal(output.loss, dot_regression_loss(output.logits, LABELS))
     assert torch.equal(output.logits, model(**inputs).logits) and model(**inputs).loss is None
     assert type(output) is type(model(**inputs))
@@ -208,7 +209,7 @@ def test_set_loss_is_make_loss(head, loss, counts):
 
 def test_class_counts_are_checked():
     model = vit()
-    with pytest.raises(ValueError, match="`class_counts` has 2 entries.*3 classes"):
+    with pytest.raises(ValueError, match=r"`class_counts` has 2 entries.*3 classes"):
         model.set_loss("logit_adjusted", class_counts=[1, 2])
     with pytest.raises(ValueError, match="class_counts"):
         model.set_loss("logit_adjusted")
@@ -329,12 +330,18 @@ def test_half_precision_files_are_loaded_as_float32_unless_asked_otherwise(tmp_p
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def test_the_seed_alone_decides_the_frame(tmp_path):
+def test_the_seed_alone_decides_the_new_rows(tmp_path):
     stock_vit().save_pretrained(tmp_path)
     state = torch.random.get_rng_state()
-    rows = [ETFForImageClassification.from_pretrained(tmp_path, num_labels=3, seed=s).classifier.weight for s in (1, 1, 2)]
-    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-    assert torch.equal(torch.random.get_rng_state(), state)
+    for head in ("etf", "linear", "cosine", "paper"):
+        rows = []
+        for seed in (1, 1, 2):
+            model = ETFForImageClassification.from_pretrained(tmp_path, num_labels=3, head=head, seed=seed)
+            rows.append(model.classifier.weight)
+            assert torch.equal(torch.random.get_rng_state(), state)
+        assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+        torch.manual_seed(5)
+        state = torch.random.get_rng_state()
 
 
 # Calibration
@@ -358,11 +365,11 @@ def test_the_temperature_scales_the_logits_and_leaves_the_loss(offsets):
 
 def test_wrong_calibrations_are_refused():
     model = vit()
-    with pytest.raises(ValueError, match="`temperature` .=0.0"):
+    with pytest.raises(ValueError, match=r"`temperature` \(=0\.0\)"):
         model.set_temperature(0.0)
-    with pytest.raises(ValueError, match="2 entries.*3 classes"):
+    with pytest.raises(ValueError, match=r"2 entries.*3 classes"):
         model.set_temperature(1.0, [0.0, 1.0])
-    with pytest.raises(ValueError, match="no bias|has none"):
+    with pytest.raises(ValueError, match=r"no bias|has none"):
         llama().set_temperature(1.0, [0.0, 1.0, 0.0])
     with pytest.raises(ValueError, match="fold_heads"):
         vit(head="cosine").set_temperature(2.0)
@@ -393,7 +400,7 @@ for folder, is_text, is_timm in json.loads(sys.argv[1]):
         if is_timm:
             outputs["timm"] = timm.create_model("local-dir:" + folder, pretrained=True).eval()(inputs["pixel_values"])
     pipe = pipeline("text-classification" if is_text else "image-classification", model=folder, top_k=3)
-    rows = pipe("a tree" if is_text else folder + "/image.png")
+    [rows] = pipe(["a tree" if is_text else folder + "/image.png"])
     save_file(outputs, folder + "/outputs")
     results[folder] = {"class": type(model).__name__, "rows": rows, "said": list(said)}
 print(json.dumps(results))
@@ -441,7 +448,7 @@ def test_stock_libraries_read_the_folder_without_us(folders, name):
     assert result["class"] == type(model)._stock_class.__name__
     assert {row["label"] for row in result["rows"]} == set(NAMES.values())
     assert sum(row["score"] for row in result["rows"]) == pytest.approx(1.0, abs=1e-4)
-    assert result["said"] == []
+    assert not [line for line in result["said"] if re.search("weight|missing|unexpected|initiali|label|code", line)]
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.py"))
 
 
@@ -454,10 +461,12 @@ def test_the_folder_comes_back_here_in_full(folders, name):
     assert again.etf_settings == model.etf_settings
     assert again.etf_settings["temperature"] == 2.5 and again.etf_settings["head"]["frame"] == "means"
     assert type(again) is type(model) and not again.training
-    assert torch.equal(logits(again, batch(name)), expected)
-    torch.testing.assert_close(
-        again(**batch(name), labels=LABELS).loss, model(**batch(name), labels=LABELS).loss, rtol=0, atol=0
-    )
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    # Convolutions may add in another order where the memory of a tensor is aligned otherwise.
+    torch.testing.assert_close(logits(again, batch(name)), expected, rtol=1e-6, atol=1e-6)
+    losses = [each(**batch(name), labels=LABELS).loss for each in (model, again)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
     for head in head_modules(again).values():
         assert isinstance(head, ETFHead) and not any(p.requires_grad for p in head.parameters())
     assert again.config.id2label == NAMES
@@ -497,11 +506,15 @@ def test_other_labels_or_another_head_give_a_new_head(folders, name, settings):
 
 @pytest.mark.parametrize("name", ["vit", "micro", "llama"])
 def test_a_layer_that_a_stock_tool_changed_is_recognised(folders, name, tmp_path):
-    _, folder, expected, _ = folders[name]
+    _, folder, _, _ = folders[name]
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
-    key = next(key for key in ("classifier.weight", "score.weight", "fc.weight", "head.fc.weight", "head.weight") if key in weights)
+    key = next(
+        key
+        for key in ("classifier.weight", "score.weight", "fc.weight", "head.fc.weight", "head.weight")
+        if key in weights
+    )
     weights[key] = 2.0 * weights[key]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="another tool has changed"):
@@ -543,8 +556,9 @@ def test_a_folder_in_half_precision_is_no_changed_layer(folders, tmp_path, dtype
 def test_checkpoints_hold_the_live_head_and_other_folders_the_folded_one(name, head, tmp_path):
     model, inputs = MAKERS[name](head=head), batch(name)
     model.train()
-    for _ in range(3):  # moves the statistics of a BatchNorm
-        model(**inputs)
+    with torch.no_grad():
+        for _ in range(3):  # moves the statistics of a BatchNorm
+            model(**inputs)
     expected = logits(model, inputs)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     live, finished = tmp_path / "checkpoint-7", tmp_path / "finished"
@@ -637,7 +651,7 @@ def test_the_head_alone_is_loaded():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_files_in_the_names_of_the_disk_are_loaded(folders, name):
-    model, folder, expected, _ = folders[name]
+    _, folder, expected, _ = folders[name]
     other = MAKERS[name]()
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter.data)
@@ -656,13 +670,16 @@ def test_files_in_the_names_of_the_disk_are_loaded(folders, name):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.hf", "vit_tiny_patch16_224.timm", "mobilenetv2_100.timm"])
 def test_real_image_backbones_are_kept_and_come_back(shared_models, name, tmp_path):
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    stock = AutoModelForImageClassification.from_pretrained(shared_models / name, dtype=torch.float32).eval()
-    model = ETFForImageClassification.from_pretrained(shared_models / name, id2label=NAMES)
-    paths = tuple(head_modules(model))
-    weights = stock.state_dict()
-    assert all(
-        torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items() if not key.startswith(paths)
-    )
+    folder = shared_models / name
+    if name.endswith(".timm"):
+        stock, prefix = timm.create_model(f"local-dir:{folder}", pretrained=True), "timm_model."
+    else:
+        stock, prefix = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32), ""
+    model = ETFForImageClassification.from_pretrained(folder, id2label=NAMES)
+    heads = tuple(head_modules(model))
+    weights = {prefix + key: tensor for key, tensor in stock.state_dict().items()}
+    backbone = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(heads)}
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in backbone.items())
     expected = logits(model, {"pixel_values": pixels})
     model.save_pretrained(tmp_path)
     again = ETFForImageClassification.from_pretrained(tmp_path)

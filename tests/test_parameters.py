@@ -61,10 +61,14 @@ def test_the_heads_groups_keep_all_but_the_learning_rate():
     model = Net(ETFHead(6, 3, trainable=True))
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}], lr=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}], lr=0.1
+    )
     set_head_learning_rate(optimizer, [model.head], 0.7)
     groups = {
-        id(parameter): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
     assert groups[id(model.head.weight)] == (0.7, 0.3) and groups[id(model.head.bias)] == (0.7, 0.0)
     assert groups[id(model.body.weight)] == (0.1, 0.3) and groups[id(model.norm.bias)] == (0.1, 0.0)
@@ -80,7 +84,9 @@ def test_estimated_statistics_are_the_mean_over_batches():
     torch.manual_seed(0)
     model = Net(ETFHead(6, 3))
     before = [parameter.clone() for parameter in model.parameters()]
-    batches = [{"x": 2.0 * torch.randn(16, 4) + 1.0, "labels": torch.zeros(16), "row_id": torch.arange(16)} for _ in range(4)]
+    batches = [
+        {"x": 2.0 * torch.randn(16, 4) + 1.0, "labels": torch.zeros(16), "row_id": torch.arange(16)} for _ in range(4)
+    ]
     model.train()
     reestimate_batch_norms(model, batches)
     with torch.no_grad():

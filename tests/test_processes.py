@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def torchrun(settings, *, processes=2, killed=False):
 def recorded(folder: Path, processes: int):
     """Return the rows of each step over all processes, sorted, and each process's metrics."""
     parts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-    rows = [sorted(sum(step, [])) for step in zip(*(part["rows"] for part in parts))]
+    rows = [sorted(chain.from_iterable(step)) for step in zip(*(part["rows"] for part in parts))]
     return rows, [part["metrics"] for part in parts]
 
 

@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 import transformers
+from timm.models.metaformer import MetaFormer
+from timm.models.volo import VOLO
 from torch import nn
 
 from etf_adapt.swap import HeadError, find_heads, head_modules, read_features, restore_head, swap_head
@@ -29,6 +31,17 @@ def texts():
 
 def of_timm(name, **settings):
     return lambda: timm.create_model(name, num_classes=5, **settings)
+
+
+def shrunken(stock, architecture, **settings):
+    """Make a small model of an architecture whose constructor in timm's registry fixes all sizes."""
+
+    def make():
+        model = stock(num_classes=5, **settings)
+        model.pretrained_cfg = {"architecture": architecture}
+        return model
+
+    return make
 
 
 def of_transformers(stock, config, **settings):
@@ -51,13 +64,20 @@ class Case:
 
 
 SMALL_LEVIT = {"embed_dim": (16, 16, 16), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)}
-SMALL_FORMER = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+SMALL_FORMER = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "use_mlp_head": True}
+SMALL_VOLO = {
+    "layers": (1, 1, 1, 1),
+    "embed_dims": (16, 32, 32, 32),
+    "num_heads": (2, 2, 2, 2),
+    "stem_hidden_dim": 8,
+    "img_size": 64,
+}
 
 CASES = {
     "linear": Case(of_timm("test_vit"), images(160), ("head",)),
     "linear after a pool": Case(of_timm("test_resnet"), images(32), ("fc",)),
     "leaf in a head": Case(of_timm("test_convnext"), images(32), ("head.fc",)),
-    "leaf deep in a head": Case(of_timm("caformer_s18", **SMALL_FORMER), images(32), ("head.fc.fc2",)),
+    "leaf deep in a head": Case(shrunken(MetaFormer, "caformer_s18", **SMALL_FORMER), images(32), ("head.fc.fc2",)),
     "two heads averaged (DeiT)": Case(
         of_timm("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2),
         images(32),
@@ -67,24 +87,16 @@ CASES = {
         of_timm("levit_128s", img_size=64, **SMALL_LEVIT), images(64), ("head.linear", "head_dist.linear")
     ),
     "head and head of the tokens (VOLO)": Case(
-        of_timm(
-            "volo_d1_224",
-            img_size=64,
-            layers=(1, 1, 1, 1),
-            embed_dims=(16, 32, 32, 32),
-            num_heads=(2, 2, 2, 2),
-            mlp_ratio=1.0,
-            stem_hidden_dim=8,
-        ),
+        shrunken(VOLO, "volo_d1_224", **SMALL_VOLO),
         images(64),
-        ("head", "aux_head"),
+        ("aux_head", "head"),
     ),
-    "1x1 convolution": Case(of_timm("test_mambaout"), images(32), ("head.fc",)),
+    "1x1 convolution": Case(of_timm("dpn48b"), images(32), ("classifier",)),
     "TimmWrapper": Case(timm_wrapper, {"pixel_values": images(160)}, ("timm_model.head",)),
     "ViT": Case(
         of_transformers("ViTForImageClassification", "ViTConfig", **IMAGE), {"pixel_values": images(8)}, ("classifier",)
     ),
-    "module in a Sequential": Case(
+    "MobileNetV2": Case(
         of_transformers("MobileNetV2ForImageClassification", "MobileNetV2Config", depth_multiplier=0.25, num_labels=5),
         {"pixel_values": images(32)},
         ("classifier",),
@@ -94,9 +106,7 @@ CASES = {
         of_transformers("RobertaForSequenceClassification", "RobertaConfig", **TEXT), texts(), ("classifier.out_proj",)
     ),
     "tokens, without a bias (Llama)": Case(
-        of_transformers(
-            "LlamaForSequenceClassification", "LlamaConfig", **TEXT, num_key_value_heads=2, pad_token_id=0
-        ),
+        of_transformers("LlamaForSequenceClassification", "LlamaConfig", **TEXT, num_key_value_heads=2, pad_token_id=0),
         texts(),
         ("score",),
     ),
@@ -208,7 +218,7 @@ def test_the_head_is_back_after_an_error_while_features_are_read(name):
     case = CASES[name]
     model = swap_head(case.make().eval(), 3)
     heads, logits = head_modules(model), run(model, case.batch)
-    with pytest.raises(Exception, match="."):
+    with pytest.raises((RuntimeError, ValueError, AssertionError), match=r"."):
         read_features(model, torch.zeros(2, 7))
     assert head_modules(model) == heads and not any(head._forward_pre_hooks for head in heads.values())
     assert torch.equal(run(model, case.batch), logits)
@@ -367,9 +377,9 @@ def test_a_second_swap_that_is_refused_leaves_several_heads_as_they_were():
 def test_models_without_a_head_are_refused():
     with pytest.raises(HeadError, match="ViTModel has no classification layer"):
         swap_head(transformers.ViTModel(transformers.ViTConfig(**IMAGE)), 3)
-    with pytest.raises(HeadError, match="Linear is neither.*`?head"):
+    with pytest.raises(HeadError, match=r"Linear is neither.*head="):
         swap_head(nn.Linear(3, 3), 3)
     with torch.device("meta"):
         encoder = timm.create_model("gemma4_vit_167m_enc")
-    with pytest.raises(HeadError, match="gemma4_vit_167m_enc|no classification layer"):
+    with pytest.raises(HeadError, match="gemma4_vit_167m_enc is an encoder"):
         swap_head(encoder, 3)

@@ -17,7 +17,14 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from small_run import NoisyRows, make_model, make_trainer, weights
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import BertConfig, BertForSequenceClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from etf_adapt.arguments import ETFTrainingArguments
 from etf_adapt.checkpoints import is_complete, list_checkpoints
@@ -57,8 +64,11 @@ def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize("step", [6, 9, 12], ids=["mid-epoch", "mid-epoch of the second", "end of an epoch"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("step", "accumulation"),
+    [(3, 1), (9, 1), (12, 1), (9, 2)],
+    ids=["mid-epoch", "later", "end of an epoch", "accumulated"],
+)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation):
     settings = {
         "save_strategy": "steps",
@@ -296,6 +306,20 @@ def test_evaluation_counts_each_row_once(tmp_path):
     )
 
 
+def test_what_does_not_fit_is_known_before_training(tmp_path):
+    with pytest.raises(ValueError, match="has label 2, but the head has 2 classes: load the model with num_labels=3"):
+        make_trainer(tmp_path, model=make_model(2))
+    with pytest.raises(ValueError, match="sets the head's rows anew"):
+        make_trainer(tmp_path, model=make_model(head="linear"), realign_epochs=1)
+    with pytest.raises(ValueError, match="has no head and loss of etf_adapt"):
+        make_trainer(tmp_path, model=ViTForImageClassification(ViTConfig(hidden_size=12, num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="has 3 entries: give one for each row"):
+        ETFTrainer(
+            make_model(), ETFTrainingArguments(str(tmp_path)), train_dataset=NoisyRows((2, 2, 2), 0), labels=[0, 1, 2]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_small_classes_share_one_recall():
     labels = np.array([0] * 6 + [1] * 5 + [2, 2, 3])
     predictions = np.array([0] * 3 + [1] * 3 + [1] * 5 + [2, 0, 0])
@@ -359,7 +383,7 @@ def test_workers_change_nothing(tmp_path):
         model = make_model(10)
         args = ETFTrainingArguments(
             output_dir=str(tmp_path / str(workers)), num_train_epochs=2, per_device_train_batch_size=16, sampler="balanced",
-            eval_strategy="no", save_strategy="no", load_best_model_at_end=False, dataloader_num_workers=workers,
+            eval_strategy="no", save_strategy="no", dataloader_num_workers=workers,
             torch_threads=1,
         )  # fmt: skip
         trainer = ETFTrainer(
@@ -374,7 +398,12 @@ class PadTokens:
     def __call__(self, rows):
         batch = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "row_id")}
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-        return {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "labels": batch["label"], "row_id": batch["row_id"]}
+        return {
+            "input_ids": tokens,
+            "attention_mask": (tokens > 0).long(),
+            "labels": batch["label"],
+            "row_id": batch["row_id"],
+        }
 
 
 def texts(counts, seed):
@@ -393,7 +422,11 @@ def test_texts_are_batched_by_length_and_learned(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = adapt(BertForSequenceClassification(BertConfig(**sizes, vocab_size=20)), 3)
     args = ETFTrainingArguments(
-        output_dir=str(tmp_path / "run"), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=3e-3, torch_threads=1
+        output_dir=str(tmp_path / "run"),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        torch_threads=1,
     )
     train = texts((80, 30, 10), 0)
     trainer = ETFTrainer(
