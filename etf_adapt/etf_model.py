@@ -306,7 +306,7 @@ class ETFModel(_Base):
         converted = convert_state_dict(self, collected)
         if strict:
             self._shards = None
-            refused = dict.fromkeys((*converted.unexpected, *converted.unfit), torch.empty(0))
+            refused = {name: collected.get(name, torch.empty(0)) for name in (*converted.unexpected, *converted.unfit)}
             return super().load_state_dict({**converted.tensors, **refused}, True, assign)
         heads = head_modules(self)
         self._refuse_another_head(converted, heads)

@@ -39,10 +39,10 @@ def dot_regression_loss(
         p_k / \max(1, r) \text{ if } p_k > 0, \text{ else } p_k & \text{one-sided} \end{cases}
 
     *sphere* is the dot-regression loss of Yang et al. (with unit lengths; the half is theirs). *ball* is the
-    same with features inside the unit ball rather than on its surface (the norm constraint of their layer-peeled model). Neither has
-    a gradient for a misclassified row with K = 2, the first nowhere. *one-sided*, the default, keeps the ball's
-    value for rows on the right side of the vertex and is linear in the logits for the others, so that every row that
-    is not at its vertex is pulled towards it, for every K >= 2.
+    same with features inside the unit ball rather than on its surface (the norm constraint of their layer-peeled model).
+    With K = 2 the first has no gradient anywhere, the second none for a misclassified row outside the ball. *one-sided*,
+    the default, keeps the ball's value for rows on the right side of the vertex and is linear in the logits for the others,
+    so that every row that is not at its vertex is pulled towards it, for every K >= 2.
 
     ``balance="in_batch"`` is what the authors' published code computes: the mean over the classes *present in the
     batch* of each class's mean loss. It depends on the batch size and on the number of processes.

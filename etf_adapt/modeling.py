@@ -296,8 +296,8 @@ def _adapt(
         model.fold_heads()  # so that the new layer has the bias of the stock one
     elif "forward" in vars(model):
         raise ValueError(
-            f"The forward of this {type(model).__name__} was replaced on the object, as `device_map` over several devices does, "
-            "and would pass by our loss: load the model on one device."
+            f"The forward of this {type(model).__name__} was replaced on the object, as `device_map` over several devices "
+            "does, and would pass by our loss: load the model on one device."
         )
     paths = find_heads(model, head=head_path)
     has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}

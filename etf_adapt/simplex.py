@@ -22,8 +22,8 @@ def simplex_etf(
     .. math:: m_i^\top m_j = \frac{K}{K-1}\,\delta_{ij} - \frac{1}{K-1}
 
     (Yang et al., definition of the simplex ETF; their form needs :math:`\text{dim} \ge K`, while the vertices span
-    :math:`K - 1` dimensions). The rotation is uniform (Haar). Below ``dim = K - 1`` no simplex fits: the rows are then the vertices
-    projected onto a random subspace, which still sum to zero and still form a tight frame.
+    :math:`K - 1` dimensions). The rotation is uniform (Haar). Below ``dim = K - 1`` no simplex fits: the rows are then the
+    vertices projected onto a random subspace, which still sum to zero and still form a tight frame.
 
     The frame is computed in float64 on the CPU. Keep the result rather than the seed: orthogonalisation may differ in
     the last bits with the number of threads.
@@ -121,8 +121,8 @@ def vertex_products(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Example:
         >>> products, lengths = vertex_products(torch.tensor([[2.0, 0.0]]))
-        >>> products.round(decimals=4).tolist(), lengths.round(decimals=4).tolist()
-        ([[1.4142, -1.4142]], [1.4142])
+        >>> products, lengths
+        (tensor([[ 1.4142, -1.4142]]), tensor([1.4142]))
     """
     num_classes = logits.shape[-1]
     with torch.autocast(logits.device.type, enabled=False):

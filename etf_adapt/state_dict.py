@@ -69,8 +69,8 @@ def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor])
         if show_progress:
             logging.enable_progress_bar()
     tensors = {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
-    unfit = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
-    return ConvertedState(tensors, sorted(info.unexpected_keys), sorted(unfit))
+    refused = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
+    return ConvertedState(tensors, sorted(info.unexpected_keys), sorted(refused))
 
 
 def find_missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

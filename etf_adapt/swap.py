@@ -235,7 +235,9 @@ def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[T
     """
     heads = head_modules(model)
     if not heads:
-        raise HeadError(f"{type(model).__name__} has no head made by etf_adapt: call swap_head(model, num_classes) first.")
+        raise HeadError(
+            f"{type(model).__name__} has no head made by etf_adapt: call swap_head(model, num_classes) first."
+        )
     with (_identity if len(heads) == 1 else _input_hooks)(model, heads) as inputs:
         output = model(**batch) if isinstance(batch, Mapping) else model(batch)
         rows = inputs or [logits_of(output)]
@@ -260,7 +262,7 @@ def logits_of(output: Any) -> Tensor:
 @contextmanager
 def _identity(model: nn.Module, heads: Mapping[str, ClassifierHead]) -> Iterator[list[Tensor]]:
     """Put an identity in the head's place; yields no inputs, since the model's output is what is wanted."""
-    [(path, head)] = heads.items()
+    [head] = heads.values()
     aliases = _paths_of(model, head)
     try:
         for alias in aliases:

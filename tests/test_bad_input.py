@@ -196,7 +196,7 @@ def test_without_the_hub_a_model_that_is_not_cached_is_told_within_seconds(tmp_p
 
 
 def test_messages_of_loader_workers_lose_their_traceback(capsys):
-    said = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: image 3"
+    said = "Caught ValueError in DataLoader worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: image 3"
     with pytest.raises(SystemExit), report.one_line_errors():
         raise ValueError(said)
     assert capsys.readouterr().err == "error: image 3\n"

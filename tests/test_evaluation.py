@@ -22,7 +22,9 @@ class Scores(nn.Module):
 
 
 def batches(logits, labels, ids):
-    return [{"x": logits[part], "labels": labels[part], "row_id": ids[part]} for part in torch.arange(len(ids)).split(4)]
+    return [
+        {"x": logits[part], "labels": labels[part], "row_id": ids[part]} for part in torch.arange(len(ids)).split(4)
+    ]
 
 
 @pytest.fixture
