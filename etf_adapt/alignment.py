@@ -109,8 +109,8 @@ def align_head(
             penalties.append(None)
             continue
         if frame in PENALIZED and penalty is None:
-            chosen, score = choose_penalty(statistics, features, labels, frame, intercept=head.bias is not None)
-            scores.append(score)
+            chosen, held_out = choose_penalty(statistics, features, labels, frame, intercept=head.bias is not None)
+            scores.append(held_out)
         rows, bias = closed_form_rows(
             statistics,
             frame,
@@ -168,9 +168,9 @@ def _gather(
     all_labels = _concatenate(sampled_labels)
     widths = [head.weight.shape[1] for head in heads.values()]
     parts = []
-    for own, features, width in zip(sums, sampled, widths, strict=True):
+    for own, rows_kept, width in zip(sums, sampled, widths, strict=True):
         statistics = own or ClassStatistics.empty(len(counts), width)
-        parts.append((_summed(statistics, device), _concatenate(features), all_labels))
+        parts.append((_summed(statistics, device), _concatenate(rows_kept), all_labels))
     return _Gathered(parts, first_batches)
 
 

@@ -65,14 +65,14 @@ def predict_rows(
     for row_ids, labels, logits in _scored(model, batches):
         confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        for name, values in zip(columns, (row_ids, labels, prediction, confidence, losses), strict=True):
-            columns[name].append(values.cpu().numpy())
+        for name, part in zip(columns, (row_ids, labels, prediction, confidence, losses), strict=True):
+            columns[name].append(part.cpu().numpy())
     if PartialState().num_processes > 1:
-        columns = {name: gather_object(parts) for name, parts in columns.items()}
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    row_ids, first = np.unique(arrays["row_ids"], return_index=True)
-    if num_rows is not None and len(row_ids) != num_rows:
-        raise RuntimeError(f"{len(row_ids)} of {num_rows} rows were predicted: the data loader leaves rows out.")
+        columns = {name: gather_object(chunks) for name, chunks in columns.items()}
+    arrays = {name: np.concatenate(chunks) for name, chunks in columns.items()}
+    unique, first = np.unique(arrays["row_ids"], return_index=True)
+    if num_rows is not None and len(unique) != num_rows:
+        raise RuntimeError(f"{len(unique)} of {num_rows} rows were predicted: the data loader leaves rows out.")
     return RowPredictions(**{name: values[first] for name, values in arrays.items()})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ class ClassifierHead(nn.Module):
     """
 
     kind = "linear"
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # parameters of nn.Linear and nn.Conv2d, whose declarations differ; a missing bias is None
+    bias: Any
 
     def _describe(self, *, frame: str, trainable: bool) -> None:
         self.frame = frame
@@ -231,10 +233,8 @@ class PaperHead(ETFHead):
         """Return the rows and biases of BatchNorm and frame as one layer, in float64 on the CPU."""
         weight, _ = self.rows()
         norm = self.batch_norm
-        mean, variance, gain, shift = (
-            part.detach().to("cpu", torch.float64)
-            for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        )
+        buffers = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.weight, norm.bias)
+        mean, variance, gain, shift = (part.detach().to("cpu", torch.float64) for part in buffers)
         gain = gain / torch.sqrt(variance + norm.eps)
         return weight * gain, weight @ (shift - gain * mean)
 
@@ -269,8 +269,7 @@ def make_head(
     """
     if kind not in HEAD_KINDS:
         raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(map(repr, HEAD_KINDS))}.")
-    convolution = isinstance(leaf, nn.Conv2d)
-    if not convolution and not isinstance(leaf, nn.Linear):
+    if not isinstance(leaf, nn.Linear | nn.Conv2d):
         raise TypeError(
             f"The classifier is a {type(leaf).__name__}; only nn.Linear and 1x1 nn.Conv2d layers can be replaced: "
             "name the layer that makes the logits."
@@ -280,6 +279,7 @@ def make_head(
             f"The classifier is a convolution of kernel {leaf.kernel_size}, stride {leaf.stride} and {leaf.groups} "
             "group(s); only 1x1 convolutions can be replaced."
         )
+    convolution = isinstance(leaf, nn.Conv2d)
     in_features = leaf.in_channels if isinstance(leaf, nn.Conv2d) else leaf.in_features
     bias = leaf.bias is not None
     if kind in ("cosine", "paper") and convolution:

@@ -151,14 +151,13 @@ def swap_head(
     if config is not None:
         names = ("id2label", "label2id", "problem_type")
         record.config = {name: deepcopy(getattr(config, name)) for name in names}
-        config.num_labels = num_classes
-        if id2label is not None:
-            config.id2label = {int(index): str(name) for index, name in id2label.items()}
-            config.label2id = {name: index for index, name in config.id2label.items()}
+        called = id2label or {index: f"LABEL_{index}" for index in range(num_classes)}
+        labels = {int(index): str(name) for index, name in called.items()}
+        config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
         config.problem_type = None
         if "label_names" in vars(config):  # TimmWrapper writes these in place of id2label
             record.config["label_names"] = config.label_names
-            config.label_names = [config.id2label[index] for index in range(num_classes)]
+            config.label_names = [labels[index] for index in range(num_classes)]
     if not hasattr(model, _RECORD):
         setattr(model, _RECORD, record)
     return model
@@ -308,8 +307,8 @@ def _twin(model: nn.Module, num_classes: int) -> nn.Module:
                 config = deepcopy(model.config)
                 config.num_labels = num_classes
                 stock = getattr(model, "_stock_class", type(model))
-                return cast(nn.Module, stock(config))
-            return cast(nn.Module, timm.create_model(_architecture(model), num_classes=num_classes))
+                return stock(config)
+            return timm.create_model(_architecture(model), num_classes=num_classes)
     except HeadError:
         raise
     except Exception as error:  # whatever a model's own constructor raises
