@@ -122,13 +122,16 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
         config, _ = load_config(location, fetch=not location.startswith("timm/"), **options)
         if isinstance(config, TimmWrapperConfig):
             return _data_config(config)
-    loader = AutoTokenizer if task == "text" else AutoImageProcessor
+    loader, what = (AutoTokenizer, "tokenizer") if task == "text" else (AutoImageProcessor, "image processor")
     try:
         processor = loader.from_pretrained(location, **options)
-    except (OSError, ValueError, KeyError) as error:
-        what = "tokenizer" if task == "text" else "image processor"
+        if task == "text" and set(processor.get_vocab()) <= set(processor.all_special_tokens):
+            # transformers 5 makes one without a word from a folder that holds none: every text is unknown to it
+            raise ValueError("the tokenizer made from the configuration alone has an empty vocabulary")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).split("If you were trying")[0].strip(" .\n")
         raise FileNotFoundError(
-            f"`{name_or_path}` holds no {what} ({str(error).splitlines()[0]}): save the one that belongs to the model there."
+            f"`{name_or_path}` holds no {what} ({reason}): save the one that belongs to the model there."
         ) from error
     if task == "text" and processor.pad_token is None and processor.eos_token is not None:
         processor.pad_token = processor.eos_token

@@ -419,7 +419,7 @@ def _find_processor(location: str, task: str, config: PreTrainedConfig, options:
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
     try:
         return load_processor(location, task, **{name: options[name] for name in names if name in options})
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
         return None
 
 

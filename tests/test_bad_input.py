@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,15 +180,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
     assert disk(tmp_path) == before
 
 
-def test_without_the_hub_a_model_that_is_not_cached_is_told_within_seconds(tmp_path):
+def test_without_the_hub_a_model_that_is_not_cached_is_told_before_any_data_are_read(tmp_path):
     """The process of the user, its imports included; data are not even looked for."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, ROOT / "recipes" / "finetune.py", "--model", "vit_base", "--dataset", "no/such/data/set"],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
-    assert done.returncode == 2 and time.monotonic() - start < 10
+    assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     for way in ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "local folder", "cache", "--model micro"):
         assert way in done.stderr

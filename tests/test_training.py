@@ -37,6 +37,12 @@ from etf_adapt.training import ETFTrainer, pooled_balanced_accuracy
 PROGRAM = Path(__file__).parent / "small_run.py"
 
 
+def make_resnet(head):
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=10)
+    return adapt(TimmWrapperForImageClassification(config), 3, head=head)
+
+
 def same(left, right):
     assert left.keys() == right.keys()
     return all(torch.equal(left[name], right[name]) for name in left)
@@ -95,6 +101,23 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulatio
     assert same(weights(whole), weights(resumed))
     assert resumed.state.best_metric == whole.state.best_metric
     assert resumed.state.best_global_step == whole.state.best_global_step
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "paper", "timm"])
+def test_every_head_and_library_resumes_exactly(tmp_path, kind):
+    settings = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no", "num_train_epochs": 2}
+
+    def trainer():
+        model = make_resnet("linear") if kind == "timm" else make_model(head=kind)
+        return make_trainer(tmp_path / "run", model=model, save_total_limit=None, **settings)
+
+    whole = trainer()
+    whole.train()
+    for step in (8, 12):
+        (tmp_path / "run" / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
 
 
 @pytest.mark.slow
@@ -326,12 +349,6 @@ def test_small_classes_share_one_recall():
     assert pooled_balanced_accuracy(predictions, labels) == pytest.approx((0.5 + 1.0 + 2 * 1 / 3) / 4)
     assert pooled_balanced_accuracy(predictions, labels, min_rows=1) == pytest.approx((0.5 + 1.0 + 0.5 + 0.0) / 4)
     assert pooled_balanced_accuracy(predictions, labels, min_rows=99) == pytest.approx(9 / 14)
-
-
-def make_resnet(head):
-    torch.manual_seed(0)
-    config = TimmWrapperConfig(architecture="test_resnet", num_labels=10)
-    return adapt(TimmWrapperForImageClassification(config), 3, head=head)
 
 
 @pytest.mark.parametrize(
