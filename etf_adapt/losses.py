@@ -234,7 +234,8 @@ def _soft_labels(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tens
     else:
         if labels.shape != (batch,):
             raise ValueError(f"`labels` has shape {tuple(labels.shape)}; class indices need shape ({batch},).")
-        if labels.device.type == "cpu" and batch and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        readable = labels.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling()
+        if readable and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
                 f"`labels` reach from {int(labels.min())} to {int(labels.max())}, but the logits have {num_classes} classes: "
                 f"indices must lie in [0, {num_classes - 1}]."

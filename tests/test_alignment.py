@@ -8,13 +8,23 @@ import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTForImageClassification
 
 from etf_adapt.alignment import _keep_probability, align_head
 from etf_adapt.frames import FRAMES, ClassStatistics, closed_form_rows
+from etf_adapt.modeling import adapt
 from etf_adapt.simplex import vertex_products
 from etf_adapt.swap import head_modules, swap_head
 
 COUNTS = (14, 6, 3)
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 16,
+    "image_size": 64,
+    "patch_size": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +149,11 @@ def test_models_without_our_head_and_paper_heads_are_refused(rows):
         align_head(model_with_head(kind="paper"), batches(rows, 5))
     with pytest.raises(ValueError, match="Class 2 has no row"):
         align_head(model_with_head(), [{"x": rows[0][:4], "labels": torch.tensor([0, 0, 1, 1])}])
+
+
+def test_an_alignment_forgets_the_calibration_of_the_rows_before_it(rows):
+    model = adapt(ViTForImageClassification(ViTConfig(**SIZES)), 3)
+    model.set_temperature(5.0)
+    data = [{"pixel_values": batch["x"], "labels": batch["labels"]} for batch in batches(rows, 23)]
+    align_head(model, data, frame="means")
+    assert model.etf_settings["temperature"] == 1.0

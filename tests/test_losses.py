@@ -217,3 +217,9 @@ def test_labels_that_do_not_fit_are_named():
         dot_regression_loss(logits, torch.rand(2, 4))
     with pytest.raises(ValueError, match=r"class_counts\[1\]"):
         make_loss({"name": "logit_adjusted"}, class_counts=[3, 0, 1])
+
+
+def test_the_loss_compiles_as_one_graph_with_the_same_value():
+    logits, labels = draw(5)
+    compiled = torch.compile(dot_regression_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(logits, labels), dot_regression_loss(logits, labels))

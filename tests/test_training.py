@@ -165,6 +165,17 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     assert resumed.state.epoch == 3
 
 
+def test_of_equally_good_checkpoints_the_latest_is_the_best(tmp_path):
+    trainer = make_trainer(tmp_path / "run", early_stopping_patience=9)
+    name = "eval_balanced_accuracy_pooled"
+    seen = []
+    for step, score in enumerate((0.5, 0.9, 0.9, 0.8)):
+        trainer.state.global_step = step
+        trainer._determine_best_metric({name: score}, None)
+        seen.append((trainer.state.best_global_step, trainer._misses))
+    assert seen == [(0, 0), (1, 0), (2, 1), (2, 2)]  # an equal one is no progress for early stopping
+
+
 def test_a_finished_run_trains_no_step_more(tmp_path):
     trainer = make_trainer(
         tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=4, load_best_model_at_end=False
