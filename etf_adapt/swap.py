@@ -151,9 +151,10 @@ def swap_head(
     if config is not None:
         names = ("id2label", "label2id", "problem_type")
         record.config = {name: deepcopy(getattr(config, name)) for name in names}
-        called = id2label or {index: f"LABEL_{index}" for index in range(num_classes)}
-        labels = {int(index): str(name) for index, name in called.items()}
-        config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
+        config.num_labels = num_classes  # keeps the names where their number is right
+        labels = {int(index): str(name) for index, name in (id2label or config.id2label or {}).items()}
+        if id2label is not None:
+            config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
         config.problem_type = None
         if "label_names" in vars(config):  # TimmWrapper writes these in place of id2label
             record.config["label_names"] = config.label_names
