@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ def align_head(
         head.set_rows(rows, bias, frame=frame)
         penalties.append(chosen if frame in PENALIZED else None)
     if hasattr(model, "reset_temperature"):  # an adapted model: a calibration was of the rows that are gone
-        model.reset_temperature()
+        cast(Any, model).reset_temperature()
     length = _training_length(model, gathered.first_batches, seed)
     if all(head.kind != "cosine" for head in heads.values()) and length > 0.0:
         _scale(heads, 1.0 / length)
