@@ -7,22 +7,24 @@ the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import timm
 import torch
+from timm.models import get_model_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from etf_adapt.head import ClassifierHead, is_head, make_head
+from etf_adapt.head import ClassifierHead, make_head
 
 SENTINEL = 1013
 """A number of classes that no layer of a pretrained model has."""
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECORD = "_etf_adapt_swap"
 
 
@@ -32,17 +34,29 @@ class HeadError(ValueError):
 
 @dataclass
 class _Record:
-    """What ``restore_head`` puts back: layers by path, attributes by module, and the configuration."""
+    """First values of all that swaps changed: attributes of modules, layers among them, and of the configuration."""
 
-    layers: list[tuple[str, nn.Module]]
-    attributes: list[tuple[nn.Module, str, Any]]
-    config: dict[str, Any] | None
+    attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        self.attributes.setdefault((module, name), getattr(module, name))
+        setattr(module, name, value)
+
+    def undo(self, model: nn.Module) -> None:
+        for (module, name), value in self.attributes.items():
+            current = getattr(module, name)
+            if isinstance(current, ClassifierHead) and isinstance(value, nn.Module):
+                value.to(current.weight)  # the model may have been moved or cast since
+            setattr(module, name, value)
+        for name, value in self.config.items():
+            setattr(cast(Any, model).config, name, value)
 
 
 def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> list[str]:
     """Find the layer or layers that make a model's class logits.
 
-    No forward pass is run and no weight is touched.
+    No forward pass is run, no weight is touched and no random number is drawn.
 
     Args:
         model: A timm model or a classification model of transformers, with a head.
@@ -63,20 +77,24 @@ def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> 
         for path in paths:
             _submodule(model, path)
         return paths
-    if is_swapped := [path for path, module in model.named_modules() if is_head(module)]:
-        return is_swapped
-    twin = _twin(model, SENTINEL)
-    paths = [path for path, module in twin.named_modules() if _outputs(module) == SENTINEL]
+    if made := list(head_modules(model)):
+        return made
+    name, twin, layers = _name(model), dict(_twin(model).named_modules()), dict(model.named_modules())
+    paths = [path for path, module in twin.items() if _outputs(module) == SENTINEL]
     if not paths:
         raise HeadError(
-            f"{type(model).__name__} has no classification layer: load its classification class, build it with "
-            "`num_classes` above 0, or name the layer with `head`."
+            f"{name} has no classification layer: load its classification class, or name the layer that makes the logits with "
+            "`head`."
         )
-    classes = {_outputs(_submodule(model, path)) for path in paths}
-    if len(classes) != 1:
+    if _lacks_classifier(model):
+        raise HeadError(f"{name} was built with num_classes=0 and has no classification layer: swap_head gives it one.")
+    # A model that timm's create_model did not build does not say how it was built, and any may have been changed since.
+    sizes = {_outputs(layers.get(path)) for path in paths}
+    others = [path for path, module in layers.items() if path not in twin and _outputs(module) in sizes]
+    if None in sizes or len(sizes) > 1 or others:
         raise HeadError(
-            f"The layers {paths} of {type(model).__name__} have {sorted(map(str, classes))} outputs: they are not one head. "
-            "Name the layer that makes the logits with `head`."
+            f"{name} as its library builds it makes its logits in {', '.join(paths)}, and this model was built otherwise or "
+            "changed since: name the layer that makes its logits with `head`."
         )
     return paths
 
@@ -110,7 +128,8 @@ def swap_head(
         The same model.
 
     Raises:
-        HeadError: The head cannot be found or replaced, or the model is set up for regression or several labels.
+        HeadError: The head cannot be found or replaced, or the model is set up for regression or several labels. The model
+            is then as it was.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -121,46 +140,50 @@ def swap_head(
         raise HeadError(
             f"`num_classes` (={num_classes}) must be at least 2: a classifier needs two classes; check the label column."
         )
-    if id2label is not None and sorted(map(int, id2label)) != list(range(num_classes)):
-        raise HeadError(f"`id2label` must name the classes 0 to {num_classes - 1}; it names {sorted(id2label)[:5]} ...")
+    names = dict(sorted((int(index), str(label)) for index, label in (id2label or {}).items()))
+    if id2label is not None and list(names) != list(range(num_classes)):
+        raise HeadError(f"`id2label` must name the classes 0 to {num_classes - 1}; it names {list(names)[:5]} ...")
     config = model.config if isinstance(model, PreTrainedModel) else None
     if config is not None and config.problem_type in ("regression", "multi_label_classification"):
         raise HeadError(
             f"`problem_type` (={config.problem_type!r}) is not classification into one of several classes, which an ETF "
             "head is for; load the model with problem_type=None if it is."
         )
-    attributes: list[tuple[nn.Module, str, Any]] = []
-    if config is None and head is None and getattr(model, "num_classes", None) == 0:
-        _build_classifier(model, num_classes)
-    paths = find_heads(model, head=head)
-    record = _Record([(path, _submodule(model, path)) for path in paths], attributes, None)
-    for _, leaf in record.layers:
-        try:
-            new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
-        except (TypeError, ValueError) as error:
-            raise HeadError(f"{type(model).__name__}: {error}") from error
+    record = _Record()
+    try:
+        lacks_classifier = head is None and _lacks_classifier(model)
+        paths = _build_classifier(model, record) if lacks_classifier else find_heads(model, head=head)
         if kind == "paper" and len(paths) > 1:
             raise HeadError(f"{type(model).__name__} has several heads {paths}; the published method has one.")
-        for path in _paths_of(model, leaf):
-            replace_module(model, path, new)
+        for path in paths:
+            leaf = _submodule(model, path)
+            _require_plain_weight(leaf, path)
+            new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
+            for parent, name in _places_of(model, leaf):
+                record.set(parent, name, new)
+    except Exception as error:
+        record.undo(model)
+        if isinstance(error, (TypeError, ValueError)) and not isinstance(error, HeadError):
+            raise HeadError(f"{type(model).__name__}: {error}") from error
+        raise
     for module in model.modules():
         for name in ("num_classes", "num_labels"):
-            if isinstance(vars(module).get(name), int) and not is_head(module):
-                attributes.append((module, name, getattr(module, name)))
-                setattr(module, name, num_classes)
+            if isinstance(vars(module).get(name), int):
+                record.set(module, name, num_classes)
     if config is not None:
-        names = ("id2label", "label2id", "problem_type")
-        record.config = {name: deepcopy(getattr(config, name)) for name in names}
+        changed = {"id2label", "label2id", "problem_type", "label_names"} & vars(config).keys()
+        record.config = {name: deepcopy(getattr(config, name)) for name in changed}
         config.num_labels = num_classes  # keeps the names where their number is right
-        labels = {int(index): str(name) for index, name in (id2label or config.id2label or {}).items()}
-        if id2label is not None:
-            config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
+        labels = names or {int(index): str(label) for index, label in (config.id2label or {}).items()}
+        if names:
+            indices = {label: index for index, label in names.items()}
+            # A name that comes twice has no index, as in transformers.
+            config.id2label, config.label2id = names, indices if len(indices) == num_classes else None
         config.problem_type = None
-        if "label_names" in vars(config):  # TimmWrapper writes these in place of id2label
-            record.config["label_names"] = config.label_names
+        if "label_names" in changed:  # TimmWrapper writes these in place of id2label
             config.label_names = [labels[index] for index in range(num_classes)]
-    if not hasattr(model, _RECORD):
-        setattr(model, _RECORD, record)
+    earlier: _Record = getattr(model, _RECORD, _Record())
+    setattr(model, _RECORD, _Record(record.attributes | earlier.attributes, record.config | earlier.config))
     return model
 
 
@@ -187,16 +210,7 @@ def restore_head(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} holds no earlier head: only a head that swap_head replaced in this process can be "
             "restored. Load the original model instead."
         )
-    for path, layer in record.layers:
-        current = _submodule(model, path)
-        for alias in _paths_of(model, current):
-            replace_module(model, alias, layer.to(next(current.parameters()).device))
-    for module, name, value in record.attributes:
-        setattr(module, name, value)
-    if record.config is not None:
-        config = cast(PreTrainedModel, model).config
-        for name, value in record.config.items():
-            setattr(config, name, value)
+    record.undo(model)
     delattr(model, _RECORD)
     return model
 
@@ -214,7 +228,7 @@ def head_modules(model: nn.Module) -> dict[str, ClassifierHead]:
 def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[Tensor]:
     """Run a model up to its head and return the rows that the head scores.
 
-    An identity in the layer's place lets the model's own gather, pooling or average yield the feature of each row, also
+    The head hands its input on as it is, and the model's own gather, pooling or average yields the feature of each row, also
     where the head is applied to every token. With several heads the input of each is read instead, averaged over the tokens
     where a head reads tokens.
 
@@ -238,10 +252,24 @@ def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[T
         raise HeadError(
             f"{type(model).__name__} has no head made by etf_adapt: call swap_head(model, num_classes) first."
         )
-    with (_identity if len(heads) == 1 else _input_hooks)(model, heads) as inputs:
+    inputs: dict[str, Tensor] = {}
+
+    def reader(path: str, score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def read(features: Tensor) -> Tensor:
+            inputs[path] = features
+            return features if len(heads) == 1 else score(features)
+
+        return read
+
+    with ExitStack() as stack:
+        for path, head in heads.items():
+            # An instance's forward, not a hook: torch.compile does not see hooks that come after it has compiled.
+            stack.callback(_set_forward, head, vars(head).get("forward"))
+            _set_forward(head, reader(path, head.forward))
         output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-        rows = inputs or [logits_of(output)]
-    features = [_rows(row) for row in rows]
+    if len(heads) == 1:
+        inputs = dict.fromkeys(heads, logits_of(output))
+    features = [_rows(head, inputs[path]) for path, head in heads.items()]
     for (path, head), row in zip(heads.items(), features, strict=True):
         if row.shape[1] != head.weight.shape[1]:
             raise HeadError(
@@ -259,110 +287,107 @@ def logits_of(output: Any) -> Tensor:
     return logits if logits is not None else output[0]
 
 
-@contextmanager
-def _identity(model: nn.Module, heads: Mapping[str, ClassifierHead]) -> Iterator[list[Tensor]]:
-    """Put an identity in the head's place; yields no inputs, since the model's output is what is wanted."""
-    [head] = heads.values()
-    aliases = _paths_of(model, head)
-    try:
-        for alias in aliases:
-            replace_module(model, alias, nn.Identity())
-        yield []
-    finally:
-        for alias in aliases:
-            replace_module(model, alias, head)
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a model."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
-@contextmanager
-def _input_hooks(model: nn.Module, heads: Mapping[str, ClassifierHead]) -> Iterator[list[Tensor]]:
-    """Collect the input of each head in the order of the heads; filled when the block's forward has run."""
-    seen: dict[str, Tensor] = {}
-    inputs: list[Tensor] = []
-
-    def reader(path: str) -> Any:
-        def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[path] = args[0]
-            if len(seen) == len(heads):
-                inputs[:] = [seen[name] for name in heads]
-
-        return read
-
-    handles = [head.register_forward_pre_hook(reader(path)) for path, head in heads.items()]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _set_forward(head: nn.Module, forward: Callable[[Tensor], Tensor] | None) -> None:
+    """Give a module a forward of its own, or its class's again."""
+    if forward is None:
+        del head.forward
+    else:
+        cast(Any, head).forward = forward
 
 
-def _rows(inputs: Tensor) -> Tensor:
-    """Return one row of features each: from (batch, d), tokens (batch, n, d) or the input of a 1x1 convolution."""
-    return inputs.mean(dim=1) if inputs.ndim == 3 else inputs.flatten(2).mean(dim=2) if inputs.ndim == 4 else inputs
+def _rows(head: nn.Module, inputs: Tensor) -> Tensor:
+    """Return one row of features each: the mean over positions, which come last for a convolution, else before the features."""
+    if inputs.ndim < 3:
+        return inputs
+    return inputs.flatten(2).mean(dim=2) if isinstance(head, nn.Conv2d) else inputs.flatten(1, -2).mean(dim=1)
 
 
-def _twin(model: nn.Module, num_classes: int) -> nn.Module:
-    """Build the model's architecture on the meta device with another number of classes."""
-    try:
-        with torch.device("meta"):
-            if isinstance(model, PreTrainedModel):
-                config = deepcopy(model.config)
-                config.num_labels = num_classes
-                stock = getattr(model, "_stock_class", type(model))
-                return stock(config)
-            return timm.create_model(_architecture(model), num_classes=num_classes)
-    except HeadError:
-        raise
-    except Exception as error:  # whatever a model's own constructor raises
-        raise HeadError(
-            f"{type(model).__name__} cannot be built again to find its head ({type(error).__name__}: {error}): name the "
-            'layer that makes the logits, such as head="classifier".'
-        ) from error
-
-
-def _architecture(model: nn.Module) -> str:
-    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    name = settings.get("architecture") if isinstance(settings, Mapping) else getattr(settings, "architecture", None)
-    if not name:
+def _twin(model: nn.Module) -> nn.Module:
+    """Build the model's architecture on the meta device with ``SENTINEL`` classes."""
+    architecture = _architecture(model)
+    if architecture is None and not isinstance(model, PreTrainedModel):
         raise HeadError(
             f"{type(model).__name__} is neither a timm model nor a transformers model: name the layer that makes the "
             'logits, such as head="classifier".'
         )
-    return str(name)
-
-
-def _build_classifier(model: nn.Module, num_classes: int) -> None:
-    """Give a timm model that was built without a classifier one; there is nothing trained to lose."""
-    reset = getattr(model, "reset_classifier", None)
     try:
-        cast(Any, reset)(num_classes)
-    except Exception as error:
+        # Some constructors draw on the CPU all the same.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            if isinstance(model, PreTrainedModel):
+                config = deepcopy(model.config)
+                config.num_labels = SENTINEL
+                stock = getattr(model, "_stock_class", type(model))
+                return stock(config)
+            return timm.create_model(cast(str, architecture), **{**get_model_args(model), "num_classes": SENTINEL})
+    except Exception as error:  # whatever a model's own constructor raises
         raise HeadError(
-            f"{_architecture(model)} is an encoder without a classification head, and timm can give it none: choose a model "
-            "that classifies."
+            f"{_name(model)} cannot be built again to find its head ({type(error).__name__}: {error}): name the "
+            'layer that makes the logits, such as head="classifier".'
         ) from error
 
 
-def _outputs(module: nn.Module) -> int | None:
+def _architecture(model: nn.Module) -> str | None:
+    """Return a timm model's architecture, as ``timm.create_model`` takes it; None for any other model."""
+    settings = getattr(model, "pretrained_cfg", None)
+    return settings.get("architecture") if isinstance(settings, Mapping) else None
+
+
+def _name(model: nn.Module) -> str:
+    return _architecture(model) or type(model).__name__
+
+
+def _lacks_classifier(model: nn.Module) -> bool:
+    """Return whether a timm model was built with ``num_classes=0``."""
+    return _architecture(model) is not None and getattr(model, "num_classes", None) == 0
+
+
+def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
+    """Give a timm model that was built without a classifier one and return its paths; nothing trained is lost there."""
+    reset = getattr(model, "reset_classifier", None)
+    if reset is None:
+        raise HeadError(
+            f"{_name(model)} is an encoder without a classification head, and timm can give it none: choose a model that "
+            "classifies."
+        )
+    before = [(module, {**vars(module), **module._modules}) for module in model.modules()]
+    cast(Any, reset)(SENTINEL)
+    for module, values in before:
+        changed = {name: value for name, value in values.items() if getattr(module, name, None) is not value}
+        record.attributes |= {(module, name): value for name, value in changed.items()}
+    return [path for path, module in model.named_modules() if _outputs(module) == SENTINEL]
+
+
+def _outputs(module: nn.Module | None) -> int | None:
     """Return the number of outputs of a layer with a weight of its own, None for any other module."""
     weight = getattr(module, "weight", None)
     return None if not isinstance(weight, Tensor) or weight.ndim < 2 else weight.shape[0]
 
 
+def _require_plain_weight(leaf: nn.Module, path: str) -> None:
+    weight = getattr(leaf, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS
+    if isinstance(leaf, (nn.Linear, nn.Conv2d)) and not plain:
+        raise HeadError(
+            f"The weight of `{path}` ({type(leaf).__name__}) is quantized, sharded or parametrized ({type(weight).__name__}, "
+            f"{getattr(weight, 'dtype', None)}): replace the head before that is done, or keep `{path}` out of it."
+        )
+
+
 def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    if module is None or module is model:
         raise HeadError(
             f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer that makes the logits."
-        ) from error
+        )
+    return module
 
 
-def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
-    """Return every path at which a module stands; a layer may be shared."""
-    return [path for path, other in model.named_modules(remove_duplicate=False) if other is module]
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of a model."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parents of a module and its name in each; a layer may be shared."""
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,13 @@ CASES = {
         texts(),
         ("score",),
     ),
+    "constructor that draws (DiffLlama)": Case(
+        of_transformers(
+            "DiffLlamaForSequenceClassification", "DiffLlamaConfig", **TEXT, num_key_value_heads=2, pad_token_id=0
+        ),
+        texts(),
+        ("score",),
+    ),
     "two heads averaged (transformers' LeViT)": Case(
         of_transformers(
             "LevitForImageClassificationWithTeacher",
@@ -202,7 +210,7 @@ def test_averaged_heads_score_the_features_that_are_read(name):
     first, second = (head(rows) for head, rows in zip(heads, features))
     if "VOLO" not in name:
         torch.testing.assert_close((first + second) / 2, run(model, CASES[name].batch), rtol=1e-4, atol=1e-5)
-    assert not any(head._forward_pre_hooks for head in heads)
+    assert not any("forward" in vars(head) for head in heads)
 
 
 def test_features_follow_the_mode_and_gradients_of_the_caller():
@@ -220,7 +228,7 @@ def test_the_head_is_back_after_an_error_while_features_are_read(name):
     heads, logits = head_modules(model), run(model, case.batch)
     with pytest.raises((RuntimeError, ValueError, AssertionError), match=r"."):
         read_features(model, torch.zeros(2, 7))
-    assert head_modules(model) == heads and not any(head._forward_pre_hooks for head in heads.values())
+    assert head_modules(model) == heads and not any("forward" in vars(head) for head in heads.values())
     assert torch.equal(run(model, case.batch), logits)
 
 
@@ -322,8 +330,9 @@ def test_a_copy_is_independent_and_can_be_restored(name):
     assert twin.get_submodule(case.paths[0]) is not model.get_submodule(case.paths[0])
 
 
-def test_finding_touches_no_weight_and_no_random_number():
-    model = CASES["ViT"].make()
+@pytest.mark.parametrize("name", ["ViT", "constructor that draws (DiffLlama)"])
+def test_finding_touches_no_weight_and_no_random_number(name):
+    model = CASES[name].make()
     weights, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
     find_heads(model)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
@@ -383,3 +392,117 @@ def test_models_without_a_head_are_refused():
         encoder = timm.create_model("gemma4_vit_167m_enc")
     with pytest.raises(HeadError, match="gemma4_vit_167m_enc is an encoder"):
         swap_head(encoder, 3)
+
+
+class TwoHeads(nn.Module):
+    """Two heads whose logits are added; the second reads every token, which come before the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, tokens):
+        tokens = self.body(tokens)
+        return self.first(tokens[:, 0, 0]) + self.second(tokens).mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("paths", [["first", "second"], ["first"]])
+def test_features_are_read_in_front_of_each_head_in_a_compiled_model_too(compiled, paths):
+    model, tokens = TwoHeads(), torch.randn(2, 3, 3, 4)
+    if len(paths) == 1:
+        model.second = nn.Identity()
+        model.forward = lambda tokens: model.first(model.body(tokens)[:, 0, 0])
+    swap_head(model, 3, head=paths)
+    expected = [model.body(tokens)[:, 0, 0], model.body(tokens).mean(dim=(1, 2))][: len(paths)]
+    reader = torch.compile(model, backend="eager") if compiled else model
+    logits = reader(tokens)
+    for features, rows in zip(read_features(reader, tokens), expected):
+        torch.testing.assert_close(features, rows)
+    assert torch.equal(reader(tokens), logits) and not any(
+        "forward" in vars(head) for head in head_modules(model).values()
+    )
+
+
+def structure(model):
+    modules = {path: type(module) for path, module in model.named_modules()}
+    return modules, {name: id(parameter) for name, parameter in model.named_parameters()}, model.num_classes
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "repvit_m0_9"])
+def test_a_model_built_without_a_classifier_goes_back_to_none(name):
+    model = timm.create_model(name, num_classes=0)
+    before = structure(model)
+    with pytest.raises(HeadError, match=f"{name} was built with num_classes=0"):
+        find_heads(model)
+    with pytest.raises(HeadError, match="liner"):
+        swap_head(model, 3, kind="liner")
+    assert structure(model) == before
+    swap_head(model, 3)
+    assert model.num_classes == 3 and len(head_modules(model)) == 1
+    assert structure(restore_head(model)) == before
+
+
+def test_the_arguments_that_a_timm_model_was_built_with_decide_its_heads():
+    assert find_heads(timm.create_model("repvit_m0_9", num_classes=5)) == ["head.head.l", "head.head_dist.l"]
+    assert find_heads(timm.create_model("repvit_m0_9", num_classes=5, distillation=False)) == ["head.head.l"]
+    with pytest.raises(HeadError, match="test_resnet has no classification layer"):
+        find_heads(timm.create_model("test_resnet", features_only=True))
+
+
+def test_a_model_that_was_changed_since_it_was_built_needs_a_name():
+    moved = timm.create_model("test_vit", num_classes=5)
+    moved.head = nn.Sequential(nn.Dropout(), moved.head)
+    second = timm.create_model("test_vit", num_classes=5)
+    second.extra = nn.Linear(64, 5)
+    for model, path in ((moved, "head.1"), (second, "head")):
+        with pytest.raises(HeadError, match="built otherwise or changed since"):
+            swap_head(model, 3)
+        assert swap_head(model, 3, head=path)(images(160)).shape == (2, 3)
+
+
+def test_no_head_is_replaced_where_one_of_several_cannot_be():
+    model = CASES["two heads averaged (DeiT)"].make()
+    model.head_dist = nn.Conv2d(24, 5, 3)
+    before = structure(model)
+    with pytest.raises(HeadError, match="1x1"):
+        swap_head(model, 3)
+    assert structure(model) == before
+    with pytest.raises(HeadError, match="no earlier head"):
+        restore_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_head_is_refused(dtype):
+    model = timm.create_model("test_vit", num_classes=5)
+    layer = model.head
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(HeadError, match=r"`head` \(Linear\) is quantized"):
+        swap_head(model, 3)
+    assert model.head is layer
+
+
+def test_a_parametrized_head_is_refused():
+    model = timm.create_model("test_vit", num_classes=5)
+    nn.utils.parametrizations.weight_norm(model.head)
+    with pytest.raises(HeadError, match="ParametrizedLinear"):
+        swap_head(model, 3)
+
+
+def test_a_head_comes_back_in_the_dtype_that_the_model_has_now():
+    model = swap_head(timm.create_model("test_vit", num_classes=5).eval(), 3).to(torch.bfloat16)
+    restore_head(model)
+    assert model(images(160).bfloat16()).shape == (2, 5)
+
+
+def test_a_pickled_model_can_be_restored():
+    model = swap_head(CASES["BERT"].make(), 3)
+    twin = pickle.loads(pickle.dumps(model))
+    restore_head(twin), restore_head(model)
+    assert torch.equal(twin.classifier.weight, model.classifier.weight) and twin.config.num_labels == 5
+    assert "_etf_adapt_swap" not in vars(model)
+
+
+def test_names_that_come_twice_have_no_index():
+    model = swap_head(CASES["BERT"].make(), 3, id2label={2: "y", 0: "x", 1: "x"})
+    assert list(model.config.id2label.items()) == [(0, "x"), (1, "x"), (2, "y")] and model.config.label2id is None
