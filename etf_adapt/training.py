@@ -204,7 +204,6 @@ class ETFTrainer(ResumableTrainer):
             for rows in (head.weight, head.bias):
                 if rows is not None:
                     broadcast(rows.data)  # Processes may round the same sums differently.
-        self.model.reset_temperature()
         self.alignment = asdict(result)
 
     def _require_realignable(self) -> None:
