@@ -16,6 +16,9 @@ SAMPLER_POWERS = {"instance": 0.0, "sqrt": 0.5, "balanced": 1.0}
 
 BEST_METRIC = "balanced_accuracy_pooled"
 
+HEAD_RATE = 10.0
+"""Learning rate of a trained head over that of the backbone, unless ``head_learning_rate`` sets it."""
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (
         False,
@@ -65,7 +68,8 @@ class ETFTrainingArguments(TrainingArguments):
     Args:
         sampler: How often classes are drawn: ``"instance"`` as they are, ``"sqrt"`` by the root of their counts,
             ``"balanced"`` equally (powers 0, 1/2 and 1 of ``ClassBalancedSampler``).
-        head_learning_rate: Learning rate of a trained head; ``learning_rate`` where None.
+        head_learning_rate: Learning rate of a trained head; ten times ``learning_rate`` where None, since a new head starts
+            far from where it must go and the backbone does not. Without effect on a fixed head.
         freeze: ``"backbone"`` trains the head alone; ``"none"`` trains all that is not fixed.
         early_stopping_patience: Evaluations without a better ``metric_for_best_model`` after which the run ends, at
             least 1; None never ends it early.
@@ -127,7 +131,9 @@ class ETFTrainingArguments(TrainingArguments):
     sampler: Literal["instance", "sqrt", "balanced"] = field(
         default="instance", metadata={"help": "Draw classes as they are, by the root of their counts, or equally."}
     )
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of a trained head."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a trained head; default: ten times learning_rate."}
+    )
     freeze: Literal["none", "backbone"] = field(default="none", metadata={"help": "What is not trained."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "End after so many evaluations without a better metric."}

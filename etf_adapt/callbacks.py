@@ -90,11 +90,14 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     head = next(iter(trainer.heads.values()))
     frame = f"{args.frame} frame to be set" if trainer.needs_alignment() else f"{head.frame} frame"
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    rates = f"learning rate {args.learning_rate:.4g}" + (
+        f", of the head {trainer.head_learning_rate:.4g}" if head.trainable else ""
+    )
     lines = [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
         f"head: {head.kind}, {frame}, {'learned' if head.trainable else 'fixed'}; BatchNorm statistics {trainer.batch_norm}",
-        f"trained: {sum(size for size, trained in sizes if trained):,} of {sum(size for size, _ in sizes):,} parameters",
+        f"trained: {sum(size for size, trained in sizes if trained):,} of {sum(size for size, _ in sizes):,} parameters, {rates}",
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
     ]
     return [*lines, *unmet_requests(trainer.accelerator.distributed_type.value)]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etf_adapt.alignment import align_head
-from etf_adapt.arguments import SAMPLER_POWERS, ETFTrainingArguments
+from etf_adapt.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
 from etf_adapt.callbacks import EpochStart, ProgressBar, Realign, RunLog, describe_alignment, describe_run, set_threads
 from etf_adapt.checkpoints import (
@@ -252,12 +252,19 @@ class ETFTrainer(ResumableTrainer):
         return self.args.batch_norm or ("frozen" if fixed or self.args.freeze == "backbone" else "train")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the stock optimizer, with the trained parameters of the head in groups of their own learning rate."""
+        """Make the stock optimizer, with the parameters of a trained head in groups of their own learning rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.head_learning_rate is not None:
-            set_head_learning_rate(optimizer, self.heads.values(), self.args.head_learning_rate)
+        if is_new:
+            trained = [head for head in self.heads.values() if head.trainable]
+            set_head_learning_rate(optimizer, trained, self.head_learning_rate)
         return optimizer
+
+    @property
+    def head_learning_rate(self) -> float:
+        """Learning rate of a trained head at its peak."""
+        rate = self.args.head_learning_rate
+        return HEAD_RATE * self.args.learning_rate if rate is None else rate
 
     # The draw, the step and the loss
 
