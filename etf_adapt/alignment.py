@@ -69,7 +69,7 @@ def align_head(
         data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
             ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
         class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
-        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"rotated"`` or ``"random"``.
+        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"rotated"`` or ``"random"``; a cosine head has means only.
         penalty: Penalty of ridge and discriminant, in mean eigenvalues; chosen on the data where None.
         max_sampled_rows: Most rows whose features are kept for that choice.
         seed: Seed of the sample and of a random frame.
@@ -97,6 +97,8 @@ def align_head(
                 f"`{path}` is a 'paper' head: the published method draws its frame at random and keeps it."
             )
     num_classes = next(iter(heads.values())).num_classes
+    if all(head.kind == "cosine" for head in heads.values()):
+        frame = "means"
     counts = _counted(data, num_classes) if class_counts is None else np.asarray(class_counts)
     with evaluation_mode(model):
         gathered = _gather(model, data, counts, heads, max_sampled_rows, seed)

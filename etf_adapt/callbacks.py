@@ -88,7 +88,9 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     imbalance = f" (imbalance {max(counts) / min(counts):.4g})" if counts else ""
     validation = f", {len(trainer.eval_dataset):,} to validate" if isinstance(trainer.eval_dataset, Sized) else ""
     head = next(iter(trainer.heads.values()))
-    frame = f"{args.frame} frame to be set" if trainer.needs_alignment() else f"{head.frame} frame"
+    frame = f"{head.frame} frame"
+    if trainer.needs_alignment():
+        frame = f"{'means' if head.kind == 'cosine' else args.frame} frame to be set"
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
     rates = f"learning rate {args.learning_rate:.4g}" + (
         f", of the head {trainer.head_learning_rate:.4g}" if head.trainable else ""

@@ -292,6 +292,29 @@ def test_real_backbones_at_another_image_size(model, shared_models, tmp_path, mo
     assert classify(Image.new("RGB", (48, 48), (30, 30, 200)))[0]["label"] == "blue"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("frame", ["random", "ridge"])
+def test_a_hundred_threes_and_five_eights(frame, tmp_path, monkeypatch):
+    """Two classes are where the cosine has no gradient: a random head and an aligned one both learn from real images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pair").mkdir()
+    digits = load_data("digits", imbalance_factor=1, validation_before_long_tail=True, validation_fraction=0.15)
+    for split, (threes, eights) in {"train": (100, 5), "validation": (17, 17), "test": (60, 57)}.items():
+        rows = getattr(digits, split)
+        labels = np.array(rows["label"])
+        chosen = [*np.flatnonzero(labels == 3)[:threes], *np.flatnonzero(labels == 8)[:eights]]
+        names = Dataset.from_dict({"label": [f"digit {label}" for label in labels[chosen]]})
+        pair = rows.select(chosen).remove_columns("label").add_column("label", names["label"])
+        pair.to_parquet(f"pair/{split}.parquet")
+    settings = ["--frame", frame, "--learning_rate", "1e-3", "--sampler", "balanced", "--torch_threads", "1"]
+    finetune.main(["--dataset", "pair", "--output_dir", "run", *settings])
+    results = json.loads((tmp_path / "run" / report.RESULTS_FILE).read_text())
+    assert results["test_balanced_accuracy"] > 0.9 and results["test_tail_third"] > 0.8
+    log = [json.loads(line) for line in (tmp_path / "run" / report.LOG_FILE).read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_position_embeddings_are_resized_as_transformers_would_do_it_at_each_call():
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from etf_adapt.arguments import ETFTrainingArguments
+from etf_adapt.callbacks import describe_run
 from etf_adapt.checkpoints import is_complete, list_checkpoints
 from etf_adapt.data import load_data
 from etf_adapt.modeling import adapt
@@ -243,6 +244,15 @@ def test_a_trained_head_has_its_own_learning_rate(tmp_path):
     assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
     assert {rates[key] for key in head} == {(0.25, trainer.args.weight_decay), (0.25, 0.0)}
     assert {rate for key, (rate, _) in rates.items() if key not in head} == {0.125}
+
+
+@pytest.mark.parametrize(("head", "rate"), [("linear", 1.25), ("cosine", 1.25), ("etf", None), ("paper", None)])
+def test_a_trained_head_learns_ten_times_as_fast_unless_told(tmp_path, head, rate):
+    trainer = make_trainer(tmp_path, model=make_model(head=head), learning_rate=0.125)
+    optimizer = trainer.create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == ({0.125} if rate is None else {0.125, rate})
+    said = describe_run(trainer)[3]
+    assert "learning rate 0.125" in said and ("of the head 1.25" in said) == (rate is not None)
 
 
 def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
