@@ -91,7 +91,8 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     frame = f"{head.frame} frame"
     if trainer.needs_alignment():
         frame = f"{'means' if head.kind == 'cosine' else args.frame} frame to be set"
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     rates = f"learning rate {args.learning_rate:.4g}" + (
         f", of the head {trainer.head_learning_rate:.4g}" if head.trainable else ""
     )
@@ -99,7 +100,7 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
         f"head: {head.kind}, {frame}, {'learned' if head.trainable else 'fixed'}; BatchNorm statistics {trainer.batch_norm}",
-        f"trained: {sum(size for size, trained in sizes if trained):,} of {sum(size for size, _ in sizes):,} parameters, {rates}",
+        f"trained: {trained:,} of {size:,} parameters, {rates}",
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
     ]
     return [*lines, *unmet_requests(trainer.accelerator.distributed_type.value)]

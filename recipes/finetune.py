@@ -48,6 +48,9 @@ class ModelArguments:
     model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
     head: str = field(default="etf", metadata={"help": f"One of {', '.join(HEADS)}."})
     loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}; by default the head's own."})
+    loss_options: str | None = field(
+        default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.make_loss)."}
+    )
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
@@ -80,6 +83,9 @@ class DataArguments:
         default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
     )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
+    evaluate_test: bool = field(
+        default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
+    )
 
 
 @dataclass
@@ -166,11 +172,8 @@ def finetune(
         calibrate(trainer, rows["validation"])
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
-    scored = {
-        split: score_saved(trainer, rows[split], data.task)
-        for split in ("validation", "test")
-        if rows[split] is not None
-    }
+    splits = ["validation", *(["test"] if data_args.evaluate_test else [])]
+    scored = {split: score_saved(trainer, rows[split], data.task) for split in splits if rows[split] is not None}
 
     # Report.
     if state.is_main_process:
@@ -200,6 +203,7 @@ def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
 
 def load_model(location: str, model_args: ModelArguments, data: ClassificationData, *, seed: int) -> Any:
     """Load the pretrained model, with a new head and the loss that goes with it."""
+    from etf_adapt.etf_model import DEFAULT_LOSSES
     from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification
 
     known = model_task(model_args.model)
@@ -210,6 +214,8 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
     loss: dict[str, Any] | None = {"name": name} if name else None  # None is the head's own
     if loss is not None and name != "dot_regression" and model_args.head == "etf":
         loss["scale"] = ETF_SCALE
+    if model_args.loss_options is not None:
+        loss = {**(loss or DEFAULT_LOSSES[model_args.head]), **json.loads(model_args.loss_options)}
     return factory.from_pretrained(
         location,
         num_labels=len(data.label_names),
@@ -224,55 +230,13 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
     )
 
 
-def set_image_size(model: Any, processor: Any, size: int) -> None:
-    """Make a model, and what its folder says of its input, expect images of another size.
-
-    Networks of convolutions take any. Position embeddings of transformers are interpolated once, to stay stock weights.
-    """
-    import torch
-
-    config = model.config
-    if hasattr(model, "timm_model"):
-        if hasattr(model.timm_model, "set_input_size"):
-            model.timm_model.set_input_size(img_size=size)
-            config.model_args = {**(config.model_args or {}), "img_size": size}
-        config.pretrained_cfg = {**config.pretrained_cfg, "input_size": [3, size, size]}
-    else:
-        own = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
-        scale = size / (own.get("height") or own["shortest_edge"])
-        for name in ("size", "crop_size"):
-            if getattr(processor, name, None):
-                sides = {
-                    side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length
-                }
-                setattr(processor, name, sides)
-        for module in model.modules():
-            embeddings = getattr(module, "position_embeddings", None)
-            if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):
-                patches = (size // config.patch_size) ** 2
-                extra = embeddings.shape[1] - module.patch_embeddings.num_patches  # class token and the like
-                tokens = embeddings.new_zeros(1, patches + extra, embeddings.shape[2])
-                with torch.no_grad():
-                    resized = module.interpolate_pos_encoding(tokens, size, size)
-                module.position_embeddings = torch.nn.Parameter(resized.clone())
-                module.patch_embeddings.num_patches = patches
-        for part in (config, *model.modules()):
-            if "image_size" in vars(part):
-                part.image_size = size if isinstance(part.image_size, int) else (size, size)
-    try:
-        with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        why = str(error).rstrip(".")
-        raise ValueError(f"`image_size` (={size}) is none that {type(model).__name__} allows: {why}.") from error
-
-
 def prepare_rows(
     location: str, model: Any, data: ClassificationData, data_args: DataArguments, *, seed: int
 ) -> tuple[dict[str, Any], Any, Any]:
     """Turn each split into rows as the model takes them; return these, what makes batches of them, and the processor."""
     from accelerate.state import PartialState
 
+    from etf_adapt.image_size import set_image_size
     from etf_adapt.modeling import load_processor
     from etf_adapt.rows import ImageCollator, TransformedRows
     from etf_adapt.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
@@ -423,6 +387,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
     check_choice("head", model_args.head, HEADS)
     if model_args.loss is not None:
         check_choice("loss", model_args.loss, LOSSES)
+    check_loss_options(model_args.loss_options)
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
     check_choice("class_order", data_args.class_order, ("label", "permuted"))
     if data_args.dataset == "digits" and model_task(model_args.model) == "text":
@@ -435,6 +400,21 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
     report.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
     rest += ["--output_dir", output_dir, *(["--resume_from_checkpoint", resume] if resume else [])]
     return model_args, data_args, output_args, rest
+
+
+def check_loss_options(text: str | None) -> None:
+    """Raise where the options of the loss are no JSON object; the loss itself knows which there are."""
+    if text is None:
+        return
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`loss_options` (={text!r}) is no JSON: {error}.") from error
+    if not isinstance(options, dict) or "name" in options:
+        raise ValueError(
+            f"`loss_options` (={text!r}) must be a JSON object of options, such as "
+            """'{"form": "sphere"}'; the name of the loss is --loss."""
+        )
 
 
 def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:

@@ -22,7 +22,7 @@ LAYERS = (
     {"report", "card"},
     {"alignment", "evaluation", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
-    {"modeling", "etf_model", "folders", "state_dict", "model_names"},
+    {"modeling", "etf_model", "folders", "state_dict", "image_size", "model_names"},
     {"swap"},
     {"long_tail", "sampler", "metrics", "collapse"},
     {"head", "frames", "losses", "simplex", "calibration"},

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from etf_adapt import load_data, report
+from etf_adapt.image_size import set_image_size
 from etf_adapt.model_names import MODEL_NAMES, TEXT_MODELS, locate_model, micro_folder, model_task, resolve_model_name
 
 ROOT = Path(__file__).parents[1]
@@ -325,7 +326,7 @@ def test_position_embeddings_are_resized_as_transformers_would_do_it_at_each_cal
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         expected = model(pixel_values=images, interpolate_pos_encoding=True).logits
-        finetune.set_image_size(model, processor, 48)
+        set_image_size(model, processor, 48)
         assert torch.equal(model(pixel_values=images).logits, expected)
     assert dict(processor.size) == {"height": 48, "width": 48} and model.config.image_size == 48
 

@@ -1,0 +1,56 @@
+"""Another image size for a pretrained model: its position embeddings, its configuration and its processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def set_image_size(model: Any, processor: Any, size: int) -> None:
+    """Make a model, and what its folder says of its input, expect images of another size.
+
+    Networks of convolutions take any. Position embeddings of transformers are interpolated once, to stay stock weights.
+
+    Args:
+        model: Image classification model of transformers, or timm's in transformers' TimmWrapper.
+        processor: Its image processor; a timm model's is its configuration, and not looked at.
+        size: Pixels a side.
+
+    Raises:
+        ValueError: The model takes no images of that size.
+    """
+    config = model.config
+    if hasattr(model, "timm_model"):
+        if hasattr(model.timm_model, "set_input_size"):
+            model.timm_model.set_input_size(img_size=size)
+            config.model_args = {**(config.model_args or {}), "img_size": size}
+        config.pretrained_cfg = {**config.pretrained_cfg, "input_size": [3, size, size]}
+    else:
+        own = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+        scale = size / (own.get("height") or own["shortest_edge"])
+        for name in ("size", "crop_size"):
+            if getattr(processor, name, None):
+                sides = {
+                    side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length
+                }
+                setattr(processor, name, sides)
+        for module in model.modules():
+            embeddings = getattr(module, "position_embeddings", None)
+            if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):
+                patches = (size // config.patch_size) ** 2
+                extra = embeddings.shape[1] - module.patch_embeddings.num_patches  # class token and the like
+                tokens = embeddings.new_zeros(1, patches + extra, embeddings.shape[2])
+                with torch.no_grad():
+                    resized = module.interpolate_pos_encoding(tokens, size, size)
+                module.position_embeddings = torch.nn.Parameter(resized.clone())
+                module.patch_embeddings.num_patches = patches
+        for part in (config, *model.modules()):
+            if "image_size" in vars(part):
+                part.image_size = size if isinstance(part.image_size, int) else (size, size)
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = str(error).rstrip(".")
+        raise ValueError(f"`image_size` (={size}) is none that {type(model).__name__} allows: {why}.") from error
