@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from etf_adapt.training import ETFTrainer
 
 HEADS = ("etf", "linear", "cosine", "paper")
-LOSSES = ("dot_regression", "cross_entropy", "logit_adjusted")
+LOSSES = ("dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted", "ldam")
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
 NEWEST = ("last", "latest", "auto", "true", "yes")
 
@@ -212,7 +212,7 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
     factory = ETFForImageClassification if data.task == "image" else ETFForSequenceClassification
     name = model_args.loss or {"cosine": "logit_adjusted"}.get(model_args.head)
     loss: dict[str, Any] | None = {"name": name} if name else None  # None is the head's own
-    if loss is not None and name != "dot_regression" and model_args.head == "etf":
+    if loss is not None and "dot_regression" not in loss["name"] and model_args.head == "etf":
         loss["scale"] = ETF_SCALE
     if model_args.loss_options is not None:
         loss = {**(loss or DEFAULT_LOSSES[model_args.head]), **json.loads(model_args.loss_options)}

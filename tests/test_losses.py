@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from etf_adapt.losses import DOT_REGRESSION_FORMS, dot_regression_loss, logit_adjusted_loss, make_loss
+from etf_adapt.dot_regression import DOT_REGRESSION_FORMS, dot_regression_loss
+from etf_adapt.losses import make_loss
 from etf_adapt.simplex import simplex_cosines, simplex_etf
+from etf_adapt.softmax_losses import logit_adjusted_loss
 
 forms = pytest.mark.parametrize("form", DOT_REGRESSION_FORMS)
 

@@ -33,8 +33,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from etf_adapt.dot_regression import dot_regression_loss
 from etf_adapt.head import ETFHead, LinearHead
-from etf_adapt.losses import dot_regression_loss, make_loss
+from etf_adapt.losses import make_loss
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.swap import head_modules, restore_head
 
