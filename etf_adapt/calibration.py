@@ -1,12 +1,20 @@
-"""One positive factor on the logits that makes their softmax a fair confidence, fitted while rows stream by."""
+"""What is fitted on held-out rows after training: a factor that makes confidences fair, and an adjustment by the prior."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from etf_adapt.loss_terms import log_prior
+
 _EXPONENTS = torch.arange(-6.0, 10.01, 0.25, dtype=torch.float64)  # factors from 1/64 to 1024
+_CHUNK = 4096
+_NEWTON_STEPS = 50
+_TINY = 1e-10
 
 
 class TemperatureFit:
@@ -56,3 +64,77 @@ class TemperatureFit:
             if curvature > 0.0:
                 exponent += 0.25 * 0.5 * (before - after) / curvature
         return float(2.0**exponent)
+
+
+def fit_prior_adjustment(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int]) -> tuple[float, float]:
+    r"""Fit the factor s of the logits and the strength t of an adjustment by the prior, on held-out rows.
+
+    .. math:: \min_{s, t} \; -\sum_c \frac{1}{C n_c} \sum_{i : y_i = c} \log \mathrm{softmax}(s\,u_i - t \log \pi)_c
+
+    with :math:`\pi` the class frequencies of the training rows and C the number of classes that have held-out rows, each of
+    which counts once: what is wanted where all classes matter alike. With :math:`s = t = 1` it is the adjustment of
+    Menon et al. after training by cross-entropy; a loss or a head that has seen the prior leaves less to do, so its strength
+    is fitted. One row of uniform label is added as in ``TemperatureFit``. The problem is convex and is solved by Newton steps.
+
+    Args:
+        logits: Tensor (batch, num_classes) of held-out rows.
+        labels: Their classes (batch,).
+        class_counts: Training rows of each class (num_classes,), all positive.
+
+    Returns:
+        Factor s, from 1/64 to 1024, and strength t, at least 0; (1, 0) where there are no rows.
+
+    References:
+        Menon et al. (2021). Long-tail learning via logit adjustment. https://arxiv.org/abs/2007.07314
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.9, 0.1], [0.6, 0.4]])).repeat(50, 1)
+        >>> factor, strength = fit_prior_adjustment(logits, torch.tensor([0, 1] * 50), [90, 10])
+        >>> (factor * logits - strength * torch.log(torch.tensor([0.9, 0.1])))[:2].argmax(dim=1).tolist()
+        [0, 1]
+    """
+    if len(labels) == 0:
+        return 1.0, 0.0
+    num_classes = logits.shape[1]
+    prior = log_prior(class_counts, logits.double())
+    rows = torch.bincount(labels, minlength=num_classes)
+    weights = len(labels) / ((rows > 0).sum() * rows.clamp_min(1).double())  # their sum over the rows is their number
+    least, most = torch.tensor([[2.0**-6, 0.0], [2.0**10, math.inf]], dtype=torch.float64)
+    point = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    value, gradient, curvature = _adjusted_loss(point, logits, labels, prior, weights)
+    for _ in range(_NEWTON_STEPS):
+        if point[1] == 0.0 and gradient[1] > 0.0:  # held at its bound
+            step = torch.stack([gradient[0] / curvature[0, 0].clamp_min(_TINY), torch.zeros_like(value)])
+        else:
+            step = torch.linalg.solve(curvature + _TINY * (1.0 + curvature.trace()) * torch.eye(2), gradient)
+        for halvings in range(_NEWTON_STEPS):
+            moved = torch.clamp(point - 0.5**halvings * step, least, most)
+            new = _adjusted_loss(moved, logits, labels, prior, weights)
+            if new[0] <= value:
+                break
+        gain = value - new[0]
+        if gain > 0.0:
+            point, (value, gradient, curvature) = moved, new
+        if gain <= _TINY * value.abs():
+            break
+    return float(point[0]), float(point[1])
+
+
+def _adjusted_loss(
+    point: Tensor, logits: Tensor, labels: Tensor, prior: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the objective of ``fit_prior_adjustment`` at (s, t), its gradient (2,) and its second derivatives (2, 2)."""
+    value, gradient = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    curvature = torch.zeros(2, 2, dtype=torch.float64)
+    for own, classes in zip(logits.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        inputs = torch.stack([own.double(), -prior.expand_as(own)])  # (2, rows, num_classes): what s and t multiply
+        logs = F.log_softmax(torch.tensordot(point, inputs, dims=1), dim=1)
+        target = torch.full_like(logs, 1.0 / (len(labels) * logs.shape[1]))
+        target[torch.arange(len(classes)), classes] += weights[classes]
+        mass, probability = target.sum(dim=1, keepdim=True), logs.exp()
+        mean = (inputs * probability).sum(dim=2, keepdim=True)
+        value -= (target * logs).sum()
+        gradient += (inputs * (mass * probability - target)).sum(dim=(1, 2))
+        centred = inputs - mean
+        curvature += torch.einsum("ark,brk,rk->ab", centred, centred, mass * probability)
+    return value, gradient, curvature

@@ -144,16 +144,12 @@ class ETFModel(_Base):
                 raise ValueError(
                     f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it."
                 )
-            if prior_adjustment is not None and head.bias is None:
-                raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
             if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
                 raise ValueError(
                     f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
                 )
-        if prior_adjustment is not None and len(heads) > 1:
-            raise ValueError(
-                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
-            )
+        if prior_adjustment is not None:
+            self.require_adjustable()
         factor = temperature / self._temperature
         old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
         new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
@@ -162,6 +158,19 @@ class ETFModel(_Base):
             head.set_rows(factor * weight, None if bias is None else factor * (bias - old) + new)
         self._temperature = float(temperature)
         self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
+
+    def require_adjustable(self) -> None:
+        """Check that offsets of the logits can be folded into the classifier, now or once its head is folded.
+
+        Raises:
+            ValueError: The classifier has no bias, or there are several.
+        """
+        if not all(self._has_bias.values()):
+            raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
+        if len(self._has_bias) > 1:
+            raise ValueError(
+                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
+            )
 
     def reset_temperature(self) -> None:
         """Forget what was folded into the head, after its rows were set anew."""

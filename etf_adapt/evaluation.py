@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from etf_adapt.alignment import evaluation_mode, to_device
-from etf_adapt.calibration import TemperatureFit
+from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 from etf_adapt.swap import logits_of
 
 
@@ -94,6 +94,29 @@ def fit_temperature(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> f
         fit.sums = reduce(fit.sums.to(device), "sum").cpu()
         fit.rows = int(reduce(torch.tensor(fit.rows, device=device), "sum"))
     return fit.factor()
+
+
+def fit_adjustment(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], class_counts: Sequence[int] | np.ndarray
+) -> tuple[float, float]:
+    """Fit the factor of a model's logits and the strength of an adjustment by the prior on held-out rows.
+
+    The logits of these rows are kept, in float32 on the CPU.
+
+    Args:
+        model: Classification model; it is left in the mode in which it was.
+        batches: This process's batches of held-out rows, with ``labels`` and, on several processes, ``row_id``.
+        class_counts: Training rows of each class.
+
+    Returns:
+        Factor and strength (``etf_adapt.calibration.fit_prior_adjustment``), the same on every process.
+    """
+    parts = [(ids.cpu(), labels.cpu(), logits.cpu()) for ids, labels, logits in _scored(model, batches)]
+    if PartialState().num_processes > 1:
+        parts = gather_object(parts)
+    row_ids, labels, logits = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    first = torch.from_numpy(np.unique(row_ids.numpy(), return_index=True)[1])  # rows that fill up a batch count once
+    return fit_prior_adjustment(logits[first], labels[first], torch.as_tensor(np.asarray(class_counts)))
 
 
 def _scored(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:

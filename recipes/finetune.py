@@ -53,6 +53,10 @@ class ModelArguments:
     )
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
+    prior_adjustment: str = field(
+        default="none",
+        metadata={"help": "After training: none, or fit, for classes that matter alike (needs a head with a bias)."},
+    )
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
 
@@ -145,6 +149,12 @@ def finetune(
 
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
+    if model_args.prior_adjustment != "none":
+        model.require_adjustable()
+        if data.validation is None:
+            raise ValueError(
+                f"`prior_adjustment` (={model_args.prior_adjustment!r}) is fitted on validation rows: give some."
+            )
     rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
 
     # Train. From here on the output folder is ours.
@@ -169,7 +179,7 @@ def finetune(
 
     # Calibrate on validation, save, and score what was saved.
     if rows["validation"] is not None:
-        calibrate(trainer, rows["validation"])
+        calibrate(trainer, rows["validation"], model_args.prior_adjustment)
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
     splits = ["validation", *(["test"] if data_args.evaluate_test else [])]
@@ -276,13 +286,23 @@ def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool)
     report.write_json(Path(folder, report.ARGUMENTS_FILE), arguments)
 
 
-def calibrate(trainer: ETFTrainer, rows: Any) -> None:
-    """Fold the one factor into the head that makes its confidences fair on validation rows."""
-    from etf_adapt.evaluation import fit_temperature
+def calibrate(trainer: ETFTrainer, rows: Any, adjustment: str) -> None:
+    """Fold into the head what validation rows say: a factor of the logits, and offsets by the prior where asked."""
+    import numpy as np
+
+    from etf_adapt.evaluation import fit_adjustment, fit_temperature
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.fold_heads()  # a cosine or paper head becomes the stock layer whose confidences are meant
-    model.set_temperature(model.etf_settings["temperature"] * fit_temperature(model, trainer.get_eval_dataloader(rows)))
+    model.set_temperature(1.0)
+    counts = trainer.class_counts
+    if adjustment == "none" or counts is None:
+        model.set_temperature(fit_temperature(model, trainer.get_eval_dataloader(rows)))
+        return
+    factor, strength = fit_adjustment(model, trainer.get_eval_dataloader(rows), counts)
+    model.set_temperature(factor, (-strength * np.log(counts / counts.sum())).tolist())
+    if trainer.is_world_process_zero():
+        print(f"adjusted: logits times {factor:.4g}, less {strength:.3g} times the log prior of their class")
 
 
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
@@ -388,6 +408,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
     if model_args.loss is not None:
         check_choice("loss", model_args.loss, LOSSES)
     check_loss_options(model_args.loss_options)
+    check_choice("prior_adjustment", model_args.prior_adjustment, ("none", "fit"))
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
     check_choice("class_order", data_args.class_order, ("label", "permuted"))
     if data_args.dataset == "digits" and model_task(model_args.model) == "text":

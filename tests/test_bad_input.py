@@ -140,6 +140,9 @@ ARGUMENT_CASES = {
     "contradiction": (["--paper", "--head", "linear"], ["paper", "linear"]),
     "no number": (["--imbalance_factor", "many"], ["imbalance_factor", "many"]),
     "text model on digits": (["--model", "bert_base"], ["--dataset"]),
+    "options that are no JSON": (["--loss_options", "margin=1"], ["loss_options", "margin=1", "JSON"]),
+    "name among the options": (["--loss_options", '{"name": "ldam"}'], ["loss_options", "--loss"]),
+    "unknown adjustment": (["--prior_adjustment", "fitt"], ["fitt", "fit"]),
     "missing settings": (["nowhere.yaml"], ["nowhere.yaml"]),
 }
 
@@ -155,6 +158,8 @@ def test_a_wrong_argument_is_told_at_once(name, tmp_path, capsys, monkeypatch):
 
 LATER_CASES = {
     "unknown sampler": (["--sampler", "balancd"], ["balancd", "balanced"]),
+    "unknown option of the loss": (["--loss_options", '{"margn": 1}'], ["margn", "dot_regression", "form"]),
+    "option outside its range": (["--loss", "ldam", "--loss_options", '{"max_margin": -1}'], ["max_margin"]),
     "unknown argument": (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
     "missing data": (["--dataset", "no/such/folder/here"], ["no/such/folder/here"]),
     "unknown timm name": (["--model", "vit_bse"], ["vit_base"]),

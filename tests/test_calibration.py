@@ -1,4 +1,4 @@
-"""Laws of the temperature: it undoes a factor on the logits and keeps the argmax."""
+"""Laws of what is fitted after training: it undoes a factor and a prior in the logits, and is the best there is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from etf_adapt.calibration import TemperatureFit
+from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 
 
 def rows(count=4000):
@@ -50,3 +50,49 @@ def test_rows_that_are_all_right_leave_room_for_one_error_in_their_number(count)
 
 def test_no_rows_change_nothing():
     assert TemperatureFit().factor() == 1.0
+
+
+def long_tailed_rows(counts, count=6000):
+    """Draw evidence that is fair where classes are even, the log prior to add to it, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    prior = torch.log(torch.tensor(counts, dtype=torch.float64) / sum(counts))
+    evidence = 2.0 * torch.randn(count, len(counts), generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(evidence.softmax(dim=1), 1, generator=generator).squeeze(1)
+    return evidence, prior, labels
+
+
+@pytest.mark.parametrize(("factor", "strength"), [(1.0, 1.0), (3.0, 0.5), (0.2, 1.5), (1.0, 0.0)])
+def test_a_prior_in_the_logits_is_taken_out_with_its_factor(factor, strength):
+    counts = [500, 100, 20, 5]
+    evidence, prior, labels = long_tailed_rows(counts)
+    s, t = fit_prior_adjustment((evidence + strength * prior) / factor, labels, counts)
+    assert s == pytest.approx(factor, rel=0.06) and t == pytest.approx(strength, abs=0.08)
+
+
+def test_it_is_the_best_of_all_factors_and_strengths():
+    counts = [50, 20, 3]
+    evidence, prior, labels = long_tailed_rows(counts, count=40)
+    logits = evidence + prior
+    weights = 1.0 / (3 * torch.bincount(labels, minlength=3).double())
+
+    def objective(s, t):
+        logs = F.log_softmax(s * logits - t * prior, dim=1)
+        uniform = -logs.mean(dim=1).sum() / len(labels)
+        return (len(labels) * weights[labels] * -logs[torch.arange(len(labels)), labels]).sum() + uniform
+
+    best = objective(*fit_prior_adjustment(logits, labels, counts))
+    grid = [objective(s, t) for s in torch.arange(0.05, 3.0, 0.05) for t in torch.arange(0.0, 3.0, 0.05)]
+    assert best <= min(grid) + 1e-9
+
+
+def test_rows_that_are_all_right_give_finite_numbers():
+    s, t = fit_prior_adjustment(10.0 * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4), [9, 3, 1])
+    assert 0.0 < s < 1024.0 and 0.0 <= t < 10.0
+    assert fit_prior_adjustment(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), [9, 3, 1]) == (1.0, 0.0)
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    evidence, prior, labels = long_tailed_rows([50, 20, 3], count=100)
+    whole = fit_prior_adjustment(evidence + prior, labels, [50, 20, 3])
+    monkeypatch.setattr("etf_adapt.calibration._CHUNK", 7)
+    assert fit_prior_adjustment(evidence + prior, labels, [50, 20, 3]) == pytest.approx(whole, rel=1e-6)

@@ -229,6 +229,41 @@ class TestModelNames:
         assert locate_model("owner/name") == str(snapshot)
 
 
+def test_an_adjustment_by_the_prior_is_in_the_saved_layer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--output_dir", "plain", "--head", "linear", "--loss", "cross_entropy")
+    run("--output_dir", "run", "--head", "linear", "--loss", "cross_entropy", "--prior_adjustment", "fit")
+    entry = json.loads(Path("run/config.json").read_text())["etf_adapt"]
+    offsets = np.array(entry["prior_adjustment"])
+    counts = np.array(entry["class_counts"])
+    strength = offsets[counts.argmin()] - offsets[counts.argmax()]
+    assert strength > 0 and "adjusted: logits times" in capsys.readouterr().out
+    np.testing.assert_allclose(offsets, -np.log(counts / counts.sum()) * strength / np.log(counts.max() / counts.min()))
+    plain, adjusted = (load_file(f"{folder}/model.safetensors")["fc.bias"].numpy() for folder in ("plain", "run"))
+    assert not np.allclose(plain, adjusted)
+    recalls = [json.loads(Path(f"{folder}/{report.RESULTS_FILE}").read_text()) for folder in ("plain", "run")]
+    assert recalls[1]["test_tail_third"] >= recalls[0]["test_tail_third"]
+
+
+def test_validation_alone_is_scored_while_settings_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--output_dir", "run", "--evaluate_test", "false", "--num_train_epochs", "1")
+    results = json.loads(Path(f"run/{report.RESULTS_FILE}").read_text())
+    assert results["test_accuracy"] is None and results["eval_accuracy"] is not None
+    assert not Path(f"run/{report.PREDICTIONS_FILE}").exists()
+
+
+def test_options_reach_the_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"margin": 0.7, "huber": 0.2}
+    loss = ["--loss", "margin_dot_regression", "--loss_options", json.dumps(options)]
+    run("--output_dir", "run", "--num_train_epochs", "1", *loss)
+    assert json.loads(Path("run/config.json").read_text())["etf_adapt"]["loss"] == {
+        "name": "margin_dot_regression",
+        **options,
+    }
+
+
 def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     scripts = Path(sys.executable).parent
