@@ -69,7 +69,8 @@ def align_head(
         data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
             ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
         class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
-        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"rotated"`` or ``"random"``; a cosine head has means only.
+        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"nearest_mean"``, ``"rotated"`` or ``"random"``; a cosine head
+            has means only.
         penalty: Penalty of ridge and discriminant, in mean eigenvalues; chosen on the data where None.
         max_sampled_rows: Most rows whose features are kept for that choice.
         seed: Seed of the sample and of a random frame.

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from etf_adapt.frames import FRAMES
+
 SAMPLER_POWERS = {"instance": 0.0, "sqrt": 0.5, "balanced": 1.0}
 """Power of ``ClassBalancedSampler`` for each name of ``sampler``: 0 draws classes as they are, 1 draws them equally."""
 
@@ -82,6 +84,8 @@ class ETFTrainingArguments(TrainingArguments):
         frame: What a fresh ETF head is set to before the first step (``etf_adapt.align_head``).
         frame_penalty: Penalty of ``"ridge"`` and ``"discriminant"``, in mean eigenvalues; chosen on the data where None.
         realign_epochs: The head is aligned again after each of this many first epochs.
+        reweight_from: Share of the epochs, in [0, 1), after which class weights by effective number multiply the loss
+            (deferred re-weighting, Cao et al. 2019, https://arxiv.org/abs/1906.07413; theirs is 0.8); never where None.
         shot_bounds: Training counts (at least, at most) of a medium class: above is many, below is few.
         min_validation_rows: Classes with fewer validation rows than this share one pooled recall in
             ``balanced_accuracy_pooled``, the default ``metric_for_best_model``.
@@ -144,13 +148,16 @@ class ETFTrainingArguments(TrainingArguments):
     batch_norm: Literal["frozen", "reestimate", "train"] | None = field(
         default=None, metadata={"help": "BatchNorm statistics; default: frozen under a fixed head, else train."}
     )
-    frame: Literal["ridge", "discriminant", "means", "rotated", "random"] = field(
+    frame: Literal["ridge", "discriminant", "means", "nearest_mean", "rotated", "random"] = field(
         default="ridge", metadata={"help": "Closed form that sets a fresh ETF head before the first step."}
     )
     frame_penalty: float | None = field(
         default=None, metadata={"help": "Its penalty; chosen on the data if not given."}
     )
     realign_epochs: int = field(default=0, metadata={"help": "Align again after each of this many first epochs."})
+    reweight_from: float | None = field(
+        default=None, metadata={"help": "Share of the epochs after which class weights multiply the loss."}
+    )
     shot_bounds: list[int] = field(
         default_factory=lambda: [20, 100], metadata={"help": "Training counts (at least, at most) of a medium class."}
     )
@@ -196,7 +203,7 @@ class ETFTrainingArguments(TrainingArguments):
     def _check_ranges(self) -> None:
         _one_of("sampler", self.sampler, tuple(SAMPLER_POWERS))
         _one_of("freeze", self.freeze, ("none", "backbone"))
-        _one_of("frame", self.frame, ("ridge", "discriminant", "means", "rotated", "random"))
+        _one_of("frame", self.frame, FRAMES)
         if self.batch_norm is not None:
             _one_of("batch_norm", self.batch_norm, ("frozen", "reestimate", "train"))
         for name in ("mixup", "cutmix", "realign_epochs", "seed", "data_seed"):
@@ -207,6 +214,8 @@ class ETFTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(f"`head_learning_rate` (={self.head_learning_rate}) must be positive.")
+        if self.reweight_from is not None and not 0 <= self.reweight_from < 1:
+            raise ValueError(f"`reweight_from` (={self.reweight_from}) must lie in [0, 1): a share of the epochs.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` (={self.label_smoothing}) must lie in [0, 1).")
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:

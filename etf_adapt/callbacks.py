@@ -171,6 +171,28 @@ class Realign(TrainerCallback):
             self.align()
 
 
+class Reweight(TrainerCallback):
+    """Switch class weights of the loss on for the last epochs: deferred re-weighting (Cao et al. 2019).
+
+    Args:
+        updates_per_epoch: Function that returns the optimizer steps of an epoch.
+        set_weights: Function that switches them on or off.
+        share: Share of the steps after which the next epoch has them.
+    """
+
+    def __init__(self, updates_per_epoch: Callable[[], int], set_weights: Callable[[bool], None], share: float) -> None:
+        self.updates_per_epoch = updates_per_epoch
+        self.set_weights = set_weights
+        self.share = share
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch by the step at which this epoch began, which is not where it is resumed."""
+        began = state.global_step // self.updates_per_epoch() * self.updates_per_epoch()
+        self.set_weights(began >= self.share * state.max_steps)
+
+
 class RunLog(TrainerCallback):
     """Say one plain line per evaluation, and keep the log as JSON lines in the run's folder.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from etf_adapt.simplex import rotated_simplex_etf, simplex_etf
 
-FRAMES = ("random", "rotated", "means", "ridge", "discriminant")
+FRAMES = ("random", "rotated", "means", "nearest_mean", "ridge", "discriminant")
 PENALIZED = ("ridge", "discriminant")
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _SINGULAR = 1e-12
@@ -115,6 +115,8 @@ def closed_form_rows(
     - ``"rotated"``: the simplex rotated onto the centred class means (orthogonal Procrustes), :math:`b = -W x`: an exact
       ETF in feature space where it fits (in_features >= num_classes - 1).
     - ``"means"``: unit vectors along the centred class means, :math:`b = -W x`.
+    - ``"nearest_mean"``: the class mean nearest to the feature, :math:`w_c = x_c - x`, :math:`b_c = -\tfrac12 |x_c - x|^2 -
+      w_c^\top x`.
     - ``"ridge"``: class-balanced ridge regression of each row's vertex on its centred feature,
       :math:`w_c \propto (S_w + S_b + \lambda I)^{-1} (x_c - x)`, :math:`b = -W x`.
     - ``"discriminant"``: :math:`w_c = (S_w + \lambda I)^{-1} (m_c - x)` and
@@ -130,7 +132,7 @@ def closed_form_rows(
             ``"discriminant"`` have one. From 0 on; 1 by default.
         intercept: Whether the layer has a bias. Without one, ``"ridge"`` regresses uncentred features
             (:math:`w_c \propto (S_w + S_m + \lambda I)^{-1} x_c`, S_m the moment of the class means about zero) and the other
-            frames leave the centring out; ``"discriminant"`` needs an intercept.
+            frames leave the centring out; ``"discriminant"`` and ``"nearest_mean"`` need an intercept.
         generator: Source of the rotation of ``"random"``.
 
     Returns:
@@ -158,6 +160,8 @@ def closed_form_rows(
         weight = rotated_simplex_etf(offsets)
     elif frame == "means":
         weight = torch.nn.functional.normalize(offsets, dim=1)
+    elif frame == "nearest_mean":
+        weight, bias = offsets, -0.5 * (offsets**2).sum(dim=1)
     else:
         if frame == "discriminant":
             offsets = _shrunken(statistics, offsets)
@@ -312,8 +316,8 @@ def _penalized(statistics: ClassStatistics, frame: str, penalty: float | None, i
 def _check(statistics: ClassStatistics, frame: str, penalty: float | None, intercept: bool) -> None:
     if frame not in FRAMES:
         raise ValueError(f"`frame` (={frame!r}) must be one of {', '.join(map(repr, FRAMES))}.")
-    if frame == "discriminant" and not intercept:
-        raise ValueError("`frame` (='discriminant') needs a layer with a bias; use 'ridge' for this model.")
+    if frame in ("discriminant", "nearest_mean") and not intercept:
+        raise ValueError(f"`frame` (={frame!r}) needs a layer with a bias; use 'ridge' for this model.")
     if penalty is not None and not penalty >= 0.0:
         raise ValueError(f"`penalty` (={penalty}) must be at least 0: it is added to the eigenvalues of a covariance.")
     if bool((statistics.counts < 1).any()):

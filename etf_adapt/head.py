@@ -18,8 +18,8 @@ class ClassifierHead(nn.Module):
 
     Attributes:
         kind: One of ``HEAD_KINDS``.
-        frame: Where the rows come from: ``"random"``, ``"rotated"``, ``"means"``, ``"ridge"``, ``"discriminant"``, or
-            ``"initialised"`` for rows that are there to be learned.
+        frame: Where the rows come from: one of ``etf_adapt.frames.FRAMES``, or ``"initialised"`` for rows that are there
+            to be learned.
         trainable: Whether weight and bias receive gradients.
     """
 

@@ -20,12 +20,20 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from etf_adapt.alignment import align_head
 from etf_adapt.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
-from etf_adapt.callbacks import EpochStart, ProgressBar, Realign, RunLog, describe_alignment, describe_run, set_threads
-from etf_adapt.checkpoints import (
-    resolve_checkpoint,
+from etf_adapt.callbacks import (
+    EpochStart,
+    ProgressBar,
+    Realign,
+    Reweight,
+    RunLog,
+    describe_alignment,
+    describe_run,
+    set_threads,
 )
+from etf_adapt.checkpoints import resolve_checkpoint
 from etf_adapt.evaluation import predict_rows
 from etf_adapt.long_tail import read_labels
+from etf_adapt.losses import LOSSES
 from etf_adapt.metrics import ShotAccuracy
 from etf_adapt.modeling import ETFModel
 from etf_adapt.parameters import (
@@ -138,6 +146,9 @@ class ETFTrainer(ResumableTrainer):
             RunLog(),
             *([] if args.disable_tqdm else [ProgressBar()]),
         ]
+        if args.reweight_from is not None:
+            self._set_class_weights(False)
+            own.append(Reweight(self._updates_per_epoch, self._set_class_weights, args.reweight_from))
         for callback in (*own, *callbacks):
             self.add_callback(callback)
         self.batch_norm = self._resolve_batch_norm()
@@ -205,6 +216,16 @@ class ETFTrainer(ResumableTrainer):
                 if rows is not None:
                     broadcast(rows.data)  # Processes may round the same sums differently.
         self.alignment = asdict(result)
+
+    def _set_class_weights(self, on: bool) -> None:
+        settings = {name: value for name, value in self.model.etf_settings["loss"].items() if name != "class_weights"}
+        if "class_weights" not in LOSSES[settings["name"]].options:
+            weighted = [name for name, loss in LOSSES.items() if "class_weights" in loss.options]
+            raise ValueError(
+                f"`reweight_from` (={self.args.reweight_from}) weights the classes of {', '.join(weighted)}, and the loss "
+                f"is {settings['name']}: choose one of these, or leave it out."
+            )
+        self.model.set_loss({**settings, "class_weights": "effective_number"} if on else settings)
 
     def _require_realignable(self) -> None:
         if any(head.kind != "etf" or head.trainable for head in self.heads.values()):

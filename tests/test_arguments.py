@@ -48,6 +48,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
         (["--label_smoothing", "0.1", "--label_smoothing_factor", "0.2"], "are one setting"),
         (["--mixup", "0.2", "--per_device_train_batch_size", "7"], "must be even with mixup"),
         (["--head_learning_rate", "0"], "must be positive"),
+        (["--reweight_from", "1"], r"`reweight_from` \(=1.0\) must lie in"),
         (["--early_stopping_patience", "0"], "must be at least 1"),
         (["--early_stopping_patience", "2", "--eval_strategy", "no", "--save_strategy", "no"], "needs evaluations"),
         (["--realign_epochs", "2", "--frame", "random"], "needs a `frame` that is made from features"),

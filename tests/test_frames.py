@@ -45,7 +45,7 @@ def test_statistics_add_up_and_equal_their_definition(rows):
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("frame", FRAMES)
 def test_rows_are_centred_over_the_classes(rows, frame, intercept):
-    if frame == "discriminant" and not intercept:
+    if frame in ("discriminant", "nearest_mean") and not intercept:
         with pytest.raises(ValueError, match="needs a layer with a bias"):
             closed_form_rows(statistics(*rows), frame, intercept=intercept)
         return
@@ -53,6 +53,13 @@ def test_rows_are_centred_over_the_classes(rows, frame, intercept):
     torch.testing.assert_close(weight.sum(dim=0), torch.zeros(6, dtype=torch.float64))
     assert bias.sum().abs() < 1e-12
     assert intercept or not bias.any()
+
+
+def test_nearest_mean_gives_each_row_the_class_whose_mean_is_nearest(rows):
+    features, _ = rows
+    weight, bias = closed_form_rows(statistics(*rows), "nearest_mean")
+    nearest = torch.cdist(features, statistics(*rows).means).argmin(dim=1)
+    assert torch.equal((features @ weight.T + bias).argmax(dim=1), nearest)
 
 
 def test_ridge_is_the_minimiser_of_the_class_balanced_regression_onto_the_vertices(rows):

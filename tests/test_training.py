@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import (
     BertForSequenceClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -253,6 +255,35 @@ def test_a_trained_head_learns_ten_times_as_fast_unless_told(tmp_path, head, rat
     assert {group["lr"] for group in optimizer.param_groups} == ({0.125} if rate is None else {0.125, rate})
     said = describe_run(trainer)[3]
     assert "learning rate 0.125" in said and ("of the head 1.25" in said) == (rate is not None)
+
+
+def test_classes_are_weighted_in_the_last_epochs_only(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append("class_weights" in trainer.model.etf_settings["loss"])
+
+    def make(*callbacks):
+        model = make_model(head="cosine", loss="ldam", class_counts=[60, 21, 7])
+        settings = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+        return make_trainer(
+            tmp_path / "run", model=model, callbacks=callbacks, reweight_from=0.5, num_train_epochs=4, **settings
+        )
+
+    trainer = make(Look())
+    trainer.train()
+    assert seen == [False] * 12 + [True] * 12
+    whole = weights(trainer)
+    for step in (24, 21, 18):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    trainer = make()
+    trainer.train(resume_from_checkpoint=True)  # from the middle of the third epoch
+    assert same(whole, weights(trainer))
+    with pytest.raises(
+        ValueError, match=r"`reweight_from` \(=0.5\) weights the classes of .*ldam, and the loss is cross"
+    ):
+        make_trainer(tmp_path / "other", model=make_model(head="linear"), reweight_from=0.5)
 
 
 def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
