@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From top to bottom. A module imports from its own layer or from those below it, and no two modules import each other.
 LAYERS = (
     {"training", "resume", "callbacks", "arguments", "checkpoints"},
-    {"report", "card"},
+    {"report", "card", "comparison"},
     {"alignment", "evaluation", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
     {"modeling", "etf_model", "folders", "state_dict", "image_size", "model_names"},

@@ -1,0 +1,486 @@
+r"""Compare heads, losses and samplers on one data set: same backbone, budget and tuning effort for every row.
+
+    python recipes/compare.py --results results/digits --rows linear_ce etf_dr -- --num_train_epochs 10
+    python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
+        --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 -- --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
+    python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
+
+What stands after `--` goes to recipes/finetune.py in every run. First each row is run at every rate with the first seed,
+without the test split; then, at the rates of the best validation balanced accuracy, with every seed, and the test split is
+scored once. After any stop the same command goes on: a finished run is one small file in `runs/` and is never run again, an
+interrupted one is resumed from its newest checkpoint. More rows, seeds or rates may be asked for later. The table is printed
+and left in `table.md` and `table.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from etf_adapt import comparison, report
+from etf_adapt.comparison import format_difference, format_markdown, format_spread
+from etf_adapt.model_names import check_choice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table, and the flags of finetune.py that make it; `{epochs}` among them is the number of epochs.
+
+    Its kind is "baseline"; "family", that is a fixed ETF head under a loss of the dot-regression family; or "other". Where
+    it trains its head, that head's learning rate is tuned too.
+    """
+
+    name: str
+    title: str
+    kind: str
+    flags: tuple[str, ...]
+    trains_head: bool = False
+
+
+LINEAR, ETF, ADJUSTED = ("--head", "linear"), ("--head", "etf"), ("--loss", "logit_adjusted")
+ROOT_SMOOTH = ("--sampler", "sqrt", "--label_smoothing", "0.1")
+TABLE = (
+    Row("linear_ce", "linear, cross-entropy", "baseline", (*LINEAR, "--loss", "cross_entropy"), True),
+    Row("linear_la_sqrt_smooth", "linear, logit-adjusted, root sampling, smoothed", "baseline",
+        (*LINEAR, *ADJUSTED, *ROOT_SMOOTH), True),
+    Row("cosine_la", "cosine, logit-adjusted", "baseline", ("--head", "cosine", *ADJUSTED), True),
+    Row("etf_dr", "ETF, dot regression", "family", ETF),
+    Row("etf_dr_balanced", "ETF, dot regression, balanced sampling", "family", (*ETF, "--sampler", "balanced")),
+    Row("paper", "ETF, dot regression as published", "family", ("--paper",)),
+    Row("etf_la", "ETF, logit-adjusted", "other", (*ETF, *ADJUSTED)),
+    Row("etf_la_realign", "ETF aligned each epoch, logit-adjusted", "other",
+        (*ETF, *ADJUSTED, "--realign_epochs", "{epochs}")),
+    Row("means_la", "class means, logit-adjusted", "other", (*ETF, "--frame", "means", *ADJUSTED)),
+    Row("etf_trained_la", "ETF trained, logit-adjusted", "other", (*ETF, "--head_trainable", "true", *ADJUSTED), True),
+)  # fmt: skip
+ROWS = {row.name: row for row in TABLE}
+
+FINETUNE = Path(__file__).with_name("finetune.py")
+SETTINGS_FILE, LABELS_FILE = "settings.json", "test_labels.json"
+DEFAULT_EPOCHS = "10"  # of ETFTrainingArguments, whose import takes seconds; a test compares them
+LISTS = ("rows", "seeds", "learning_rates", "head_rates")
+OWN_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "evaluate_test", "seed", "learning_rate",
+             "head_learning_rate")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of finetune.py; `head_rate` is the head's learning rate over the backbone's, None for a fixed head."""
+
+    row: Row
+    stage: str  # "tuning" or "final"
+    learning_rate: float
+    head_rate: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file and folder: no two runs share one."""
+        head = "" if self.head_rate is None else f"-head{number(self.head_rate)}x"
+        return f"{self.row.name}-{self.stage}-lr{number(self.learning_rate)}{head}-seed{self.seed}"
+
+    @property
+    def flags(self) -> list[str]:
+        """What it adds to the flags that all runs share."""
+        flags = [*self.row.flags, "--learning_rate", number(self.learning_rate), "--seed", str(self.seed)]
+        if self.head_rate is not None:
+            flags += ["--head_learning_rate", number(self.head_rate * self.learning_rate)]
+        return [*flags, "--evaluate_test", "true" if self.stage == "final" else "false"]
+
+    def __str__(self) -> str:
+        head = "" if self.head_rate is None else f" (head x {number(self.head_rate)})"
+        return f"{self.stage} {self.row.name}, learning rate {number(self.learning_rate)}{head}, seed {self.seed}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose complaints are raised, so that they look as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe on command-line arguments."""
+    with report.one_line_errors():
+        try:
+            options = read_arguments(list(sys.argv[1:] if argv is None else argv))
+            if not options.table_only:
+                with alone_in(options.results) as lock:
+                    claim(options)
+                    run_all(options, lock)
+            leave_table(options)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def run_all(options: argparse.Namespace, lock: int) -> None:
+    """Do what is not finished, one run after another: all tuning first, then the final runs."""
+    rows = chosen_rows(options)
+    tuned, tested = sum(len(tuning_runs(row, options)) for row in rows), len(rows) * len(options.seeds)
+    stages = (tuning_runs, final_runs)  # which the final ones are is known when the others are finished
+    done = sum(read_run(run, options) is not None for runs in stages for row in rows for run in runs(row, options))
+    print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
+    timed = False
+    for runs in stages:
+        for run in (run for row in rows for run in runs(row, options) if read_run(run, options) is None):
+            found = finish(run, options, lock)
+            done += 1
+            left, seconds = tuned + tested - done, found["seconds"]
+            said = f"balanced accuracy {report.percent(validation_score(found))} in validation"
+            if run.stage == "final":
+                said += f", {report.percent(found['all_results']['test_balanced_accuracy'])} in test"
+            print(f"[{done}/{tuned + tested}] {run}: {said}; {duration(seconds)}", flush=True)
+            if left and not timed and not found["resumed"]:
+                print(f"{left} runs to go, about {duration(seconds * left)}", flush=True)
+                timed = True
+
+
+def tuning_runs(row: Row, options: argparse.Namespace) -> list[Run]:
+    """Return the runs that a row's rates are chosen from, the lowest rates first."""
+    rates, heads = sorted(options.learning_rates), sorted(options.head_rates) if row.trains_head else [None]
+    return [Run(row, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
+
+
+def final_runs(row: Row, options: argparse.Namespace) -> list[Run]:
+    """Return the runs of a row at its best rates, of equals the lowest; none as long as its tuning is not finished."""
+    runs = tuning_runs(row, options)
+    scores = [validation_score(found) for run in runs if (found := read_run(run, options)) is not None]
+    if len(scores) < len(runs):
+        return []
+    return [replace(runs[int(np.argmax(scores))], stage="final", seed=seed) for seed in options.seeds]
+
+
+def finish(run: Run, options: argparse.Namespace, lock: int) -> dict[str, Any]:
+    """Do one run, keep what it found as one small file, and remove the rest."""
+    folder = options.results / "scratch" / run.name
+    resumed = has_checkpoint(folder)
+    begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
+    start = time.monotonic()
+    program = [*(shlex.split(options.launcher) if options.launcher else [sys.executable]), str(FINETUNE)]
+    code, said = launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin], lock)
+    if code != 0:
+        raise ChildProcessError(f"{run} failed (exit code {code}): {said}\nWhat is finished stays.")
+    log = [json.loads(line) for line in (folder / report.LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    scored = [entry for entry in log if entry.get("eval_balanced_accuracy") is not None]
+    found = {
+        "row": run.row.name,
+        **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},
+        "flags": options.flags | by_name(run.flags),
+        "all_results": read_json(folder / report.RESULTS_FILE),
+        "history": [[entry["epoch"], entry["eval_balanced_accuracy"]] for entry in scored],
+        "seconds": time.monotonic() - start,
+        "resumed": resumed,  # its times are then those of the last part alone
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": environment(),
+    }
+    if validation_score(found) is None:
+        raise ValueError(f"{run} had no validation rows, on which rates are chosen: set `validation_fraction`.")
+    if run.stage == "final":
+        found |= test_rows(run, folder, options.results)
+    report.write_json(options.results / "runs" / f"{run.name}.json", found)
+    if not options.keep_models:
+        shutil.rmtree(folder)
+        with suppress(OSError):  # where it holds another run's folder
+            folder.parent.rmdir()
+    return found
+
+
+def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
+    """Return which test rows a run had right; their labels are kept once, and must be those of all other runs."""
+    if not (folder / report.PREDICTIONS_FILE).is_file():
+        raise ValueError(f"{run} left no predictions of test rows: the data set must have a test split.")
+    with open(folder / report.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
+        rows = sorted(csv.DictReader(stream), key=lambda row: int(row["row_id"]))
+    labels = [row["label"] for row in rows]
+    digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:12]
+    file = results / LABELS_FILE
+    if not file.is_file():
+        report.write_json(file, {"hash": digest, "labels": labels})
+    elif (known := read_json(file))["hash"] != digest:
+        raise ValueError(
+            f"{run} has {len(rows)} test rows with labels of hash {digest}, and the runs before it {len(known['labels'])} with "
+            f"hash {known['hash']}: did the data set change? Compare on the same rows, or in another --results folder."
+        )
+    correct = np.array([row["prediction"] == row["label"] for row in rows])
+    return {"correct": comparison.pack_rows(correct), "test_labels": digest}
+
+
+def launch(command: Sequence[str], lock: int) -> tuple[int, str]:
+    """Run a command to its end; return its exit code, and the line that tells why it failed if it did."""
+    # The lock is handed on: what outlives this process still keeps others out of the folder.
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"text": True, "errors": "replace", "start_new_session": True, "pass_fds": (lock,)}
+    with subprocess.Popen(command, **options) as process:
+        try:
+            lines = deque((line.strip() for line in process.stdout or () if line.strip()), maxlen=100)
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers speak after it
+    return code, (errors or [*lines] or ["it said nothing"])[-1]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether an interrupted run can go on."""
+    if not folder.is_dir():
+        return False
+    from etf_adapt.checkpoints import find_last_complete_checkpoint  # imports torch
+
+    return find_last_complete_checkpoint(folder) is not None
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Return versions and hardware, asked by another process: one that asks for a device keeps part of it in use."""
+    program = "import json; from etf_adapt import report; print(json.dumps(report.describe_environment()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name: value for name, value in json.loads(done.stdout).items() if name != "processes"}  # of that process
+
+
+def leave_table(options: argparse.Namespace) -> None:
+    """Print the table of the rows that are finished, and leave it as Markdown and as JSON."""
+    rows, unfinished = [], []
+    for row in chosen_rows(options):
+        both = ([read_run(run, options) for run in runs(row, options)] for runs in (tuning_runs, final_runs))
+        tuned, final = ([found for found in runs if found is not None] for runs in both)
+        if len(final) < len(options.seeds):
+            unfinished.append(row.name)
+            continue
+        labels = read_json(options.results / LABELS_FILE)["labels"]
+        for found in final:
+            found["correct"] = comparison.unpack_rows(found["correct"], len(labels))
+        fixed = {name: getattr(row, name) for name in ("name", "title", "kind", "flags")}
+        chosen = {name: final[0][name] for name in ("learning_rate", "head_rate")}
+        tuning = {"tuning_runs": len(tuned), "tuning_validation": max(map(validation_score, tuned))}
+        rows.append({**fixed, **chosen, **tuning, "runs": final})
+    if not rows:
+        raise ValueError(f"`results` (={str(options.results)!r}) holds no finished row: run it without --table_only.")
+    summary = comparison.summarize(rows, np.unique(labels, return_inverse=True)[1])
+    told = [{"date": run["date"], **run["versions"]} for row in rows for run in row["runs"]]
+    names = dict.fromkeys(name for of in told for name in of)
+    versions = {name: sorted({str(of[name]) for of in told if name in of}) for name in names}
+    summary |= {"unfinished": unfinished, "versions": versions}
+    table = f"{score_table(summary)}\n\n{cost_table(summary)}\n\n{caption(summary, options)}\n"
+    report.write_json(options.results / "table.json", summary)
+    (options.results / "table.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}")
+
+
+def score_table(summary: Mapping[str, Any]) -> str:
+    """Set what the test rows say."""
+    first, *titles = comparison.TABLE_SCORES.values()
+    cells = []
+    for row in summary["rows"]:
+        balanced, *scores = map(format_spread, row["scores"].values())
+        is_best = row["name"] == summary["best_baseline"]
+        gain = "best baseline" if is_best else format_difference(row["difference"])
+        cells.append([row["title"], balanced, gain, *scores])
+    return format_markdown(["row", first, "minus best baseline [95 %]", *titles], cells)
+
+
+def cost_table(summary: Mapping[str, Any]) -> str:
+    """Set what each row is, how its rates were found, and what it took."""
+    head = ["row", "kind", "flags", "learning rate", "of the head", "tuning runs", "validation of the best of them",
+            "validation", f"epochs to {comparison.REFERENCE}'s last validation", "training seconds"]  # fmt: skip
+    cells = []
+    for row in summary["rows"]:
+        reached = [epochs for epochs in row["epochs"] if epochs is not None]
+        some = f" ({len(reached)} of {len(row['epochs'])} seeds)" if len(reached) < len(row["epochs"]) else ""
+        head_rate = "-" if row["head_rate"] is None else f"x {number(row['head_rate'])}"
+        cells.append([row["title"], row["kind"], f"`{shlex.join(row['flags'])}`", number(row["learning_rate"]), head_rate,
+                      str(row["tuning_runs"]), report.percent(row["tuning_validation"]), format_spread(row["validation"]),
+                      f"{np.mean(reached):.1f}{some}" if reached else "-",
+                      format_spread(row["train_seconds"], scale=1.0)])  # fmt: skip
+    return format_markdown(head, cells)
+
+
+def caption(summary: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """Say below the table how it came about."""
+    lists = {name: [value if name == "rows" else number(value) for value in vars(options)[name]] for name in LISTS}
+    flags = [f"--{name} {' '.join(values)}" for name, values in lists.items()]
+    flags += [f"--launcher {shlex.quote(public_launcher(options))}"] if options.launcher else []
+    flags += ["--", *(f"--{name} {values}".strip() for name, values in options.flags.items())]
+    results = shlex.quote(report.public_value(str(options.results)))
+    rates, factors, seeds = (", ".join(lists[name]) for name in ("learning_rates", "head_rates", "seeds"))
+    told = [
+        f"`python recipes/compare.py --results {results} {' '.join(flags)}`",
+        f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All rows had the same tuning effort: "
+        f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the validation balanced "
+        f"accuracy of seed {options.seeds[0]}, of equals the lower.",
+        f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
+        "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
+        f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of rows; bold where all of it is above 0.",
+    ]
+    if summary["not_ranked"]:
+        told[2] = f"Rows are not ranked, and there are no intervals: {summary['not_ranked']}."
+    if summary["target"] is not None:
+        target = report.percent(summary["target"])
+        told.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
+    if summary["unfinished"]:
+        told.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
+    told.append(", ".join(f"{name} {' / '.join(values)}" for name, values in summary["versions"].items()))
+    return "\n\n".join(told)
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse and check the arguments; those after `--` become `passed`, as given, and `flags`, by name and public."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--results", type=Path, required=True, help="Folder of what this comparison finds.")
+    add("--rows", nargs="+", default=[], help=f"Any of {', '.join(ROWS)}.")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each row's; the first chooses the rates. %(default)s")
+    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="To choose from. %(default)s")
+    add("--head_rates", nargs="+", type=float, default=[1.0, 10.0], help="Times learning_rate. %(default)s")
+    add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
+    add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
+    add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    options = parser.parse_args(own)
+    if options.table_only:
+        vars(options).update(read_json(options.results / SETTINGS_FILE))
+    elif own is argv:
+        raise ValueError("There is no `--`; what stands after it goes to finetune.py, such as `-- --model vit_base`.")
+    else:
+        options.passed = argv[len(own) + 1 :]
+        options.flags = by_name(options.passed)
+    for name in options.rows:
+        check_choice("rows", name, ROWS)
+    for name in LISTS:
+        values = vars(options)[name]
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"`{name}` (={values}) must be one or more, each once.")
+        if name.endswith("rates") and not all(0 < rate < math.inf for rate in values):
+            raise ValueError(f"`{name}` (={values}) must be positive.")
+    if options.launcher and not options.table_only and shutil.which(shlex.split(options.launcher)[0]) is None:
+        raise ValueError(f"`launcher` (={options.launcher!r}) is no command that can be found here.")
+    taken = {name: f"row {row.name}" for row in chosen_rows(options) for name in by_name(row.flags)}
+    for name in options.flags:
+        if name in OWN_FLAGS or name in taken:
+            raise ValueError(f"`{name}` after `--` is set by {taken.get(name, 'this recipe')}: leave it out.")
+    return options
+
+
+def by_name(words: Sequence[str]) -> dict[str, str]:
+    """Return flags by name with their values, as they may be published."""
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            values = flags[name.replace("-", "_")] = [value] if equals else []
+        elif flags:
+            values.append(word)
+        else:
+            raise ValueError(f"{word!r} after `--` belongs to no flag: write out the flags of a file of settings.")
+    return {name: shlex.join(values) for name, values in report.public_value(flags).items()}
+
+
+def chosen_rows(options: argparse.Namespace) -> list[Row]:
+    """Return the rows that were asked for, with the number of epochs in their flags."""
+    epochs = str(math.ceil(float(options.flags.get("num_train_epochs", DEFAULT_EPOCHS))))
+    rows = [ROWS[name] for name in options.rows]
+    return [replace(row, flags=tuple(word.replace("{epochs}", epochs) for word in row.flags)) for row in rows]
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[int]:
+    """Keep other comparisons, and the runs that they left behind, out of a folder; yield the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"`results` (={str(folder)!r}) is in use by a comparison or a run that it left: wait, or end it."
+            ) from error
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def claim(options: argparse.Namespace) -> None:
+    """Note the settings in the folder of results, which must be empty or that of a comparison with the same flags."""
+    file = options.results / SETTINGS_FILE
+    if file.is_file():
+        before, now = read_json(file).get("flags", {}), options.flags
+        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        told = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
+        if names:
+            raise ValueError(
+                f"`results` (={str(options.results)!r}) was begun with {', '.join(told[: len(names)])}, and now is asked for "
+                f"{', '.join(told[len(names) :])}: give the same flags after `--`, or another --results folder."
+            )
+    elif any(options.results.iterdir()):
+        raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")
+    kept = {name: vars(options)[name] for name in (*LISTS, "flags")}
+    report.write_json(file, kept | {"launcher": public_launcher(options)})
+
+
+def public_launcher(options: argparse.Namespace) -> str:
+    """Return the launcher as it may be published; nothing where it is python."""
+    return shlex.join(map(report.public_value, shlex.split(options.launcher or "")))
+
+
+def read_run(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what a run left, None where it is not finished."""
+    file = options.results / "runs" / f"{run.name}.json"
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if found["flags"] != options.flags | by_name(run.flags):
+        raise ValueError(f"{file} had other flags than row {run.row.name} has now: remove it to run it again.")
+    return found
+
+
+def validation_score(found: Mapping[str, Any]) -> Any:
+    """Return what rates are chosen by."""
+    return found["all_results"]["eval_balanced_accuracy"]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file, which none but this recipe writes."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}): remove it.") from error
+
+
+def number(value: float) -> str:
+    """Write a number as short as it is."""
+    return f"{value:.12g}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run ends too
+    main()
