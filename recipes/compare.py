@@ -37,44 +37,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from compare_rows import ROWS, Row
 
 from etf_adapt import comparison, report
 from etf_adapt.comparison import format_difference, format_markdown, format_spread
 from etf_adapt.model_names import check_choice
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the table, and the flags of finetune.py that make it; `{epochs}` among them is the number of epochs.
-
-    Its kind is "baseline"; "family", that is a fixed ETF head under a loss of the dot-regression family; or "other". Where
-    it trains its head, that head's learning rate is tuned too.
-    """
-
-    name: str
-    title: str
-    kind: str
-    flags: tuple[str, ...]
-    trains_head: bool = False
-
-
-LINEAR, ETF, ADJUSTED = ("--head", "linear"), ("--head", "etf"), ("--loss", "logit_adjusted")
-ROOT_SMOOTH = ("--sampler", "sqrt", "--label_smoothing", "0.1")
-TABLE = (
-    Row("linear_ce", "linear, cross-entropy", "baseline", (*LINEAR, "--loss", "cross_entropy"), True),
-    Row("linear_la_sqrt_smooth", "linear, logit-adjusted, root sampling, smoothed", "baseline",
-        (*LINEAR, *ADJUSTED, *ROOT_SMOOTH), True),
-    Row("cosine_la", "cosine, logit-adjusted", "baseline", ("--head", "cosine", *ADJUSTED), True),
-    Row("etf_dr", "ETF, dot regression", "family", ETF),
-    Row("etf_dr_balanced", "ETF, dot regression, balanced sampling", "family", (*ETF, "--sampler", "balanced")),
-    Row("paper", "ETF, dot regression as published", "family", ("--paper",)),
-    Row("etf_la", "ETF, logit-adjusted", "other", (*ETF, *ADJUSTED)),
-    Row("etf_la_realign", "ETF aligned each epoch, logit-adjusted", "other",
-        (*ETF, *ADJUSTED, "--realign_epochs", "{epochs}")),
-    Row("means_la", "class means, logit-adjusted", "other", (*ETF, "--frame", "means", *ADJUSTED)),
-    Row("etf_trained_la", "ETF trained, logit-adjusted", "other", (*ETF, "--head_trainable", "true", *ADJUSTED), True),
-)  # fmt: skip
-ROWS = {row.name: row for row in TABLE}
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 SETTINGS_FILE, LABELS_FILE = "settings.json", "test_labels.json"

@@ -138,7 +138,7 @@ class TestMethod:
             assert not data.evaluate_test and args.learning_rate == run.learning_rate
             assert row.trains_head == (model.head in ("linear", "cosine") or model.head_trainable)
             assert (row.kind == "baseline") == (model.head in ("linear", "cosine"))
-            assert row.kind != "family" or model.loss in (None, "dot_regression")
+            assert row.kind != "family" or model.loss in (None, "dot_regression", "margin_dot_regression")
 
 
 class TestFiles:
