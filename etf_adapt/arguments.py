@@ -89,6 +89,8 @@ class ETFTrainingArguments(TrainingArguments):
         shot_bounds: Training counts (at least, at most) of a medium class: above is many, below is few.
         min_validation_rows: Classes with fewer validation rows than this share one pooled recall in
             ``balanced_accuracy_pooled``, the default ``metric_for_best_model``.
+        collapse_rows: Most rows of the samples of train and of validation on which neural collapse is measured at each
+            evaluation of a run (``etf_adapt.monitor``), at most a tenth of the training rows; 0 measures none.
         torch_threads: CPU threads of each process; None shares the cores among the processes of this machine where
             a launcher left one thread.
 
@@ -165,6 +167,9 @@ class ETFTrainingArguments(TrainingArguments):
         default=5,
         metadata={"help": "Classes with fewer validation rows share one recall where checkpoints are chosen."},
     )
+    collapse_rows: int = field(
+        default=512, metadata={"help": "Most rows of the samples on which neural collapse is measured; 0 for none."}
+    )
     torch_threads: int | None = field(default=None, metadata={"help": "CPU threads of each process."})
 
     def __post_init__(self) -> None:
@@ -206,7 +211,7 @@ class ETFTrainingArguments(TrainingArguments):
         _one_of("frame", self.frame, FRAMES)
         if self.batch_norm is not None:
             _one_of("batch_norm", self.batch_norm, ("frozen", "reestimate", "train"))
-        for name in ("mixup", "cutmix", "realign_epochs", "seed", "data_seed"):
+        for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must not be negative.")
         for name in ("early_stopping_patience", "torch_threads", "min_validation_rows"):

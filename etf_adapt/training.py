@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -36,6 +37,7 @@ from etf_adapt.long_tail import read_labels
 from etf_adapt.losses import LOSSES
 from etf_adapt.metrics import ShotAccuracy
 from etf_adapt.modeling import ETFModel
+from etf_adapt.monitor import CollapseMonitor
 from etf_adapt.parameters import (
     batch_norms,
     fix_parameters,
@@ -151,6 +153,7 @@ class ETFTrainer(ResumableTrainer):
             own.append(Reweight(self._updates_per_epoch, self._set_class_weights, args.reweight_from))
         for callback in (*own, *callbacks):
             self.add_callback(callback)
+        self._monitors = self._make_monitors()
         self.batch_norm = self._resolve_batch_norm()
         self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
         if args.realign_epochs:
@@ -395,11 +398,30 @@ class ETFTrainer(ResumableTrainer):
         metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
             rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
         )
+        if self.is_in_train and metric_key_prefix == "eval":
+            for sample, monitor in self._monitors.items():
+                collapse = monitor.measure(self.model, self.compute_loss_context_manager())
+                metrics |= {f"{sample}{name}": value for name, value in collapse.items()}
         named: Any = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         predictions: Any = rows  # where the stock class has an array of all logits
         return EvalLoopOutput(
             predictions=predictions, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels)
         )
+
+    def _make_monitors(self) -> dict[str, CollapseMonitor]:
+        """Return what measures collapse on validation rows, and on training rows; nothing where weights are split up."""
+        size = min(self.args.collapse_rows, (0 if self.train_labels is None else len(self.train_labels)) // 10)
+        if size < 4 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return {}
+        samples: dict[str, tuple[Any, Any]] = {"train_": (self.alignment_dataset, self.train_labels)}
+        with suppress(ValueError):  # a data set that tells no labels
+            samples = {"": (self.eval_dataset, labels_of(self.eval_dataset)), **samples}
+        options: dict[str, Any] = {"collate": self.data_collator, "batch_size": self.args.eval_batch_size}
+        num_classes = next(iter(self.heads.values())).num_classes
+        return {
+            name: CollapseMonitor(rows, labels, num_classes=num_classes, max_rows=size, seed=self.args.seed, **options)
+            for name, (rows, labels) in samples.items()
+        }
 
     def _with_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"training", "resume", "callbacks", "arguments", "checkpoints"},
     {"report", "card", "comparison"},
-    {"alignment", "evaluation", "parameters"},
+    {"alignment", "evaluation", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
     {"modeling", "etf_model", "folders", "state_dict", "image_size", "model_names"},
     {"swap"},
