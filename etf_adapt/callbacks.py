@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Mapping, Sized
@@ -17,6 +18,8 @@ from etf_adapt.report import LOG_FILE, percent, write_log
 
 if TYPE_CHECKING:
     from etf_adapt.training import ETFTrainer
+
+_MALLOC_OPTIONS = {-4: 0, -1: -1}  # of malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD without end
 
 
 def set_threads(threads: int | None = None) -> int:
@@ -42,6 +45,23 @@ def set_threads(threads: int | None = None) -> int:
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep memory that is freed for the next batch, where it would give it back to the system.
+
+    On CPUs the large tensors of each step are otherwise mapped anew, and their pages cleared, at every operation: with
+    glibc a training step of a MobileNetV2 takes almost twice as long. Results are the same; the peak of memory is held
+    until the process ends.
+
+    Returns:
+        Whether the C library is one that can be told (glibc).
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return all(libc.mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS.items())
+    except (OSError, AttributeError):  # another system, or another C library
+        return False
 
 
 def unmet_requests(distributed_type: str) -> list[str]:

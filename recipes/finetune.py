@@ -134,11 +134,13 @@ def finetune(
     import datasets
     from accelerate.state import PartialState
 
-    from etf_adapt.callbacks import set_threads
+    from etf_adapt.callbacks import keep_freed_memory, set_threads
     from etf_adapt.training import ETFTrainer
 
     state = PartialState()
     set_threads(args.torch_threads)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     transformers.set_seed(args.seed)
     if args.disable_tqdm:
         datasets.disable_progress_bars()
