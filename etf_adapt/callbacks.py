@@ -50,9 +50,8 @@ def set_threads(threads: int | None = None) -> int:
 def keep_freed_memory() -> bool:
     """Tell the C library to keep memory that is freed for the next batch, where it would give it back to the system.
 
-    On CPUs the large tensors of each step are otherwise mapped anew, and their pages cleared, at every operation: with
-    glibc a training step of a MobileNetV2 takes almost twice as long. Results are the same; the peak of memory is held
-    until the process ends.
+    On CPUs glibc otherwise maps the large tensors of each step anew, and the system clears their pages, at every operation;
+    networks of convolutions feel it most. Results are the same; the peak of memory is held until the process ends.
 
     Returns:
         Whether the C library is one that can be told (glibc).

@@ -13,14 +13,15 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 NAME = "cifar_resnet32_double"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 default_cfgs = {
     NAME: {
         "url": "",
         "num_classes": 100,
         "input_size": (3, 32, 32),
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2023, 0.1994, 0.2010),
+        "mean": MEAN,
+        "std": STD,
         "first_conv": "conv1",
         "classifier": "fc",
     }

@@ -37,7 +37,6 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "linear_ce": ("linear", {"name": "cross_entropy"}),
 }
 EPOCHS, WARM_UP, DROPS = 200, 5, (160, 180)
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 @dataclass
@@ -143,6 +142,7 @@ def run(args: Arguments) -> None:
 def published_transforms() -> tuple[Any, Any]:
     """Return the transforms of training images and of test images (32 x 32)."""
     import torch
+    from cifar_resnet import MEAN, STD
     from torchvision.transforms import v2
 
     finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
