@@ -15,9 +15,9 @@ from torch import Tensor
 
 from etf_adapt.simplex import rotated_simplex_etf, simplex_etf
 
-FRAMES = ("random", "rotated", "means", "nearest_mean", "ridge", "discriminant")
-PENALIZED = ("ridge", "discriminant")
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FRAMES = ("random", "rotated", "means", "nearest_mean", "ridge", "discriminant", "whitened")
+PENALIZED = ("ridge", "discriminant", "whitened")
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _SINGULAR = 1e-12
 
 
@@ -122,14 +122,17 @@ def closed_form_rows(
     - ``"discriminant"``: :math:`w_c = (S_w + \lambda I)^{-1} (m_c - x)` and
       :math:`b_c = -\tfrac12 w_c^\top (m_c - x) - w_c^\top x`, where :math:`m_c - x = \frac{n_c}{n_c + \kappa} (x_c - x)` is the
       class mean shrunk by ``ClassStatistics.shrinkage``.
+    - ``"whitened"``: unit vectors along the centred class means where the within-class covariance is white,
+      :math:`w_c = (S_w + \lambda I)^{-1} o_c / \sqrt{o_c^\top (S_w + \lambda I)^{-1} o_c}` with :math:`o_c = x_c - x`, and
+      :math:`b = -W x`. For a great penalty these are the rows of ``"means"``.
 
     Rows and biases are then centred over the classes, which changes no argmax and no centred logit.
 
     Args:
         statistics: Statistics of the training rows; every class has one at least.
         frame: One of ``FRAMES``.
-        penalty: :math:`\lambda` in units of the mean eigenvalue of the matrix that it is added to; only ``"ridge"`` and
-            ``"discriminant"`` have one. From 0 on; 1 by default.
+        penalty: :math:`\lambda` in units of the mean eigenvalue of the matrix that it is added to, for ``"ridge"``,
+            ``"discriminant"`` and ``"whitened"``. From 0 on; 1 by default.
         intercept: Whether the layer has a bias. Without one, ``"ridge"`` regresses uncentred features
             (:math:`w_c \propto (S_w + S_m + \lambda I)^{-1} x_c`, S_m the moment of the class means about zero) and the other
             frames leave the centring out; ``"discriminant"`` and ``"nearest_mean"`` need an intercept.
@@ -143,6 +146,7 @@ def closed_form_rows(
 
     References:
         Ioffe (2006), Probabilistic Linear Discriminant Analysis, for the shrunken class means.
+        Hatch, Kajarekar, Stolcke (2006), Within-Class Covariance Normalization for SVM-based Speaker Recognition.
 
     Example:
         >>> labels = torch.arange(60) % 3
@@ -168,6 +172,8 @@ def closed_form_rows(
         weight = torch.linalg.solve(_penalized(statistics, frame, penalty, intercept), offsets.T).T
         if frame == "discriminant":
             bias = -0.5 * (weight * offsets).sum(dim=1)
+        elif frame == "whitened":
+            weight = weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt().clamp_min(_SINGULAR)
     if intercept:
         bias = bias - weight @ statistics.center
     return weight - weight.mean(dim=0), bias - bias.mean()
@@ -192,7 +198,7 @@ def leave_one_out_scores(
         statistics: Statistics of all rows, the scored ones among them.
         features: Rows to score (batch, in_features).
         labels: Their classes (batch,), each with two rows or more in ``statistics``.
-        frame: ``"ridge"`` or ``"discriminant"``.
+        frame: One of ``PENALIZED``.
         penalty: As in ``closed_form_rows``.
         intercept: As in ``closed_form_rows``.
 
@@ -233,9 +239,15 @@ def leave_one_out_scores(
         scores = direction @ offsets.T
         own = move * (direction * deviation).sum(dim=1)
         return scores.index_put((torch.arange(len(labels)), labels), own, accumulate=True)
-    return _discriminant_scores(
+    linear, squares = _products_without_row(
         statistics, labels, offsets, solved_offsets, deviation, solved, e_e, move, drift, change
     )
+    if frame == "whitened":
+        return linear / squares.sqrt().clamp_min(_SINGULAR)
+    remaining = statistics.counts.repeat(len(labels), 1)
+    remaining[torch.arange(len(labels)), labels] -= 1.0
+    shrink = remaining / (remaining + statistics.shrinkage)
+    return shrink * linear - 0.5 * shrink**2 * squares
 
 
 def choose_penalty(
@@ -247,7 +259,7 @@ def choose_penalty(
         statistics: Statistics of all training rows.
         features: Sampled training rows (batch, in_features).
         labels: Their classes (batch,).
-        frame: ``"ridge"`` or ``"discriminant"``.
+        frame: One of ``PENALIZED``.
         intercept: Whether the layer has a bias.
 
     Returns:
@@ -268,7 +280,7 @@ def choose_penalty(
     return best[1], best[0]
 
 
-def _discriminant_scores(
+def _products_without_row(
     statistics: ClassStatistics,
     labels: Tensor,
     offsets: Tensor,
@@ -279,8 +291,11 @@ def _discriminant_scores(
     move: Tensor,
     drift: Tensor,
     change: Tensor,
-) -> Tensor:
-    """Score by the discriminant without the row; names as in ``leave_one_out_scores``."""
+) -> tuple[Tensor, Tensor]:
+    """Return the products of the centred row, and of each class offset itself, with the offsets in the penalized metric.
+
+    Both (batch, num_classes) and without the row; names as in ``leave_one_out_scores``.
+    """
     rows = torch.arange(len(labels))
     gain = (-change / (1.0 + change * e_e)).unsqueeze(1)  # S'⁻¹ = S⁻¹ + gain (S⁻¹e)(S⁻¹e)ᵀ
     cross = solved @ offsets.T  # (batch, num_classes)
@@ -294,10 +309,7 @@ def _discriminant_scores(
     linear = direction @ offsets.T - shift * (direction * deviation).sum(dim=1, keepdim=True)
     norms = (offsets * solved_offsets).sum(dim=1)
     squares = norms - 2.0 * shift * cross + shift**2 * e_e + gain * (cross - shift * e_e) ** 2
-    counts = statistics.counts.repeat(len(labels), 1)
-    counts[rows, labels] -= 1.0
-    shrink = counts / (counts + statistics.shrinkage)
-    return shrink * linear - 0.5 * shrink**2 * squares
+    return linear, squares
 
 
 def _shrunken(statistics: ClassStatistics, offsets: Tensor) -> Tensor:

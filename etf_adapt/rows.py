@@ -23,6 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+KEPT_BYTES = 2**30
+"""Most memory that one ``TransformedRows`` keeps tensors in."""
+
 
 class RowDraw(int):
     """Is a row id that knows when it was drawn; it passes through batch samplers and into workers as the int it is.
@@ -95,6 +98,8 @@ class TransformedRows(TorchDataset[dict[str, Any]]):
         seed: Of the run, at least 0.
         image_column: Name of the column of images.
         label_column: Name of the column of labels.
+        keep: Whether the tensors of rows asked for by plain ints stay in memory, as long as they take at most
+            ``KEPT_BYTES``: for rows that are read again and again without augmentation.
 
     Raises:
         ValueError: An image cannot be decoded; the row and its file are named.
@@ -115,10 +120,12 @@ class TransformedRows(TorchDataset[dict[str, Any]]):
         seed: int = 0,
         image_column: str = "image",
         label_column: str = "label",
+        keep: bool = False,
     ) -> None:
         self.dataset = dataset.select_columns([image_column, label_column])
         self.transform = transform
         self.seed = seed
+        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
         self._image_column = image_column
         self._label_column = label_column
 
@@ -126,15 +133,21 @@ class TransformedRows(TorchDataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        kept = None if isinstance(index, RowDraw) else self._kept
         draw = index if isinstance(index, RowDraw) else RowDraw(index)
         row = int(draw)
+        if kept is not None and row in kept:
+            return dict(kept[row])
         try:
             values = self.dataset[row]
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise at a damaged file
             raise ValueError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
         with _seeded(self.seed, draw.epoch, draw.place, row):
             pixel_values = self.transform(values[self._image_column])
-        return {"pixel_values": pixel_values, "labels": values[self._label_column], "row_id": row}
+        found = {"pixel_values": pixel_values, "labels": values[self._label_column], "row_id": row}
+        if kept is not None and (len(kept) + 1) * pixel_values.nbytes <= KEPT_BYTES:
+            kept[row] = dict(found)
+        return found
 
     def _where(self, row: int) -> str:
         stored = self.dataset.cast_column(self._image_column, Image(decode=False))[row][self._image_column]

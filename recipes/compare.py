@@ -8,7 +8,7 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
 What stands after `--` goes to recipes/finetune.py in every run. First each row is run at every rate with the first seed,
 without the test split; then, at the rates of the best validation balanced accuracy, with every seed, and the test split is
 scored once. After any stop the same command goes on: a finished run is one small file in `runs/` and is never run again, an
-interrupted one is resumed from its newest checkpoint. More rows, seeds or rates may be asked for later. The table is printed
+interrupted one is resumed from its newest checkpoint. With `--jobs 8` eight runs share a device that holds them. More rows, seeds or rates may be asked for later. The table is printed
 and left in `table.md` and `table.json`.
 """
 
@@ -28,9 +28,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +82,47 @@ class Run:
         return f"{self.stage} {self.row.name}, learning rate {number(self.learning_rate)}{head}, seed {self.seed}"
 
 
+class Children:
+    """The runs that are going on, each a process of its own; none is started any more once they were stopped.
+
+    Args:
+        lock: Descriptor of the lock on the results. It is handed on, so that what outlives this process still keeps others
+            out of the folder.
+    """
+
+    def __init__(self, lock: int) -> None:
+        self.lock = lock
+        self.stopped = False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._starting = threading.Lock()
+        self.labels = threading.Lock()  # held while the file of test labels is written or compared
+
+    def launch(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command to its end; return its exit code, and the line that tells why it failed if it did."""
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options |= {"text": True, "errors": "replace", "start_new_session": True, "pass_fds": (self.lock,)}
+        with self._starting:
+            if self.stopped:
+                raise InterruptedError("stopped before it began")
+            process = subprocess.Popen(command, **options)
+            self._running.add(process)
+        with process:
+            lines = deque((line.strip() for line in process.stdout or () if line.strip()), maxlen=100)
+            code = process.wait()
+        with self._starting:
+            self._running.discard(process)
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers go on
+        return code, (errors or [*lines] or ["it said nothing"])[-1]
+
+    def stop(self) -> None:
+        """End all that run."""
+        with self._starting:
+            self.stopped = True
+            for process in self._running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose complaints are raised, so that they look as all others do."""
 
@@ -94,17 +137,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             options = read_arguments(list(sys.argv[1:] if argv is None else argv))
             if not options.table_only:
-                with alone_in(options.results) as lock:
+                with alone_in(options.results) as children:
                     claim(options)
-                    run_all(options, lock)
+                    run_all(options, children)
             leave_table(options)
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             raise SystemExit(130) from None
 
 
-def run_all(options: argparse.Namespace, lock: int) -> None:
-    """Do what is not finished, one run after another: all tuning first, then the final runs."""
+def run_all(options: argparse.Namespace, children: Children) -> None:
+    """Do what is not finished, as many runs at once as asked for: all tuning first, then the final runs."""
     rows = chosen_rows(options)
     tuned, tested = sum(len(tuning_runs(row, options)) for row in rows), len(rows) * len(options.seeds)
     stages = (tuning_runs, final_runs)  # which the final ones are is known when the others are finished
@@ -112,8 +155,8 @@ def run_all(options: argparse.Namespace, lock: int) -> None:
     print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
     timed = False
     for runs in stages:
-        for run in (run for row in rows for run in runs(row, options) if read_run(run, options) is None):
-            found = finish(run, options, lock)
+        unfinished = [run for row in rows for run in runs(row, options) if read_run(run, options) is None]
+        for run, found in finish_all(unfinished, options, children):
             done += 1
             left, seconds = tuned + tested - done, found["seconds"]
             said = f"balanced accuracy {report.percent(validation_score(found))} in validation"
@@ -121,8 +164,10 @@ def run_all(options: argparse.Namespace, lock: int) -> None:
                 said += f", {report.percent(found['all_results']['test_balanced_accuracy'])} in test"
             print(f"[{done}/{tuned + tested}] {run}: {said}; {duration(seconds)}", flush=True)
             if left and not timed and not found["resumed"]:
-                print(f"{left} runs to go, about {duration(seconds * left)}", flush=True)
+                print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
                 timed = True
+    with suppress(OSError):  # where there is none, or it holds models that are kept
+        (options.results / "scratch").rmdir()
 
 
 def tuning_runs(row: Row, options: argparse.Namespace) -> list[Run]:
@@ -140,14 +185,39 @@ def final_runs(row: Row, options: argparse.Namespace) -> list[Run]:
     return [replace(runs[int(np.argmax(scores))], stage="final", seed=seed) for seed in options.seeds]
 
 
-def finish(run: Run, options: argparse.Namespace, lock: int) -> dict[str, Any]:
+def finish_all(
+    runs: Sequence[Run], options: argparse.Namespace, children: Children
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Do runs, several at once where asked for, and yield each with what it found; one that fails stops all."""
+
+    def finish_or_stop(run: Run) -> dict[str, Any]:
+        if children.stopped:
+            raise InterruptedError("stopped before it began")
+        try:
+            return finish(run, options, children)
+        except BaseException:
+            children.stop()
+            raise
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = {pool.submit(finish_or_stop, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            children.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[str, Any]:
     """Do one run, keep what it found as one small file, and remove the rest."""
     folder = options.results / "scratch" / run.name
     resumed = has_checkpoint(folder)
     begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
     start = time.monotonic()
     program = [*(shlex.split(options.launcher) if options.launcher else [sys.executable]), str(FINETUNE)]
-    code, said = launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin], lock)
+    code, said = children.launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin])
     if code != 0:
         raise ChildProcessError(f"{run} failed (exit code {code}): {said}\nWhat is finished stays.")
     log = [json.loads(line) for line in (folder / report.LOG_FILE).read_text(encoding="utf-8").splitlines()]
@@ -166,12 +236,11 @@ def finish(run: Run, options: argparse.Namespace, lock: int) -> dict[str, Any]:
     if validation_score(found) is None:
         raise ValueError(f"{run} had no validation rows, on which rates are chosen: set `validation_fraction`.")
     if run.stage == "final":
-        found |= test_rows(run, folder, options.results)
+        with children.labels:
+            found |= test_rows(run, folder, options.results)
     report.write_json(options.results / "runs" / f"{run.name}.json", found)
     if not options.keep_models:
         shutil.rmtree(folder)
-        with suppress(OSError):  # where it holds another run's folder
-            folder.parent.rmdir()
     return found
 
 
@@ -193,22 +262,6 @@ def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
         )
     correct = np.array([row["prediction"] == row["label"] for row in rows])
     return {"correct": comparison.pack_rows(correct), "test_labels": digest}
-
-
-def launch(command: Sequence[str], lock: int) -> tuple[int, str]:
-    """Run a command to its end; return its exit code, and the line that tells why it failed if it did."""
-    # The lock is handed on: what outlives this process still keeps others out of the folder.
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    options |= {"text": True, "errors": "replace", "start_new_session": True, "pass_fds": (lock,)}
-    with subprocess.Popen(command, **options) as process:
-        try:
-            lines = deque((line.strip() for line in process.stdout or () if line.strip()), maxlen=100)
-            code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            raise
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers speak after it
-    return code, (errors or [*lines] or ["it said nothing"])[-1]
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -322,6 +375,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each row's; the first chooses the rates. %(default)s")
     add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="To choose from. %(default)s")
     add("--head_rates", nargs="+", type=float, default=[1.0, 10.0], help="Times learning_rate. %(default)s")
+    add("--jobs", type=int, default=1, help="Runs at once, for a device or many cores that hold several. %(default)s")
     add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
     add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
     add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
@@ -334,6 +388,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     else:
         options.passed = argv[len(own) + 1 :]
         options.flags = by_name(options.passed)
+    if options.jobs < 1:
+        raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
     for name in options.rows:
         check_choice("rows", name, ROWS)
     for name in LISTS:
@@ -373,8 +429,8 @@ def chosen_rows(options: argparse.Namespace) -> list[Row]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
-    """Keep other comparisons, and the runs that they left behind, out of a folder; yield the lock."""
+def alone_in(folder: Path) -> Iterator[Children]:
+    """Keep other comparisons, and the runs that they left behind, out of a folder; yield what runs are started by."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -384,7 +440,7 @@ def alone_in(folder: Path) -> Iterator[int]:
             raise ValueError(
                 f"`results` (={str(folder)!r}) is in use by a comparison or a run that it left: wait, or end it."
             ) from error
-        yield lock
+        yield Children(lock)
     finally:
         os.close(lock)
 

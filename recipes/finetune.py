@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 HEADS = ("etf", "linear", "cosine", "paper")
 LOSSES = ("dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted", "ldam")
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
+READ_AGAIN = ("alignment", "validation")  # splits read once an epoch, each time the same
 NEWEST = ("last", "latest", "auto", "true", "yes")
 
 
@@ -265,7 +266,9 @@ def prepare_rows(
             processor, train=True, image_size=size, augment=data_args.augment, allow_flip=data.allow_flip
         )
         rows: dict[str, Any] = {
-            name: None if split is None else TransformedRows(split, mixed if name == "train" else plain, seed=seed)
+            name: TransformedRows(split, mixed if name == "train" else plain, seed=seed, keep=name in READ_AGAIN)
+            if split is not None
+            else None
             for name, split in splits.items()
         }
         return rows, ImageCollator(), processor

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,12 +25,13 @@ import compare  # noqa: E402
 import finetune  # noqa: E402
 
 LABELS = ["cat"] * 6 + ["dog"] * 4
+REAL_LAUNCH = compare.Children.launch
 SHARED = ["--", "--dataset", "pets", "--num_train_epochs", "2"]
 TWO_ROWS = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3", "1e-4"]
 
 
 class FakeRuns:
-    """Stand in for `launch`: writes what finetune.py would, without a model, and notes what it was asked for."""
+    """Stand in for `Children.launch`: writes what finetune.py would, without a model, and notes what it was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, str]] = []
@@ -37,13 +39,14 @@ class FakeRuns:
         self.labels = LABELS
         self.has_validation = True
 
-    def __call__(self, command: list[str], lock: int) -> tuple[int, str]:
+    def __call__(self, command: list[str]) -> tuple[int, str]:
         script = command.index(str(compare.FINETUNE))
         flags = dict(zip(command[script + 1 :: 2], [*command[script + 2 :: 2], ""]))
-        self.calls.append({name.removeprefix("--"): value for name, value in flags.items()})
+        call = {name.removeprefix("--"): value for name, value in flags.items()}
+        self.calls.append(call)
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
-        self.write(**self.calls[-1])
+        self.write(**call)
         return 0, "done"
 
     def score(self, *, head: str, learning_rate: str, head_learning_rate: str = "0", **_: str) -> float:
@@ -79,7 +82,7 @@ class FakeRuns:
 def runs(tmp_path, monkeypatch) -> FakeRuns:
     fake = FakeRuns()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "launch", fake)
+    monkeypatch.setattr(compare.Children, "launch", lambda children, command: fake(command))
     monkeypatch.setattr(compare, "environment", lambda: {"torch": "1.2.3"})
     return fake
 
@@ -311,22 +314,43 @@ class TestMistakes:
         assert "validation_fraction" in refused([*TWO_ROWS, *SHARED], capsys) and len(runs.calls) == 1
 
     def test_a_run_that_fails_stops_it_with_its_own_last_words(self, runs, capsys, monkeypatch):
-        def fail_third(command, lock):
-            return (1, "loss is not finite") if len(runs.calls) == 2 else runs(command, lock)
+        def fail_third(children, command):
+            return (1, "loss is not finite") if len(runs.calls) == 2 else runs(command)
 
-        monkeypatch.setattr(compare, "launch", fail_third)
+        monkeypatch.setattr(compare.Children, "launch", fail_third)
         said = refused([*TWO_ROWS, *SHARED], capsys)
         assert (
             "tuning linear_ce, learning rate 0.001 (head x 1), seed 0 failed (exit code 1): loss is not finite" in said
         )
         assert len(files()) == 2
 
+    def test_of_several_runs_at_once_one_that_fails_ends_the_others(self, runs, capsys, monkeypatch):
+        both = threading.Barrier(2)
+
+        def launch(children, command):
+            both.wait(timeout=30)  # two run at once
+            if not runs.calls:
+                runs.calls.append({})
+                return 1, "loss is not finite"
+            return REAL_LAUNCH(children, [sys.executable, "-c", "import time; time.sleep(60)"])
+
+        monkeypatch.setattr(compare.Children, "launch", launch)
+        start = time.monotonic()
+        assert "loss is not finite" in refused([*TWO_ROWS, "--jobs", "2", *SHARED], capsys)
+        assert time.monotonic() - start < 30 and not files()
+
+    def test_several_at_once_find_what_one_after_another_does(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        one = Path("r/table.json").read_text()
+        compare.main(["--results", "q", *TWO_ROWS[2:], "--jobs", "3", *SHARED])
+        assert Path("q/table.json").read_text() == one
+
 
 class TestLaunch:
     def run(self, program: str, tmp_path) -> tuple[int, str]:
         lock = os.open(tmp_path, os.O_RDONLY)
         try:
-            return compare.launch([sys.executable, "-c", program], lock)
+            return compare.Children(lock).launch([sys.executable, "-c", program])
         finally:
             os.close(lock)
 
@@ -339,21 +363,23 @@ class TestLaunch:
     @pytest.mark.skipif(
         not Path("/proc/self/task").is_dir(), reason="needs Linux, which tells the children of a process"
     )
-    def test_a_run_left_behind_keeps_the_folder_and_one_that_is_stopped_does_not(self, tmp_path):
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_runs_left_behind_keep_the_folder_and_those_that_are_stopped_do_not(self, jobs, tmp_path):
         program = f"""
-import signal, sys
+import argparse, signal, sys
 sys.path.insert(0, {str(ROOT / "recipes")!r})
 from pathlib import Path
 import compare
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-with compare.alone_in(Path({str(tmp_path / "r")!r})) as lock:
+compare.finish = lambda run, options, children: children.launch([sys.executable, "-c", "import time; time.sleep(60)"])
+with compare.alone_in(Path({str(tmp_path / "r")!r})) as children:
     print("ready", flush=True)
-    compare.launch([sys.executable, "-c", "import time; time.sleep(60)"], lock)
+    list(compare.finish_all("abc", argparse.Namespace(jobs={jobs}), children))
 """
         for kill, held in ((signal.SIGTERM, False), (signal.SIGKILL, True)):
             with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
                 parent.stdout.readline()
-                child, start = self.child_of(parent.pid), time.monotonic()
+                children, start = self.children_of(parent.pid, jobs), time.monotonic()
                 parent.send_signal(kill)
             assert time.monotonic() - start < 30, "it waits for the run instead of ending it"
             lock = os.open(tmp_path / "r", os.O_RDONLY)
@@ -362,19 +388,21 @@ with compare.alone_in(Path({str(tmp_path / "r")!r})) as lock:
                 assert not held
             except BlockingIOError:
                 assert held
-                os.kill(child, signal.SIGKILL)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
             finally:
                 os.close(lock)
 
     @staticmethod
-    def child_of(parent: int) -> int:
+    def children_of(parent: int, number: int) -> list[int]:
         for _ in range(200):
-            found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-            if found:
+            tasks = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
+            found = [int(child) for task in tasks for child in task.read_text().split()]
+            if len(found) == number:
                 time.sleep(0.1)
-                return int(found[0])
+                return found
             time.sleep(0.05)
-        raise AssertionError("no child was started")
+        raise AssertionError(f"{number} children were expected")
 
 
 @pytest.mark.slow

@@ -92,6 +92,21 @@ def test_discriminant_of_two_classes_is_fishers_direction(rows):
     torch.testing.assert_close(ours / ours.norm(), fisher / fisher.norm())
 
 
+def test_whitened_rows_are_those_of_means_where_the_within_class_covariance_is_white(rows):
+    features, labels = rows
+    values, vectors = torch.linalg.eigh(statistics(features, labels).within)
+    root = vectors / values.sqrt() @ vectors.T
+    weight, bias = closed_form_rows(statistics(features, labels), "whitened", penalty=0.0)
+    white, white_bias = closed_form_rows(statistics(features @ root, labels), "means")
+    torch.testing.assert_close(features @ weight.T + bias, features @ root @ white.T + white_bias)
+
+
+def test_whitened_rows_are_those_of_means_at_a_great_penalty(rows):
+    weight, _ = closed_form_rows(statistics(*rows), "whitened", penalty=1e9)
+    means, _ = closed_form_rows(statistics(*rows), "means")
+    torch.testing.assert_close(weight / weight.norm(), means / means.norm())
+
+
 @pytest.mark.parametrize("frame", FRAMES)
 def test_rows_follow_the_relabelling_of_the_classes(rows, frame):
     features, labels = rows
@@ -117,7 +132,10 @@ def _logits(features, labels, frame):
     return features @ weight.T + bias
 
 
-@pytest.mark.parametrize(("frame", "intercept"), [("ridge", True), ("ridge", False), ("discriminant", True)])
+@pytest.mark.parametrize(
+    ("frame", "intercept"),
+    [("ridge", True), ("ridge", False), ("discriminant", True), ("whitened", True), ("whitened", False)],
+)
 @pytest.mark.parametrize("penalty", [0.01, 1.0])
 def test_leave_one_out_equals_refitting_without_the_row(rows, frame, intercept, penalty, monkeypatch):
     features, labels = rows
@@ -142,10 +160,12 @@ def _refit(features, labels, row, frame, penalty, intercept, whole, monkeypatch)
     matrix = rescale * part.within + absolute
     if frame == "ridge":
         matrix = matrix + part.between(centered=intercept)
-    else:
+    elif frame == "discriminant":
         offsets = offsets * (part.counts / (part.counts + whole.shrinkage)).unsqueeze(1)
     weight = torch.linalg.solve(matrix, offsets.T).T
     bias = -0.5 * (weight * offsets).sum(dim=1) if frame == "discriminant" else 0.0
+    if frame == "whitened":
+        weight = weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt()
     return weight @ (features[row] - center) + bias
 
 

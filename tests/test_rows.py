@@ -113,6 +113,35 @@ def test_a_plain_row_number_always_gives_the_same(rows):
     assert not torch.equal(rows[3]["pixel_values"], first)
 
 
+def counting(images, **options):
+    calls = []
+    transform = lambda image: calls.append(image.size) or torch.rand(1)
+    return TransformedRows(images, transform, seed=1, **options), calls
+
+
+def test_rows_that_are_kept_are_transformed_once_and_are_the_same(images):
+    kept, calls = counting(images, keep=True)
+    read = [kept[row]["pixel_values"].item() for row in (2, 0, 2, 0)]
+    again = [TransformedRows(images, lambda image: torch.rand(1), seed=1)[row]["pixel_values"].item() for row in (2, 0)]
+    assert read == again * 2 and len(calls) == 2
+    kept[2]["labels"] = 9
+    assert kept[2]["labels"] == 1
+
+
+def test_a_draw_is_never_kept(images):
+    kept, calls = counting(images, keep=True)
+    first, second = (kept[RowDraw(2, epoch, 0)]["pixel_values"].item() for epoch in (0, 1))
+    assert first != second and len(calls) == 2
+
+
+def test_rows_are_kept_as_long_as_they_fit(images, monkeypatch):
+    monkeypatch.setattr("etf_adapt.rows.KEPT_BYTES", 9)  # two rows of one float32
+    kept, calls = counting(images, keep=True)
+    for row in (0, 1, 2, 0, 1, 2):
+        kept[row]
+    assert len(calls) == 4
+
+
 def test_the_epoch_reaches_the_sampler_within():
     sampler = RowDraws(ClassBalancedSampler([0] * 20 + [1], batch_size=2, seed=0))
     alone = ClassBalancedSampler([0] * 20 + [1], batch_size=2, seed=0)
