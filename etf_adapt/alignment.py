@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,10 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from etf_adapt.frames import PENALIZED, ClassStatistics, choose_penalty, closed_form_rows
+from etf_adapt.frames import (
+    LEAVABLE,
+    PENALIZED,
+    UNIT,
+    ClassStatistics,
+    choose_penalty,
+    closed_form_rows,
+    left_out_rows,
+    metric_root,
+)
 from etf_adapt.head import ClassifierHead
 from etf_adapt.simplex import vertex_products
 from etf_adapt.swap import head_modules, logits_of, read_features
+from etf_adapt.training_logits import FeatureLengths, LeftOutRows, TrainingLogits
 
 MAX_SAMPLED_ROWS = 20_000
 _LENGTH_ROWS = 256
@@ -38,6 +48,10 @@ class AlignmentResult:
             None for frames without a penalty.
         rows: Training rows that the statistics hold.
         length: Mean length of the centred logits in training mode before they were scaled to one.
+        left_out: Of each head how it changes for a training row that is left out (``etf_adapt.training_logits``); None for
+            frames without such rows, and where the batches have no ``row_id``.
+        lengths: Of each head the lengths of features in the metric in which its rows have one length; None where there is
+            no such metric.
     """
 
     frame: str
@@ -45,6 +59,8 @@ class AlignmentResult:
     balanced_accuracy: float | None
     rows: int
     length: float
+    left_out: tuple[LeftOutRows | None, ...] = field(default=(), repr=False)
+    lengths: tuple[FeatureLengths | None, ...] = field(default=(), repr=False)
 
 
 def align_head(
@@ -52,7 +68,7 @@ def align_head(
     data: Iterable[Mapping[str, Any]],
     *,
     class_counts: Sequence[int] | np.ndarray | None = None,
-    frame: str = "ridge",
+    frame: str = "whitened",
     penalty: float | None = None,
     max_sampled_rows: int = MAX_SAMPLED_ROWS,
     seed: int = 0,
@@ -62,16 +78,16 @@ def align_head(
     One pass in evaluation mode gathers class counts, means and second moment of what each head reads (float64, summed
     over processes); ``etf_adapt.frames.closed_form_rows`` turns them into rows and biases. A penalty that is not given is
     chosen by exact leave-one-out on sampled rows. The rows are then scaled by one number so that the mean length of
-    the centred logits is one *in training mode*, in which dropout lengthens them. A cosine head gets the class means.
+    the centred logits is one *in training mode*, in which dropout lengthens them. A cosine head gets the class means. An
+    adapted model that knew no class counts knows them afterwards, for its loss.
 
     Args:
         model: A model whose head was swapped (``etf_adapt.swap_head`` or ``ETFFor...``).
         data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
             ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
         class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
-        frame: ``"ridge"``, ``"discriminant"``, ``"means"``, ``"nearest_mean"``, ``"rotated"`` or ``"random"``; a cosine head
-            has means only.
-        penalty: Penalty of ridge and discriminant, in mean eigenvalues; chosen on the data where None.
+        frame: One of ``etf_adapt.frames.FRAMES``; a cosine head has means only.
+        penalty: Penalty of the frames that have one, in mean eigenvalues; chosen on the data where None.
         max_sampled_rows: Most rows whose features are kept for that choice.
         seed: Seed of the sample and of a random frame.
 
@@ -105,11 +121,14 @@ def align_head(
         gathered = _gather(model, data, counts, heads, max_sampled_rows, seed)
     penalties: list[float | None] = []
     scores: list[float] = []
-    for head, (statistics, features, labels) in zip(heads.values(), gathered.parts, strict=True):
+    changes: list[tuple[Tensor, Tensor, Tensor] | None] = []
+    metrics: dict[str, FeatureLengths] = {}
+    for (path, head), (statistics, features, labels) in zip(heads.items(), gathered.parts, strict=True):
         chosen = penalty
         if head.kind == "cosine":
             head.set_rows(statistics.means, frame="means")
             penalties.append(None)
+            changes.append(None)
             continue
         if frame in PENALIZED and penalty is None:
             chosen, held_out = choose_penalty(statistics, features, labels, frame, intercept=head.bias is not None)
@@ -123,21 +142,42 @@ def align_head(
         )
         head.set_rows(rows, bias, frame=frame)
         penalties.append(chosen if frame in PENALIZED else None)
+        changes.append(None)
+        if gathered.row_ids is not None and frame in LEAVABLE:
+            kept = statistics.counts[labels] >= 2
+            moved = left_out_rows(
+                statistics, features[kept], labels[kept], frame, penalty=chosen, intercept=head.bias is not None
+            )
+            changes[-1] = (gathered.row_ids[kept], *moved)
+        if frame in UNIT:
+            center = statistics.center if head.bias is not None else torch.zeros_like(statistics.center)
+            root = metric_root(statistics, frame, penalty=chosen, intercept=head.bias is not None)
+            metrics[path] = FeatureLengths(center, root, 1.0).to(head.weight.device)
     if hasattr(model, "reset_temperature"):  # an adapted model: a calibration was of the rows that are gone
         cast(Any, model).reset_temperature()
+        settings = cast(Any, model).etf_settings
+        if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
+            cast(Any, model).set_loss(settings["loss"], class_counts=counts.tolist())
     length = _training_length(model, gathered.first_batches, seed)
-    if all(head.kind != "cosine" for head in heads.values()) and length > 0.0:
-        _scale(heads, 1.0 / length)
+    unit = length / _training_length(model, gathered.first_batches, seed, metrics) if metrics and length > 0.0 else 1.0
+    scale = 1.0 / length if length > 0.0 and all(head.kind != "cosine" for head in heads.values()) else 1.0
+    _scale(heads, scale)
+    left_out = tuple(
+        None if change is None else LeftOutRows.of(change[0], scale * change[1], scale * change[2])
+        for change in changes
+    )
     rows_seen = int(gathered.parts[0][0].counts.sum())
     score = scores[0] if scores and math.isfinite(scores[0]) else None
-    return AlignmentResult(frame, tuple(penalties), score, rows_seen, length)
+    lengths = tuple(replace(metrics[path], unit=unit) if path in metrics else None for path in heads)
+    return AlignmentResult(frame, tuple(penalties), score, rows_seen, length, left_out, lengths)
 
 
 @dataclass
 class _Gathered:
-    """Per head: statistics of all rows, and sampled features with their labels. And this process's first batches."""
+    """Per head: statistics of all rows, and sampled features with their labels. Their numbers. This process's first batches."""
 
     parts: list[tuple[ClassStatistics, Tensor, Tensor]]
+    row_ids: Tensor | None
     first_batches: list[dict[str, Any]]
 
 
@@ -154,6 +194,7 @@ def _gather(
     sums: list[ClassStatistics | None] = [None] * len(heads)
     sampled: list[list[Tensor]] = [[] for _ in heads]
     sampled_labels: list[Tensor] = []
+    sampled_ids: list[Tensor] = []
     first_batches: list[dict[str, Any]] = []
     rows = 0
     for index, batch in _own_batches(data):
@@ -162,6 +203,8 @@ def _gather(
         draw = np.random.default_rng([seed, index]).random(len(labels))  # of the batch, whoever walks it
         chosen = torch.from_numpy(draw < keep[labels.numpy()])
         sampled_labels.append(labels[chosen])
+        if "row_id" in batch:
+            sampled_ids.append(batch["row_id"].cpu()[chosen])
         for position, features in enumerate(read_features(model, inputs)):
             part = ClassStatistics.of(features, labels, len(counts))
             known = sums[position]
@@ -171,12 +214,13 @@ def _gather(
             first_batches.append(inputs)
         rows += len(labels)
     all_labels = _concatenate(sampled_labels)
+    all_ids = _concatenate(sampled_ids)
     widths = [head.weight.shape[1] for head in heads.values()]
     parts = []
     for own, rows_kept, width in zip(sums, sampled, widths, strict=True):
         statistics = own or ClassStatistics.empty(len(counts), width)
         parts.append((_summed(statistics, device), _concatenate(rows_kept), all_labels))
-    return _Gathered(parts, first_batches)
+    return _Gathered(parts, all_ids if len(all_ids) == len(all_labels) else None, first_batches)
 
 
 def _own_batches(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -220,12 +264,19 @@ def _summed(statistics: ClassStatistics, device: torch.device) -> ClassStatistic
 def _concatenate(parts: list[Tensor]) -> Tensor:
     if PartialState().num_processes > 1:
         parts = gather_object(parts)
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 @torch.no_grad()
-def _training_length(model: nn.Module, batches: Sequence[Mapping[str, Any]], seed: int) -> float:
+def _training_length(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    metrics: Mapping[str, FeatureLengths] | None = None,
+) -> float:
     """Return the mean length of the centred logits in training mode, with BatchNorm's statistics left alone."""
+    scores = TrainingLogits(head_modules(model))
+    scores.lengths = dict(metrics or {})
     device = next(model.parameters()).device
     totals = torch.zeros(2, device=device)
     with evaluation_mode(model), torch.random.fork_rng(_devices(device)):
@@ -235,14 +286,18 @@ def _training_length(model: nn.Module, batches: Sequence[Mapping[str, Any]], see
             if isinstance(module, _BatchNorm):
                 module.eval()
         for batch in batches:
-            _, lengths = vertex_products(logits_of(model(**batch)))
+            with scores.of(torch.zeros(0)):
+                _, lengths = vertex_products(logits_of(model(**batch)))
             totals += torch.stack([lengths.sum(), lengths.new_tensor(float(len(lengths)))]).float()
+    scores.remove()
     if PartialState().num_processes > 1:
         totals = reduce(totals, "sum")
     return float(totals[0] / totals[1]) if totals[1] > 0 else 0.0
 
 
 def _scale(heads: Mapping[str, ClassifierHead], factor: float) -> None:
+    if factor == 1.0:
+        return
     for head in heads.values():
         weight, bias = head.rows()
         head.set_rows(factor * weight, None if bias is None else factor * bias)

@@ -82,8 +82,15 @@ class ETFTrainingArguments(TrainingArguments):
             estimated once on the training rows before the alignment and then frozen; ``"train"``, as usual. None means
             frozen under a fixed head and train under any other. A head aligned once goes stale when they move.
         frame: What a fresh ETF head is set to before the first step (``etf_adapt.align_head``).
-        frame_penalty: Penalty of ``"ridge"`` and ``"discriminant"``, in mean eigenvalues; chosen on the data where None.
-        realign_epochs: The head is aligned again after each of this many first epochs.
+        frame_penalty: Penalty of the frames that have one, in mean eigenvalues; chosen on the data where None.
+        realign_epochs: A fixed ETF head is aligned again after each of this many first epochs; after every epoch where None,
+            never where 0. Between two alignments it stays as it is.
+        leave_one_out: In training each row is scored by the head that would have been set without it, where the head is fixed
+            and aligned, rows have a ``row_id``, and none are mixed (``etf_adapt.training_logits.LeftOutRows``).
+        feature_lengths: In training the logits of a fixed head are divided by the length of the feature, where the frame has
+            a metric for it (``etf_adapt.training_logits.FeatureLengths``).
+        final_frame: Closed form that the head, of whatever kind and however trained, is set to once more after training: a
+            classifier refitted on the final features (nearest class mean and its relatives); none where None.
         reweight_from: Share of the epochs, in [0, 1), after which class weights by effective number multiply the loss
             (deferred re-weighting, Cao et al. 2019, https://arxiv.org/abs/1906.07413; theirs is 0.8); never where None.
         shot_bounds: Training counts (at least, at most) of a medium class: above is many, below is few.
@@ -150,13 +157,25 @@ class ETFTrainingArguments(TrainingArguments):
     batch_norm: Literal["frozen", "reestimate", "train"] | None = field(
         default=None, metadata={"help": "BatchNorm statistics; default: frozen under a fixed head, else train."}
     )
-    frame: Literal["ridge", "discriminant", "means", "nearest_mean", "rotated", "random"] = field(
-        default="ridge", metadata={"help": "Closed form that sets a fresh ETF head before the first step."}
+    frame: Literal["whitened", "discriminant", "ridge", "means", "nearest_mean", "rotated", "random"] = field(
+        default="whitened", metadata={"help": "Closed form that sets a fresh ETF head before the first step."}
     )
     frame_penalty: float | None = field(
         default=None, metadata={"help": "Its penalty; chosen on the data if not given."}
     )
-    realign_epochs: int = field(default=0, metadata={"help": "Align again after each of this many first epochs."})
+    realign_epochs: int | None = field(
+        default=None, metadata={"help": "Align again after each of this many first epochs; default: after every epoch."}
+    )
+    leave_one_out: bool = field(
+        default=True, metadata={"help": "Score each training row by the head that would have been set without it."}
+    )
+    feature_lengths: bool = field(
+        default=True,
+        metadata={"help": "Divide the logits by the feature's length in training, in frames that allow it."},
+    )
+    final_frame: str | None = field(
+        default=None, metadata={"help": f"Refit any head after training: one of {', '.join(FRAMES[1:])}."}
+    )
     reweight_from: float | None = field(
         default=None, metadata={"help": "Share of the epochs after which class weights multiply the loss."}
     )
@@ -209,6 +228,8 @@ class ETFTrainingArguments(TrainingArguments):
         _one_of("sampler", self.sampler, tuple(SAMPLER_POWERS))
         _one_of("freeze", self.freeze, ("none", "backbone"))
         _one_of("frame", self.frame, FRAMES)
+        if self.final_frame is not None:
+            _one_of("final_frame", self.final_frame, FRAMES[1:])
         if self.batch_norm is not None:
             _one_of("batch_norm", self.batch_norm, ("frozen", "reestimate", "train"))
         for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed"):

@@ -91,6 +91,7 @@ class SoftLabels:
         self.num_classes = num_classes
         self.smoothing = smoothing
         self.is_active = bool(mixup or cutmix or smoothing)
+        self.mixes = bool(mixup or cutmix)
         self._mix = None
         if mixup or cutmix:
             self._mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)

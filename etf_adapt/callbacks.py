@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sized
@@ -110,6 +111,10 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     frame = f"{head.frame} frame"
     if trainer.needs_alignment():
         frame = f"{'means' if head.kind == 'cosine' else args.frame} frame to be set"
+    learns = "learned" if head.trainable else "fixed"
+    if trainer.realign_epochs:
+        epochs = min(trainer.realign_epochs, math.ceil(args.num_train_epochs))
+        learns = f"fixed but for an alignment after each of {epochs:.0f} epoch{'s' if epochs > 1 else ''}"
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     rates = f"learning rate {args.learning_rate:.4g}" + (
@@ -118,7 +123,7 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     lines = [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
-        f"head: {head.kind}, {frame}, {'learned' if head.trainable else 'fixed'}; BatchNorm statistics {trainer.batch_norm}",
+        f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}",
         f"trained: {trained:,} of {size:,} parameters, {rates}",
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
     ]
@@ -178,7 +183,7 @@ class Realign(TrainerCallback):
         epochs: Number of epochs after which it does.
     """
 
-    def __init__(self, updates_per_epoch: Callable[[], int], align: Callable[[], None], epochs: int) -> None:
+    def __init__(self, updates_per_epoch: Callable[[], int], align: Callable[[], None], epochs: float) -> None:
         self.updates_per_epoch = updates_per_epoch
         self.align = align
         self.epochs = epochs

@@ -9,12 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from etf_adapt.report import write_json
 
 STATE_NAME = "etf_state.json"
 """File of each checkpoint that holds our part of its state; written first, as incomplete, and again last."""
+
+TENSORS_NAME = "etf_state.safetensors"
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -75,6 +79,18 @@ def is_complete(folder: str | Path) -> bool:
         )
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def write_tensors(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of our part of the training state into a checkpoint; no file where there are none."""
+    if tensors:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, Path(folder, TENSORS_NAME))
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Return what ``write_tensors`` wrote, by name; nothing where there is no file."""
+    file = Path(folder, TENSORS_NAME)
+    return load_file(file) if file.is_file() else {}
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

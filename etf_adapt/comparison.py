@@ -21,8 +21,20 @@ TABLE_SCORES = {
     "middle_third": "middle third",
     "tail_third": "tail third",
     "ece": "ECE",
+    "balanced_accuracy_unadjusted": "balanced accuracy before the prior adjustment",
+    "tail_third_unadjusted": "tail third before it",
 }
 """The scores of a comparison, and what its table calls them."""
+
+COLLAPSE = {
+    "train_": "features of training rows",
+    "train_logit_": "logits of training rows",
+    "": "features of validation rows",
+    "logit_": "logits of validation rows",
+}
+"""Prefixes of the measures of neural collapse (``etf_adapt.monitor``), and what the table calls them."""
+
+COLLAPSE_MEASURES = ("nc1", "nc2", "nc3", "nc4")
 
 REFERENCE = "linear_ce"
 """The row whose last validation score the others are timed to reach."""
@@ -211,6 +223,10 @@ def summarize(rows: Sequence[Mapping[str, Any]], labels: NDArray[np.int64]) -> d
             "validation": over_seeds(row, "eval_balanced_accuracy"),
             "epochs": [epochs_to_reach(run["history"], math.inf if target is None else target) for run in row["runs"]],
             "train_seconds": mean_and_deviation(whole),
+            "collapse": {
+                name: mean_and_deviation([run.get("collapse", {}).get(name) for run in row["runs"]])
+                for name in (f"{space}{measure}" for space in COLLAPSE for measure in COLLAPSE_MEASURES)
+            },
         }
         figures.append({name: value for name, value in row.items() if name != "runs"} | found)
     return {"rows": figures, "best_baseline": best, "not_ranked": not_ranked, "target": target}

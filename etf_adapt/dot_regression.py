@@ -91,7 +91,7 @@ def margin_dot_regression_loss(
     labels: Tensor,
     *,
     class_counts: Tensor | Sequence[int] | None = None,
-    margin: float = 0.5,
+    margin: float = 0.25,
     temperature: float = 1.0 / 16.0,
     prior_strength: float = 1.0 / 16.0,
     form: str = "open",

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import ModelOutput
 
 from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
+from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.swap import head_modules, logits_of, replace_module
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
-    "etf": {"name": "dot_regression"},
+    "etf": {"name": "margin_dot_regression"},
     "linear": {"name": "cross_entropy"},
     "cosine": {"name": "cross_entropy"},
     # As in the published code: on the sphere, by the length of the feature, the classes of a batch weighted equally.
@@ -159,6 +160,11 @@ class ETFModel(_Base):
         self._temperature = float(temperature)
         self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
 
+    @property
+    def is_adjustable(self) -> bool:
+        """Whether offsets of the logits can be folded into the classifier."""
+        return len(self._has_bias) == 1 and all(self._has_bias.values())
+
     def require_adjustable(self) -> None:
         """Check that offsets of the logits can be folded into the classifier, now or once its head is folded.
 
@@ -170,6 +176,17 @@ class ETFModel(_Base):
         if len(self._has_bias) > 1:
             raise ValueError(
                 "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
+            )
+
+    def require_frame(self, frame: str) -> None:
+        """Check that the classifier can be set to a frame, now or once its head is folded.
+
+        Raises:
+            ValueError: The frame needs a bias, and the classifier has none.
+        """
+        if frame in NEED_INTERCEPT and not all(self._has_bias.values()):
+            raise ValueError(
+                f"`frame` (={frame!r}) needs a layer with a bias; use 'whitened' or 'ridge' for this model."
             )
 
     def reset_temperature(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
+from etf_adapt.etf_model import ETFModel
 from etf_adapt.swap import logits_of
 
 
@@ -26,6 +27,7 @@ class RowPredictions:
         row_ids: Number of the row in its data set.
         labels: True class.
         predictions: Class of the greatest logit.
+        unadjusted: Class of the greatest logit without the offsets that ``predict_rows`` was told of.
         confidences: Its softmax probability.
         losses: Negative log-likelihood of the true class.
     """
@@ -33,12 +35,17 @@ class RowPredictions:
     row_ids: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
+    unadjusted: np.ndarray
     confidences: np.ndarray
     losses: np.ndarray
 
 
 def predict_rows(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, num_rows: int | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    num_rows: int | None = None,
+    offsets: Sequence[float] | None = None,
 ) -> RowPredictions:
     """Predict each row once, over all processes, keeping no logits.
 
@@ -48,6 +55,7 @@ def predict_rows(
             (batch,). Rows that were repeated to fill a batch are counted once, by their id. Without ``row_id`` rows are
             numbered as they come, which needs a single process.
         num_rows: Number of rows that there are in all; checked where given.
+        offsets: What a prior adjustment added to the logits (num_classes,); none where None.
 
     Returns:
         The predictions of all rows, the same on every process.
@@ -65,7 +73,8 @@ def predict_rows(
     for row_ids, labels, logits in _scored(model, batches):
         confidence, prediction = logits.softmax(dim=-1).max(dim=-1)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        for name, part in zip(columns, (row_ids, labels, prediction, confidence, losses), strict=True):
+        before = prediction if offsets is None else (logits - logits.new_tensor(offsets)).argmax(dim=-1)
+        for name, part in zip(columns, (row_ids, labels, prediction, before, confidence, losses), strict=True):
             columns[name].append(part.cpu().numpy())
     if PartialState().num_processes > 1:
         columns = {name: gather_object(chunks) for name, chunks in columns.items()}
@@ -74,6 +83,40 @@ def predict_rows(
     if num_rows is not None and len(unique) != num_rows:
         raise RuntimeError(f"{len(unique)} of {num_rows} rows were predicted: the data loader leaves rows out.")
     return RowPredictions(**{name: values[first] for name, values in arrays.items()})
+
+
+def calibrate(
+    model: ETFModel,
+    batches: Iterable[Mapping[str, Any]],
+    class_counts: Sequence[int] | np.ndarray | None = None,
+) -> tuple[float, float]:
+    r"""Fold into a trained head what held-out rows say: a factor of the logits and, with counts, offsets by the prior.
+
+    .. math:: W \leftarrow s W, \qquad b \leftarrow s b - t \log \pi
+
+    A cosine or paper head becomes the stock layer whose confidences are meant.
+
+    Args:
+        model: Adapted model; its head is changed in place, and what was folded in before is replaced.
+        batches: This process's batches of held-out rows, with ``labels`` and, on several processes, ``row_id``.
+        class_counts: Training rows of each class, where the prior :math:`\pi` is to be adjusted for.
+
+    Returns:
+        The factor s and the strength t, the same on every process; t is 0 without counts.
+
+    Raises:
+        ValueError: An adjustment cannot be folded into this head.
+    """
+    model.fold_heads()
+    model.set_temperature(1.0)
+    if class_counts is None:
+        factor, strength = fit_temperature(model, batches), 0.0
+        model.set_temperature(factor)
+    else:
+        counts = np.asarray(class_counts)
+        factor, strength = fit_adjustment(model, batches, counts)
+        model.set_temperature(factor, (-strength * np.log(counts / counts.sum())).tolist())
+    return factor, strength
 
 
 def fit_temperature(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:

@@ -17,7 +17,10 @@ from etf_adapt.simplex import rotated_simplex_etf, simplex_etf
 
 FRAMES = ("random", "rotated", "means", "nearest_mean", "ridge", "discriminant", "whitened")
 PENALIZED = ("ridge", "discriminant", "whitened")
+LEAVABLE = ("means", "nearest_mean", *PENALIZED)
+UNIT = ("means", "whitened")
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+NEED_INTERCEPT = ("discriminant", "nearest_mean")
 _SINGULAR = 1e-12
 
 
@@ -157,26 +160,120 @@ def closed_form_rows(
     """
     _check(statistics, frame, penalty, intercept)
     offsets = statistics.means - statistics.center if intercept else statistics.means
-    bias = torch.zeros(offsets.shape[0], dtype=torch.float64)
-    if frame == "random":
-        weight = simplex_etf(*offsets.shape, generator=generator, dtype=torch.float64)
-    elif frame == "rotated":
-        weight = rotated_simplex_etf(offsets)
-    elif frame == "means":
-        weight = torch.nn.functional.normalize(offsets, dim=1)
-    elif frame == "nearest_mean":
-        weight, bias = offsets, -0.5 * (offsets**2).sum(dim=1)
+    if frame in ("random", "rotated"):
+        weight = (
+            rotated_simplex_etf(offsets)
+            if frame == "rotated"
+            else simplex_etf(*offsets.shape, generator=generator, dtype=torch.float64)
+        )
+        bias = torch.zeros(offsets.shape[0], dtype=torch.float64)
     else:
-        if frame == "discriminant":
-            offsets = _shrunken(statistics, offsets)
-        weight = torch.linalg.solve(_penalized(statistics, frame, penalty, intercept), offsets.T).T
-        if frame == "discriminant":
-            bias = -0.5 * (weight * offsets).sum(dim=1)
-        elif frame == "whitened":
-            weight = weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt().clamp_min(_SINGULAR)
+        weight, bias = _class_rows(statistics, frame, offsets, statistics.counts, penalty, intercept)
     if intercept:
         bias = bias - weight @ statistics.center
     return weight - weight.mean(dim=0), bias - bias.mean()
+
+
+def metric_root(
+    statistics: ClassStatistics, frame: str, *, penalty: float | None = None, intercept: bool = True
+) -> Tensor | None:
+    r"""Return a root of the metric in which the rows of a frame are unit vectors.
+
+    Args:
+        statistics: Statistics of the training rows.
+        frame: ``"whitened"`` or ``"means"``.
+        penalty: As in ``closed_form_rows``.
+        intercept: As in ``closed_form_rows``.
+
+    Returns:
+        R (in_features, in_features), float64, with :math:`R^\top R = (S_w + \lambda I)^{-1}`; None for ``"means"``, whose
+        metric is the identity.
+
+    Raises:
+        ValueError: The rows of the frame have no common length.
+    """
+    if frame not in UNIT:
+        raise ValueError(f"`frame` (={frame!r}) must be one of {UNIT}: the rows of the others differ in length.")
+    if frame == "means":
+        return None
+    factor = torch.linalg.cholesky(_penalized(statistics, frame, penalty, intercept))
+    identity = torch.eye(len(factor), dtype=torch.float64)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
+
+
+def left_out_rows(
+    statistics: ClassStatistics,
+    features: Tensor,
+    labels: Tensor,
+    frame: str,
+    *,
+    penalty: float | None = None,
+    intercept: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Compute by how much the row and bias of each feature's own class change where the feature is left out.
+
+    Its class mean is then :math:`x_c - (x_i - x_c) / (n_c - 1)`, and its class has one row less. The rest stays as it is: the
+    covariances, the mean of the class means, the shrinkage, and the rows of other classes. ``leave_one_out_scores`` is
+    exact where this is not, but holds only for the features that the head was set from; these changes go with features
+    that move on.
+
+    Args:
+        statistics: Statistics of all rows, these among them.
+        features: Rows to leave out, one at a time (batch, in_features).
+        labels: Their classes (batch,), each with two rows or more in ``statistics``.
+        frame: One of ``FRAMES`` but ``"random"`` and ``"rotated"``, which have no row of a class's own.
+        penalty: As in ``closed_form_rows``.
+        intercept: As in ``closed_form_rows``.
+
+    Returns:
+        Changes of the rows (batch, in_features) and biases (batch,), float64, in units of ``closed_form_rows``.
+
+    Raises:
+        ValueError: The frame has no such rows, or a row is the last of its class.
+
+    Example:
+        >>> features, labels = torch.tensor([[0.0, 2.0], [2.0, 2.0], [1.0, -2.0], [1.0, -2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> statistics = ClassStatistics.of(features, labels, 2)
+        >>> weight, bias = left_out_rows(statistics, features, labels, "nearest_mean")
+        >>> weight.tolist()  # without one of the first two rows, their class mean is the other
+        [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    """
+    _check(statistics, frame, penalty, intercept)
+    if frame not in LEAVABLE:
+        raise ValueError(f"`frame` (={frame!r}) must be one of {LEAVABLE}: the others have no row of a class's own.")
+    _require_two(statistics, labels)
+    center = statistics.center if intercept else torch.zeros_like(statistics.center)
+    offsets, counts = (statistics.means - center)[labels], statistics.counts[labels]
+    deviation = features.to(torch.float64) - statistics.means[labels]
+    without = offsets - deviation / (counts - 1.0).unsqueeze(1)
+    weight, bias = _class_rows(statistics, frame, offsets, counts, penalty, intercept)
+    left_weight, left_bias = _class_rows(statistics, frame, without, counts - 1.0, penalty, intercept)
+    change = left_weight - weight
+    return change, left_bias - bias - (change @ center if intercept else 0.0)
+
+
+def _class_rows(
+    statistics: ClassStatistics,
+    frame: str,
+    offsets: Tensor,
+    counts: Tensor,
+    penalty: float | None,
+    intercept: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return rows and biases of classes at these offsets from the centre and of so many rows, about the centre."""
+    bias = torch.zeros(len(offsets), dtype=torch.float64)
+    if frame == "means":
+        return torch.nn.functional.normalize(offsets, dim=1), bias
+    if frame == "nearest_mean":
+        return offsets, -0.5 * (offsets**2).sum(dim=1)
+    if frame == "discriminant":
+        offsets = (counts / (counts + statistics.shrinkage)).unsqueeze(1) * offsets
+    weight = torch.linalg.solve(_penalized(statistics, frame, penalty, intercept), offsets.T).T
+    if frame == "discriminant":
+        bias = -0.5 * (weight * offsets).sum(dim=1)
+    elif frame == "whitened":
+        weight = weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt().clamp_min(_SINGULAR)
+    return weight, bias
 
 
 def leave_one_out_scores(
@@ -212,9 +309,7 @@ def leave_one_out_scores(
     if frame not in PENALIZED:
         raise ValueError(f"`frame` (={frame!r}) must be one of {PENALIZED}: the others have no penalty to choose.")
     counts, means = statistics.counts[labels], statistics.means
-    if bool((counts < 2).any()):
-        alone = int(labels[(counts < 2).nonzero()[0, 0]])
-        raise ValueError(f"Class {alone} has one row: it cannot be left out. Score rows of classes with two or more.")
+    _require_two(statistics, labels)
     center = statistics.center if intercept else torch.zeros_like(statistics.center)
     offsets = means - center  # (num_classes, in_features)
     deviation = features.to(torch.float64) - means[labels]  # e
@@ -312,8 +407,12 @@ def _products_without_row(
     return linear, squares
 
 
-def _shrunken(statistics: ClassStatistics, offsets: Tensor) -> Tensor:
-    return (statistics.counts / (statistics.counts + statistics.shrinkage)).unsqueeze(1) * offsets
+def _require_two(statistics: ClassStatistics, labels: Tensor) -> None:
+    alone = labels[statistics.counts[labels] < 2]
+    if len(alone):
+        raise ValueError(
+            f"Class {int(alone[0])} has one row: it cannot be left out. Give rows of classes with two or more."
+        )
 
 
 def _penalized(statistics: ClassStatistics, frame: str, penalty: float | None, intercept: bool) -> Tensor:
@@ -328,8 +427,8 @@ def _penalized(statistics: ClassStatistics, frame: str, penalty: float | None, i
 def _check(statistics: ClassStatistics, frame: str, penalty: float | None, intercept: bool) -> None:
     if frame not in FRAMES:
         raise ValueError(f"`frame` (={frame!r}) must be one of {', '.join(map(repr, FRAMES))}.")
-    if frame in ("discriminant", "nearest_mean") and not intercept:
-        raise ValueError(f"`frame` (={frame!r}) needs a layer with a bias; use 'ridge' for this model.")
+    if frame in NEED_INTERCEPT and not intercept:
+        raise ValueError(f"`frame` (={frame!r}) needs a layer with a bias; use 'whitened' or 'ridge' for this model.")
     if penalty is not None and not penalty >= 0.0:
         raise ValueError(f"`penalty` (={penalty}) must be at least 0: it is added to the eigenvalues of a covariance.")
     if bool((statistics.counts < 1).any()):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Entry:
-    """A loss, the options that its settings may give, and whether it needs class counts."""
+    """A loss, the options that its settings may give, and whether it knows class counts: no, where given, or always."""
 
     function: Callable[..., Tensor]
     options: tuple[str, ...]
-    needs_counts: bool = False
+    counts: Literal["unused", "optional", "needed"] = "unused"
 
 
 LOSSES: Mapping[str, _Entry] = {
@@ -35,11 +35,11 @@ LOSSES: Mapping[str, _Entry] = {
     "margin_dot_regression": _Entry(
         margin_dot_regression_loss,
         ("margin", "temperature", "prior_strength", "form", "huber", "class_weights", "label_smoothing"),
-        needs_counts=True,
+        counts="optional",
     ),
     "cross_entropy": _Entry(F.cross_entropy, ("scale", "label_smoothing")),
-    "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), needs_counts=True),
-    "ldam": _Entry(ldam_loss, ("scale", "max_margin", "class_weights", "label_smoothing"), needs_counts=True),
+    "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), counts="needed"),
+    "ldam": _Entry(ldam_loss, ("scale", "max_margin", "class_weights", "label_smoothing"), counts="needed"),
 }
 
 LOSS_NAMES = tuple(LOSSES)
@@ -53,7 +53,8 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
             arguments. Besides these, the cross-entropies take ``scale`` (factor of the logits, 1 by default);
             ``"dot_regression"`` takes ``unit_features`` (True: the logits are those of a unit feature with unit rows, as in
             the paper, so that its length is one); and ``class_weights`` is ``"effective_number"``.
-        class_counts: Training rows of each class; needed by the losses that know a prior.
+        class_counts: Training rows of each class; needed by logit adjustment and LDAM, and even where None for
+            ``"margin_dot_regression"``.
 
     Returns:
         Function of logits (batch, num_classes) and labels that returns a scalar tensor.
@@ -79,7 +80,7 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     if "class_weights" in options:
         check_choice("class_weights", options["class_weights"], ("effective_number",))
         options["class_weights"] = effective_number_weights(require_counts(class_counts, name))
-    if entry.needs_counts:
+    if entry.counts == "needed" or (entry.counts == "optional" and class_counts is not None):
         options["class_counts"] = require_counts(class_counts, name)
     function = partial(entry.function, **options)
 

@@ -393,3 +393,37 @@ def _check_bounds(shot_bounds: tuple[float, float]) -> tuple[float, float]:
             "group, such as (20, 100)."
         )
     return least, greatest
+
+
+def pooled_balanced_accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64], *, min_rows: int = 5) -> float:
+    r"""Compute the balanced accuracy with one recall for all classes that have few rows.
+
+    The recall of a class with one row is 0 or 1, and a mean over many of those chooses by chance. With
+    :math:`r_c` the recall of a class with at least ``min_rows`` rows, m the number of classes with fewer but at least one,
+    and R the share of right rows among all of theirs:
+
+    .. math:: \frac{\sum_c r_c + m R}{\#\{c\} + m}
+
+    so each class keeps its weight and the small ones share a recall. It is the balanced accuracy where no class is small,
+    and the accuracy where all are.
+
+    Args:
+        predictions: Predicted classes (rows,).
+        labels: True classes (rows,).
+        min_rows: Rows from which a class has a recall of its own.
+
+    Returns:
+        A share from 0 to 1.
+
+    Example:
+        >>> labels = np.array([0, 0, 0, 0, 1, 2])
+        >>> float(pooled_balanced_accuracy(np.array([0, 0, 0, 0, 1, 0]), labels, min_rows=3))
+        0.6666666666666666
+    """
+    rows = np.bincount(labels)
+    right = np.bincount(labels[predictions == labels], minlength=len(rows))
+    large, small = rows >= min_rows, (rows > 0) & (rows < min_rows)
+    recalls = np.sum(right[large] / rows[large])
+    if small.any():
+        recalls += small.sum() * right[small].sum() / rows[small].sum()
+    return float(recalls / (large.sum() + small.sum()))

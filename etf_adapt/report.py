@@ -24,6 +24,7 @@ LOG_FILE = "log.jsonl"
 PREDICTIONS_FILE = "predictions.csv"
 RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
 
+UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
 SCORES = (
     "accuracy",
     "balanced_accuracy",
@@ -36,8 +37,12 @@ SCORES = (
     "tail_third",
     "ece",
     "loss",
+    *(f"{name}_unadjusted" for name in UNADJUSTED),
 )
-"""The scores of ``all_results.json``, each once with the prefix ``eval_`` (validation) and once with ``test_``."""
+"""The scores of ``all_results.json``, each once with the prefix ``eval_`` (validation) and once with ``test_``.
+
+Those that end in ``_unadjusted`` are of the head before the prior adjustment; where there is none they are the same.
+"""
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
                 "vocab*", "merges.txt", "special_tokens_map.json", "README.md")  # fmt: skip

@@ -13,7 +13,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from etf_adapt.arguments import ETFTrainingArguments
-from etf_adapt.checkpoints import begin_checkpoint, complete_checkpoint, read_state, rotate_checkpoints
+from etf_adapt.checkpoints import (
+    begin_checkpoint,
+    complete_checkpoint,
+    read_state,
+    read_tensors,
+    rotate_checkpoints,
+    write_tensors,
+)
 from etf_adapt.parameters import require_finite
 
 
@@ -44,8 +51,12 @@ class ResumableTrainer(Trainer):
         """Return what a checkpoint is to hold beyond transformers' own, ready for JSON."""
         raise NotImplementedError
 
-    def restore_own_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``own_state`` returned when the checkpoint was written."""
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint is to hold in tensors, by name."""
+        raise NotImplementedError
+
+    def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take up what ``own_state`` and ``own_tensors`` returned when the checkpoint was written."""
         raise NotImplementedError
 
     def restore(self, checkpoint: Path) -> None:
@@ -65,7 +76,7 @@ class ResumableTrainer(Trainer):
                     "go on with other rows than it began with. Resume with the same settings, or start another run."
                 )
         self._misses = state["misses"]
-        self.restore_own_state(state["own"])
+        self.restore_own_state(state["own"], read_tensors(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.model, step=self.state.global_step)
@@ -77,6 +88,7 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_tensors(folder, self.own_tensors())
             state = {"draw": self.draw_settings(), "misses": self._misses, "own": self.own_state()}
             complete_checkpoint(folder, state)
             rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
@@ -119,7 +131,7 @@ class ResumableTrainer(Trainer):
             self._misses = 0
             return epochs, batches
         # Once more: loading the weights, which has happened in between, takes a head that has changed for a new one.
-        self.restore_own_state(read_state(resume)["own"])
+        self.restore_own_state(read_state(resume)["own"], read_tensors(resume))
         if self.state.best_global_step:
             best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None

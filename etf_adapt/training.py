@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -35,7 +35,7 @@ from etf_adapt.checkpoints import resolve_checkpoint
 from etf_adapt.evaluation import predict_rows
 from etf_adapt.long_tail import read_labels
 from etf_adapt.losses import LOSSES
-from etf_adapt.metrics import ShotAccuracy
+from etf_adapt.metrics import ShotAccuracy, pooled_balanced_accuracy
 from etf_adapt.modeling import ETFModel
 from etf_adapt.monitor import CollapseMonitor
 from etf_adapt.parameters import (
@@ -49,6 +49,7 @@ from etf_adapt.resume import ResumableTrainer
 from etf_adapt.rows import RowDraws
 from etf_adapt.sampler import ClassBalancedSampler
 from etf_adapt.swap import head_modules
+from etf_adapt.training_logits import TrainingLogits
 
 
 class ETFTrainer(ResumableTrainer):
@@ -128,6 +129,7 @@ class ETFTrainer(ResumableTrainer):
             model.set_loss(model.etf_settings["loss"], class_counts=self.class_counts.tolist())
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
         self.alignment: dict[str, Any] | None = None
+        self._training_logits = TrainingLogits(self.heads)
         self._soft_labels = SoftLabels(
             num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
@@ -142,9 +144,12 @@ class ETFTrainer(ResumableTrainer):
         )
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
+        self.realign_epochs = self._resolve_realign_epochs()
+        if args.final_frame is not None:
+            model.require_frame(args.final_frame)
         own = [
             EpochStart(self._updates_per_epoch, lambda: [self._train_sampler]),
-            Realign(self._updates_per_epoch, self.align, args.realign_epochs),
+            Realign(self._updates_per_epoch, self.align, self.realign_epochs),
             RunLog(),
             *([] if args.disable_tqdm else [ProgressBar()]),
         ]
@@ -156,8 +161,6 @@ class ETFTrainer(ResumableTrainer):
         self._monitors = self._make_monitors()
         self.batch_norm = self._resolve_batch_norm()
         self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
-        if args.realign_epochs:
-            self._require_realignable()
 
     # What is trained, and from where
 
@@ -201,16 +204,29 @@ class ETFTrainer(ResumableTrainer):
             self.align()
             self._say(describe_alignment(self.alignment or {}))
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        if self.args.final_frame is not None:
+            self.model.fold_heads()
+            self.heads = head_modules(self.model)
+            self.align(self.args.final_frame)
+            self._say(f"refitted, {describe_alignment(self.alignment or {})}")
         require_finite(self.model, step=self.state.global_step)
         return output
 
-    def align(self) -> None:
-        """Set the head in closed form from the training rows as evaluation reads them (``etf_adapt.align_head``)."""
+    def align(self, frame: str | None = None) -> None:
+        """Set the head in closed form from the training rows as evaluation reads them (``etf_adapt.align_head``).
+
+        Args:
+            frame: The closed form; that of the settings where None.
+
+        Raises:
+            FloatingPointError: A weight is not finite.
+        """
+        require_finite(self.model, step=self.state.global_step)
         result = align_head(
             self.model,
             self._alignment_loader(mixed=False),
             class_counts=self.class_counts,
-            frame=self.args.frame,
+            frame=frame or self.args.frame,
             penalty=self.args.frame_penalty,
             seed=self.args.seed,
         )
@@ -218,7 +234,17 @@ class ETFTrainer(ResumableTrainer):
             for rows in (head.weight, head.bias):
                 if rows is not None:
                     broadcast(rows.data)  # Processes may round the same sums differently.
-        self.alignment = asdict(result)
+        self.alignment = {name: value for name, value in vars(result).items() if name not in ("left_out", "lengths")}
+        fixed = [path for path, head in self.heads.items() if not head.trainable]
+        for held, found, wanted in (
+            (self._training_logits.left_out, result.left_out, self.args.leave_one_out),
+            (self._training_logits.lengths, result.lengths, self.args.feature_lengths),
+        ):
+            parts: Any = dict(zip(self.heads, found, strict=True))
+            held.clear()
+            held.update(
+                {path: parts[path].to(self.args.device) for path in fixed if wanted and parts[path] is not None}
+            )
 
     def _set_class_weights(self, on: bool) -> None:
         settings = {name: value for name, value in self.model.etf_settings["loss"].items() if name != "class_weights"}
@@ -230,17 +256,24 @@ class ETFTrainer(ResumableTrainer):
             )
         self.model.set_loss({**settings, "class_weights": "effective_number"} if on else settings)
 
-    def _require_realignable(self) -> None:
-        if any(head.kind != "etf" or head.trainable for head in self.heads.values()):
+    def _resolve_realign_epochs(self) -> float:
+        """Return after how many first epochs the head is aligned again: as asked, else all where that can be had."""
+        asked = self.args.realign_epochs
+        is_set = all(head.kind == "etf" and not head.trainable for head in self.heads.values())
+        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if asked is None:
+            return math.inf if is_set and is_whole and self.args.frame != "random" else 0
+        if asked and not is_set:
             raise ValueError(
-                f"`realign_epochs` (={self.args.realign_epochs}) sets the head's rows anew, and this head learns them or draws "
-                "them at random: set it to 0, or use a fixed 'etf' head."
+                f"`realign_epochs` (={asked}) sets the head's rows anew, and this head learns them or draws them at random: "
+                "set it to 0, or use a fixed 'etf' head."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if asked and not is_whole:
             raise ValueError(
-                f"`realign_epochs` (={self.args.realign_epochs}) cannot be had with FSDP or DeepSpeed, which split the head "
-                "over processes: set it to 0 or use DDP."
+                f"`realign_epochs` (={asked}) cannot be had with FSDP or DeepSpeed, which split the head over processes: set "
+                "it to 0 or use DDP."
             )
+        return asked
 
     def needs_alignment(self) -> bool:
         """Return whether the head is fresh and of a kind that is set before the first step."""
@@ -324,8 +357,13 @@ class ETFTrainer(ResumableTrainer):
         frames = {path: head.frame for path, head in self.heads.items()}
         return {"frames": frames, "alignment": self.alignment}
 
-    def restore_own_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``own_state`` returned when the checkpoint was written."""
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds in tensors."""
+        return self._training_logits.tensors()
+
+    def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take up what ``own_state`` and ``own_tensors`` returned when the checkpoint was written."""
+        self._training_logits.load_tensors(tensors, self.args.device)
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
         self.alignment = state["alignment"]
@@ -347,13 +385,15 @@ class ETFTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the model's own loss of a training batch, on soft labels where mixup, CutMix or smoothing ask for them."""
-        inputs = {name: value for name, value in inputs.items() if name != "row_id"}
+        inputs = dict(inputs)
+        row_ids, labels = inputs.pop("row_id", None), inputs["labels"]
         for norm in self._frozen_norms:
             norm.eval()  # Trainer puts the whole model into training mode before each step.
         if self._soft_labels.is_active:
             name = self.model.main_input_name
             inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self._training_logits.of(labels, None if self._soft_labels.mixes else row_ids):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss (={loss.item()}) of step {self.state.global_step + 1} is not finite and nothing was saved since the "
@@ -431,37 +471,3 @@ class ETFTrainer(ResumableTrainer):
     def _say(self, line: str) -> None:
         if self.is_world_process_zero():
             tqdm.write(line)
-
-
-def pooled_balanced_accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64], *, min_rows: int = 5) -> float:
-    r"""Compute the balanced accuracy with one recall for all classes that have few rows.
-
-    The recall of a class with one row is 0 or 1, and a mean over many of those chooses by chance. With
-    :math:`r_c` the recall of a class with at least ``min_rows`` rows, m the number of classes with fewer but at least one,
-    and R the share of right rows among all of theirs:
-
-    .. math:: \frac{\sum_c r_c + m R}{\#\{c\} + m}
-
-    so each class keeps its weight and the small ones share a recall. It is the balanced accuracy where no class is small,
-    and the accuracy where all are.
-
-    Args:
-        predictions: Predicted classes (rows,).
-        labels: True classes (rows,).
-        min_rows: Rows from which a class has a recall of its own.
-
-    Returns:
-        A share from 0 to 1.
-
-    Example:
-        >>> labels = np.array([0, 0, 0, 0, 1, 2])
-        >>> float(pooled_balanced_accuracy(np.array([0, 0, 0, 0, 1, 0]), labels, min_rows=3))
-        0.6666666666666666
-    """
-    rows = np.bincount(labels)
-    right = np.bincount(labels[predictions == labels], minlength=len(rows))
-    large, small = rows >= min_rows, (rows > 0) & (rows < min_rows)
-    recalls = np.sum(right[large] / rows[large])
-    if small.any():
-        recalls += small.sum() * right[small].sum() / rows[small].sum()
-    return float(recalls / (large.sum() + small.sum()))

@@ -8,8 +8,8 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
 What stands after `--` goes to recipes/finetune.py in every run. First each row is run at every rate with the first seed,
 without the test split; then, at the rates of the best validation balanced accuracy, with every seed, and the test split is
 scored once. After any stop the same command goes on: a finished run is one small file in `runs/` and is never run again, an
-interrupted one is resumed from its newest checkpoint. With `--jobs 8` eight runs share a device that holds them. More rows, seeds or rates may be asked for later. The table is printed
-and left in `table.md` and `table.json`.
+interrupted one is resumed from its newest checkpoint. With `--jobs 8` eight runs share a device that holds them. More rows,
+seeds or rates may be asked for later. The table is printed and left in `table.md` and `table.json`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 from compare_rows import ROWS, Row
+from compare_table import caption, collapse_table, cost_table, number, score_table
 
 from etf_adapt import comparison, report
-from etf_adapt.comparison import format_difference, format_markdown, format_spread
 from etf_adapt.model_names import check_choice
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 SETTINGS_FILE, LABELS_FILE = "settings.json", "test_labels.json"
-DEFAULT_EPOCHS = "10"  # of ETFTrainingArguments, whose import takes seconds; a test compares them
 LISTS = ("rows", "seeds", "learning_rates", "head_rates")
 OWN_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "evaluate_test", "seed", "learning_rate",
              "head_learning_rate")  # fmt: skip
@@ -95,7 +94,7 @@ class Children:
         self.stopped = False
         self._running: set[subprocess.Popen[str]] = set()
         self._starting = threading.Lock()
-        self.labels = threading.Lock()  # held while the file of test labels is written or compared
+        self.alone = threading.Lock()  # held while what all runs share is written or found out
 
     def launch(self, command: Sequence[str]) -> tuple[int, str]:
         """Run a command to its end; return its exit code, and the line that tells why it failed if it did."""
@@ -119,7 +118,7 @@ class Children:
         with self._starting:
             self.stopped = True
             for process in self._running:
-                if process.poll() is None:
+                with suppress(ProcessLookupError):  # it ended by itself
                     os.killpg(process.pid, signal.SIGTERM)
 
 
@@ -222,26 +221,36 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
         raise ChildProcessError(f"{run} failed (exit code {code}): {said}\nWhat is finished stays.")
     log = [json.loads(line) for line in (folder / report.LOG_FILE).read_text(encoding="utf-8").splitlines()]
     scored = [entry for entry in log if entry.get("eval_balanced_accuracy") is not None]
+    with children.alone:
+        versions = environment()
     found = {
         "row": run.row.name,
         **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},
         "flags": options.flags | by_name(run.flags),
         "all_results": read_json(folder / report.RESULTS_FILE),
         "history": [[entry["epoch"], entry["eval_balanced_accuracy"]] for entry in scored],
+        "collapse": last_collapse(log),
         "seconds": time.monotonic() - start,
         "resumed": resumed,  # its times are then those of the last part alone
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": environment(),
+        "versions": versions,
     }
     if validation_score(found) is None:
         raise ValueError(f"{run} had no validation rows, on which rates are chosen: set `validation_fraction`.")
     if run.stage == "final":
-        with children.labels:
+        with children.alone:
             found |= test_rows(run, folder, options.results)
     report.write_json(options.results / "runs" / f"{run.name}.json", found)
     if not options.keep_models:
         shutil.rmtree(folder)
     return found
+
+
+def last_collapse(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the last measures of neural collapse in a log, by sample, space and measure."""
+    names = {f"{prefix}{name}" for prefix in comparison.COLLAPSE for name in comparison.COLLAPSE_MEASURES}
+    measured = [{name: entry[f"eval_{name}"] for name in names if f"eval_{name}" in entry} for entry in log]
+    return next((found for found in reversed(measured) if found), {})
 
 
 def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
@@ -304,66 +313,13 @@ def leave_table(options: argparse.Namespace) -> None:
     names = dict.fromkeys(name for of in told for name in of)
     versions = {name: sorted({str(of[name]) for of in told if name in of}) for name in names}
     summary |= {"unfinished": unfinished, "versions": versions}
-    table = f"{score_table(summary)}\n\n{cost_table(summary)}\n\n{caption(summary, options)}\n"
+    lists = {name: vars(options)[name] for name in LISTS}
+    results, launcher = report.public_value(str(options.results)), public_launcher(options)
+    below = caption(summary, results, lists, options.flags, launcher)
+    table = "\n\n".join([score_table(summary), cost_table(summary), *collapse_table(summary), below]) + "\n"
     report.write_json(options.results / "table.json", summary)
     (options.results / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}")
-
-
-def score_table(summary: Mapping[str, Any]) -> str:
-    """Set what the test rows say."""
-    first, *titles = comparison.TABLE_SCORES.values()
-    cells = []
-    for row in summary["rows"]:
-        balanced, *scores = map(format_spread, row["scores"].values())
-        is_best = row["name"] == summary["best_baseline"]
-        gain = "best baseline" if is_best else format_difference(row["difference"])
-        cells.append([row["title"], balanced, gain, *scores])
-    return format_markdown(["row", first, "minus best baseline [95 %]", *titles], cells)
-
-
-def cost_table(summary: Mapping[str, Any]) -> str:
-    """Set what each row is, how its rates were found, and what it took."""
-    head = ["row", "kind", "flags", "learning rate", "of the head", "tuning runs", "validation of the best of them",
-            "validation", f"epochs to {comparison.REFERENCE}'s last validation", "training seconds"]  # fmt: skip
-    cells = []
-    for row in summary["rows"]:
-        reached = [epochs for epochs in row["epochs"] if epochs is not None]
-        some = f" ({len(reached)} of {len(row['epochs'])} seeds)" if len(reached) < len(row["epochs"]) else ""
-        head_rate = "-" if row["head_rate"] is None else f"x {number(row['head_rate'])}"
-        cells.append([row["title"], row["kind"], f"`{shlex.join(row['flags'])}`", number(row["learning_rate"]), head_rate,
-                      str(row["tuning_runs"]), report.percent(row["tuning_validation"]), format_spread(row["validation"]),
-                      f"{np.mean(reached):.1f}{some}" if reached else "-",
-                      format_spread(row["train_seconds"], scale=1.0)])  # fmt: skip
-    return format_markdown(head, cells)
-
-
-def caption(summary: Mapping[str, Any], options: argparse.Namespace) -> str:
-    """Say below the table how it came about."""
-    lists = {name: [value if name == "rows" else number(value) for value in vars(options)[name]] for name in LISTS}
-    flags = [f"--{name} {' '.join(values)}" for name, values in lists.items()]
-    flags += [f"--launcher {shlex.quote(public_launcher(options))}"] if options.launcher else []
-    flags += ["--", *(f"--{name} {values}".strip() for name, values in options.flags.items())]
-    results = shlex.quote(report.public_value(str(options.results)))
-    rates, factors, seeds = (", ".join(lists[name]) for name in ("learning_rates", "head_rates", "seeds"))
-    told = [
-        f"`python recipes/compare.py --results {results} {' '.join(flags)}`",
-        f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All rows had the same tuning effort: "
-        f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the validation balanced "
-        f"accuracy of seed {options.seeds[0]}, of equals the lower.",
-        f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
-        "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
-        f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of rows; bold where all of it is above 0.",
-    ]
-    if summary["not_ranked"]:
-        told[2] = f"Rows are not ranked, and there are no intervals: {summary['not_ranked']}."
-    if summary["target"] is not None:
-        target = report.percent(summary["target"])
-        told.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
-    if summary["unfinished"]:
-        told.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
-    told.append(", ".join(f"{name} {' / '.join(values)}" for name, values in summary["versions"].items()))
-    return "\n\n".join(told)
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -422,10 +378,8 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
 
 
 def chosen_rows(options: argparse.Namespace) -> list[Row]:
-    """Return the rows that were asked for, with the number of epochs in their flags."""
-    epochs = str(math.ceil(float(options.flags.get("num_train_epochs", DEFAULT_EPOCHS))))
-    rows = [ROWS[name] for name in options.rows]
-    return [replace(row, flags=tuple(word.replace("{epochs}", epochs) for word in row.flags)) for row in rows]
+    """Return the rows that were asked for."""
+    return [ROWS[name] for name in options.rows]
 
 
 @contextmanager
@@ -490,11 +444,6 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON ({error}): remove it.") from error
-
-
-def number(value: float) -> str:
-    """Write a number as short as it is."""
-    return f"{value:.12g}"
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table, and the flags of finetune.py that make it; `{epochs}` among them is the number of epochs.
+    """One row of the table, and the flags of finetune.py that make it.
 
     Its kind is "baseline"; "family", that is a fixed ETF head under a loss of the dot-regression family; or "other". Where
     it trains its head, that head's learning rate is tuned too.
@@ -31,38 +31,39 @@ BASELINES = {
         "linear, logit-adjusted, root sampling, smoothed",
         "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1",
     ),
+    "linear_ce_refit": (
+        "linear, cross-entropy, then refitted",
+        "--head linear --loss cross_entropy --final_frame whitened",
+    ),
     "cosine_la": ("cosine, logit-adjusted", "--head cosine --loss logit_adjusted"),
+    "cosine_la_refit": (
+        "cosine, logit-adjusted, then refitted",
+        "--head cosine --loss logit_adjusted --final_frame whitened",
+    ),
     "cosine_ldam_drw": ("cosine, LDAM, deferred re-weighting", "--head cosine --loss ldam --reweight_from 0.8"),
 }
 FAMILY = {
-    "etf_dr": ("ETF, dot regression", "--head etf"),
-    "etf_dr_balanced": ("ETF, dot regression, balanced sampling", "--head etf --sampler balanced"),
-    "etf_margin": ("ETF, margin dot regression", "--head etf --loss margin_dot_regression"),
-    "etf_margin_realign": (
-        "ETF aligned each epoch, margin dot regression",
-        "--head etf --loss margin_dot_regression --realign_epochs {epochs}",
-    ),
-    "means_margin": ("class means, margin dot regression", "--head etf --frame means --loss margin_dot_regression"),
-    "means_margin_realign": (
-        "class means aligned each epoch, margin dot regression",
-        "--head etf --frame means --loss margin_dot_regression --realign_epochs {epochs}",
+    "etf": ("ETF (default)", "--head etf"),
+    "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
+    "etf_lengths_free": ("ETF, feature lengths free", "--head etf --feature_lengths false"),
+    "etf_once": ("ETF, aligned once", "--head etf --realign_epochs 0"),
+    "etf_discriminant": ("ETF, discriminant frame", "--head etf --frame discriminant"),
+    "etf_means": ("ETF, class means", "--head etf --frame means"),
+    "etf_ridge": ("ETF, ridge frame", "--head etf --frame ridge"),
+    "etf_dr": ("ETF, dot regression on vertices", "--head etf --loss dot_regression"),
+    "etf_dr_once": (
+        "ETF aligned once, dot regression on vertices",
+        "--head etf --loss dot_regression --frame ridge --realign_epochs 0 --leave_one_out false",
     ),
     "paper": ("ETF, dot regression as published", "--paper"),
 }
 OTHERS = {
     "etf_la": ("ETF, logit-adjusted", "--head etf --loss logit_adjusted"),
-    "etf_la_realign": (
-        "ETF aligned each epoch, logit-adjusted",
-        "--head etf --loss logit_adjusted --realign_epochs {epochs}",
-    ),
-    "means_la": ("class means, logit-adjusted", "--head etf --frame means --loss logit_adjusted"),
+    "etf_ce": ("ETF, cross-entropy", "--head etf --loss cross_entropy"),
 }
 TRAINED = {
-    "etf_trained_la": ("ETF trained, logit-adjusted", "--head etf --head_trainable true --loss logit_adjusted"),
-    "etf_trained_margin": (
-        "ETF trained, margin dot regression",
-        "--head etf --head_trainable true --loss margin_dot_regression",
-    ),
+    "etf_trained": ("ETF, trained on", "--head etf --head_trainable true"),
+    "etf_trained_la": ("ETF trained on, logit-adjusted", "--head etf --head_trainable true --loss logit_adjusted"),
 }
 ROWS = {
     row.name: row

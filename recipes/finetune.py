@@ -55,8 +55,8 @@ class ModelArguments:
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
     prior_adjustment: str = field(
-        default="none",
-        metadata={"help": "After training: none, or fit, for classes that matter alike (needs a head with a bias)."},
+        default="auto",
+        metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
     )
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
@@ -136,6 +136,7 @@ def finetune(
     from accelerate.state import PartialState
 
     from etf_adapt.callbacks import keep_freed_memory, set_threads
+    from etf_adapt.evaluation import calibrate
     from etf_adapt.training import ETFTrainer
 
     state = PartialState()
@@ -152,12 +153,7 @@ def finetune(
 
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
-    if model_args.prior_adjustment != "none":
-        model.require_adjustable()
-        if data.validation is None:
-            raise ValueError(
-                f"`prior_adjustment` (={model_args.prior_adjustment!r}) is fitted on validation rows: give some."
-            )
+    adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
 
     # Train. From here on the output folder is ours.
@@ -182,7 +178,10 @@ def finetune(
 
     # Calibrate on validation, save, and score what was saved.
     if rows["validation"] is not None:
-        calibrate(trainer, rows["validation"], model_args.prior_adjustment)
+        held_out = trainer.get_eval_dataloader(rows["validation"])
+        factor, strength = calibrate(model, held_out, trainer.class_counts if adjusts else None)
+        if state.is_main_process:
+            print(f"calibrated: logits times {factor:.4g}, less {strength:.3g} times the log prior of their class")
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
     splits = ["validation", *(["test"] if data_args.evaluate_test else [])]
@@ -243,6 +242,17 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
     )
 
 
+def is_adjusted(model: Any, choice: str, *, has_validation: bool) -> bool:
+    """Return whether the prior is adjusted for after training; where it is left to us, for ETF heads that can be."""
+    if choice == "auto":
+        return bool(has_validation and model.etf_settings["head"]["kind"] == "etf" and model.is_adjustable)
+    if choice == "fit":
+        model.require_adjustable()
+        if not has_validation:
+            raise ValueError(f"`prior_adjustment` (={choice!r}) is fitted on validation rows: give some.")
+    return choice == "fit"
+
+
 def prepare_rows(
     location: str, model: Any, data: ClassificationData, data_args: DataArguments, *, seed: int
 ) -> tuple[dict[str, Any], Any, Any]:
@@ -291,25 +301,6 @@ def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool)
     report.write_json(Path(folder, report.ARGUMENTS_FILE), arguments)
 
 
-def calibrate(trainer: ETFTrainer, rows: Any, adjustment: str) -> None:
-    """Fold into the head what validation rows say: a factor of the logits, and offsets by the prior where asked."""
-    import numpy as np
-
-    from etf_adapt.evaluation import fit_adjustment, fit_temperature
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.fold_heads()  # a cosine or paper head becomes the stock layer whose confidences are meant
-    model.set_temperature(1.0)
-    counts = trainer.class_counts
-    if adjustment == "none" or counts is None:
-        model.set_temperature(fit_temperature(model, trainer.get_eval_dataloader(rows)))
-        return
-    factor, strength = fit_adjustment(model, trainer.get_eval_dataloader(rows), counts)
-    model.set_temperature(factor, (-strength * np.log(counts / counts.sum())).tolist())
-    if trainer.is_world_process_zero():
-        print(f"adjusted: logits times {factor:.4g}, less {strength:.3g} times the log prior of their class")
-
-
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
     """Score the saved folder as its users will load it: by the stock classes."""
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -320,15 +311,13 @@ def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, fl
     args = trainer.args
     stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
     model = stock.from_pretrained(args.output_dir).to(args.device)
-    predicted = predict_rows(model, trainer.get_eval_dataloader(rows), num_rows=len(rows))
+    offsets = trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"]
+    predicted = predict_rows(model, trainer.get_eval_dataloader(rows), num_rows=len(rows), offsets=offsets)
     metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
-    scores = metric.compute(
-        predictions=predicted.predictions,
-        references=predicted.labels,
-        confidences=predicted.confidences,
-        losses=predicted.losses,
-    )
-    return scores, predicted
+    details = {"confidences": predicted.confidences, "losses": predicted.losses}
+    scores = metric.compute(predictions=predicted.predictions, references=predicted.labels, **details)
+    before = metric.compute(predictions=predicted.unadjusted, references=predicted.labels)
+    return scores | {f"{name}_unadjusted": before[name] for name in report.UNADJUSTED}, predicted
 
 
 def leave_report(
@@ -413,7 +402,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
     if model_args.loss is not None:
         check_choice("loss", model_args.loss, LOSSES)
     check_loss_options(model_args.loss_options)
-    check_choice("prior_adjustment", model_args.prior_adjustment, ("none", "fit"))
+    check_choice("prior_adjustment", model_args.prior_adjustment, ("auto", "fit", "none"))
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
     check_choice("class_order", data_args.class_order, ("label", "permuted"))
     if data_args.dataset == "digits" and model_task(model_args.model) == "text":

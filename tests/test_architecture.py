@@ -25,7 +25,17 @@ LAYERS = (
     {"modeling", "etf_model", "folders", "state_dict", "image_size", "model_names"},
     {"swap"},
     {"long_tail", "sampler", "metrics", "collapse"},
-    {"head", "frames", "losses", "dot_regression", "softmax_losses", "loss_terms", "simplex", "calibration"},
+    {
+        "head",
+        "frames",
+        "losses",
+        "dot_regression",
+        "softmax_losses",
+        "loss_terms",
+        "simplex",
+        "training_logits",
+        "calibration",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 

@@ -58,8 +58,8 @@ class FakeRuns:
         report.write_json(folder / report.ARGUMENTS_FILE, {})
         score = self.score(**flags)
         entries = [
-            {"epoch": 1.0, "step": 1, "eval_balanced_accuracy": 0.5},
-            {"epoch": 2.0, "eval_balanced_accuracy": score},
+            {"epoch": 1.0, "step": 1, "eval_balanced_accuracy": 0.5, "eval_nc1": 9.0, "eval_train_logit_nc2": 8.0},
+            {"epoch": 2.0, "eval_balanced_accuracy": score, "eval_nc1": 3.0, "eval_train_logit_nc2": 0.25},
         ]
         (folder / report.LOG_FILE).write_text("\n".join(map(json.dumps, [*entries, {"loss": 0.1}])))
         test = {"balanced_accuracy": [0.7, 0.8, 0.9][int(seed)], "few": None} if evaluate_test == "true" else None
@@ -123,15 +123,6 @@ class TestMethod:
         final = [(call["learning_rate"], call.get("head_learning_rate")) for call in runs.calls[6:]]
         assert final == [("0.0001", "0.0001")] * 2 + [("0.0001", None)] * 2
 
-    def test_epochs_of_a_row_are_those_of_the_runs(self, runs):
-        from etf_adapt.arguments import ETFTrainingArguments
-
-        small = ["--results", "r", "--rows", "etf_la_realign", "--seeds", "0", "--learning_rates", "1e-3", "--"]
-        compare.main([*small, "--num_train_epochs", "2.5"])
-        assert runs.calls[0]["realign_epochs"] == "3"
-        compare.main(["--results", "other", *small[2:]])
-        assert float(runs.calls[-1]["realign_epochs"]) == ETFTrainingArguments.num_train_epochs
-
     def test_every_row_is_one_that_finetune_understands(self):
         options = compare.read_arguments(["--results", "r", "--rows", *compare.ROWS, "--"])
         for row in compare.chosen_rows(options):
@@ -157,6 +148,11 @@ class TestFiles:
             "table.json",
         }
         left = json.loads(Path("r/runs/etf_dr-final-lr0.0001-seed1.json").read_text())
+        assert left["collapse"] == {"nc1": 3.0, "train_logit_nc2": 0.25}
+        assert (
+            "| linear, cross-entropy | - / - / - / - | - / 0.25 / - / - | 3.00 / - / - / - |"
+            in Path("r/table.md").read_text()
+        )
         assert left["history"] == [[1.0, 0.5], [2.0, 0.9]] and left["all_results"]["test_balanced_accuracy"] == 0.8
         assert unpack_rows(left["correct"], 10).tolist() == [True] * 6 + [False] * 4
         assert json.loads(Path("r/test_labels.json").read_text())["labels"] == LABELS
@@ -250,6 +246,7 @@ class TestTable:
         table = Path("r/table.md").read_text()
         assert table.strip() in capsys.readouterr().out
         lines = [line.split(" | ") for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
+        lines = lines[:4]  # the third table is of the measures of collapse
         assert [line[1] for line in lines[:2]] == ["75.0 ± 7.1"] * 2 and lines[0][2] == "best baseline"
         assert [line[3:7] for line in lines[2:]] == [["0.0001", "x 10", "4", "90.0"], ["0.0001", "-", "2", "90.0"]]
         told = ("--dataset pets --num_train_epochs 2", "torch 1.2.3", "same tuning effort", "Epochs to 90.0")

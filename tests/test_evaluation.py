@@ -44,6 +44,16 @@ def test_rows_come_back_in_order_with_their_numbers(rows):
     torch.testing.assert_close(torch.from_numpy(result.losses), F.cross_entropy(logits, labels, reduction="none"))
 
 
+def test_predictions_without_the_offsets_that_were_folded_in(rows):
+    logits, labels = rows
+    offsets = torch.tensor([0.0, 3.0, -1.0])
+    result = predict_rows(Scores(), batches(logits + offsets, labels, torch.arange(11)), offsets=offsets.tolist())
+    assert result.unadjusted.tolist() == logits.argmax(dim=1).tolist() != result.predictions.tolist()
+    assert predict_rows(Scores(), batches(logits, labels, torch.arange(11))).unadjusted.tolist() == (
+        logits.argmax(dim=1).tolist()
+    )
+
+
 def test_rows_repeated_to_fill_a_batch_count_once(rows):
     logits, labels = rows
     ids = torch.cat([torch.arange(11), torch.tensor([0])])

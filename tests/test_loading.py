@@ -208,7 +208,9 @@ def test_a_stock_tool_that_gave_the_folder_other_classes_is_recognised(tmp_path)
     with pytest.warns(UserWarning, match="another tool has changed"):
         again = ETFForImageClassification.from_pretrained(tmp_path / "theirs")
     assert torch.equal(again.classifier.weight, stock.classifier.weight)
-    assert again.etf_settings["class_counts"] is None and again.etf_settings["loss"] == {"name": "dot_regression"}
+    assert again.etf_settings["class_counts"] is None and again.etf_settings["loss"] == {
+        "name": "margin_dot_regression"
+    }
 
 
 def test_a_model_spread_over_devices_is_refused(tmp_path):

@@ -151,7 +151,7 @@ class TestMarginDotRegression:
     def test_with_two_classes_it_is_a_squared_hinge_on_the_difference(self):
         logits, labels = draw(2)
         difference = (logits[:, 0] - logits[:, 1]) * (1 - 2 * labels) * math.sqrt(2)
-        expected = 0.5 * (0.5 - difference).clamp_min(0.0) ** 2
+        expected = 0.5 * (0.25 - difference).clamp_min(0.0) ** 2
         torch.testing.assert_close(margin_dot_regression_loss(logits, labels, reduction="none"), expected)
 
     @forms

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from etf_adapt.dot_regression import dot_regression_loss
+from etf_adapt.dot_regression import margin_dot_regression_loss
 from etf_adapt.head import ETFHead, LinearHead
 from etf_adapt.losses import make_loss
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
@@ -158,7 +158,7 @@ def test_the_loss_of_forward_is_that_of_its_logits(name):
     model, inputs = MAKERS[name](), batch(name)
     output = model(**inputs, labels=LABELS)
     assert next(iter(output)) == "loss"
-    assert torch.equal(output.loss, dot_regression_loss(output.logits, LABELS))
+    assert torch.equal(output.loss, margin_dot_regression_loss(output.logits, LABELS))
     assert torch.equal(output.logits, model(**inputs).logits) and model(**inputs).loss is None
     assert type(output) is type(model(**inputs))
 
@@ -185,7 +185,7 @@ def test_classes_without_a_loss_of_their_own_have_ours():
     model = adapt(transformers.LevitForImageClassificationWithTeacher(config).eval(), 3)
     assert len(head_modules(model)) == 2
     output = model(pixel_values=torch.randn(4, 3, 32, 32), labels=LABELS)
-    assert torch.equal(output.loss, dot_regression_loss(output.logits, LABELS))
+    assert torch.equal(output.loss, margin_dot_regression_loss(output.logits, LABELS))
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,11 @@ def assert_same_weights(first: Path, second: Path) -> None:
         (["--head", "cosine"], "logit_adjusted"),
         (["--paper"], "dot_regression"),
         (["--loss", "logit_adjusted", "--sampler", "sqrt", "--head_trainable"], "logit_adjusted"),
-        (["--pretrained", "false", "--validation_before_long_tail", "--imbalance_factor", "5"], "dot_regression"),
-        (["--validation_fraction", "0", "--image_size", "40", "--no_augment"], "dot_regression"),
+        (
+            ["--pretrained", "false", "--validation_before_long_tail", "--imbalance_factor", "5"],
+            "margin_dot_regression",
+        ),
+        (["--validation_fraction", "0", "--image_size", "40", "--no_augment"], "margin_dot_regression"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else value,
 )
@@ -237,12 +240,16 @@ def test_an_adjustment_by_the_prior_is_in_the_saved_layer(tmp_path, monkeypatch,
     offsets = np.array(entry["prior_adjustment"])
     counts = np.array(entry["class_counts"])
     strength = offsets[counts.argmin()] - offsets[counts.argmax()]
-    assert strength > 0 and "adjusted: logits times" in capsys.readouterr().out
+    assert strength > 0 and "calibrated: logits times" in capsys.readouterr().out
     np.testing.assert_allclose(offsets, -np.log(counts / counts.sum()) * strength / np.log(counts.max() / counts.min()))
     plain, adjusted = (load_file(f"{folder}/model.safetensors")["fc.bias"].numpy() for folder in ("plain", "run"))
     assert not np.allclose(plain, adjusted)
     recalls = [json.loads(Path(f"{folder}/{report.RESULTS_FILE}").read_text()) for folder in ("plain", "run")]
     assert recalls[1]["test_tail_third"] >= recalls[0]["test_tail_third"]
+    for name in report.UNADJUSTED:  # the same head without the offsets
+        assert (
+            recalls[1][f"test_{name}_unadjusted"] == recalls[0][f"test_{name}_unadjusted"] == recalls[0][f"test_{name}"]
+        )
 
 
 def test_validation_alone_is_scored_while_settings_are_chosen(tmp_path, monkeypatch):

@@ -32,10 +32,11 @@ from etf_adapt.arguments import ETFTrainingArguments
 from etf_adapt.callbacks import describe_run
 from etf_adapt.checkpoints import is_complete, list_checkpoints
 from etf_adapt.data import load_data
+from etf_adapt.metrics import pooled_balanced_accuracy
 from etf_adapt.modeling import adapt
 from etf_adapt.parameters import batch_norms
 from etf_adapt.rows import ImageCollator, TransformedRows
-from etf_adapt.training import ETFTrainer, pooled_balanced_accuracy
+from etf_adapt.training import ETFTrainer
 
 PROGRAM = Path(__file__).parent / "small_run.py"
 
@@ -74,11 +75,11 @@ def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "accumulation"),
-    [(3, 1), (9, 1), (12, 1), (9, 2)],
-    ids=["mid-epoch", "later", "end of an epoch", "accumulated"],
+    ("step", "accumulation", "mixup"),
+    [(3, 1, 0.4), (9, 1, 0.0), (9, 1, 0.4), (12, 1, 0.0), (9, 2, 0.4)],
+    ids=["mid-epoch", "rows left out", "later", "end of an epoch", "accumulated"],
 )
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation):
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation, mixup):
     settings = {
         "save_strategy": "steps",
         "save_steps": 3,
@@ -90,7 +91,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulatio
         "num_train_epochs": 3,
         "sampler": "sqrt",
         "realign_epochs": 2,
-        "mixup": 0.4,
+        "mixup": mixup,
         "label_smoothing": 0.1,
     }
     whole = make_trainer(tmp_path / "run", **settings)
@@ -225,7 +226,7 @@ def test_the_log_has_each_epoch_once_after_a_resume(tmp_path):
 
 
 def test_the_fixed_head_stays_fixed_and_out_of_the_optimizer(tmp_path, capsys):
-    trainer = make_trainer(tmp_path / "run")
+    trainer = make_trainer(tmp_path / "run", realign_epochs=0)
     trainer.model.requires_grad_(True)
     trainer.train()
     ((path, head),) = trainer.heads.items()
@@ -301,7 +302,7 @@ def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
 def test_without_epochs_the_head_is_aligned_only(tmp_path):
     trainer = make_trainer(tmp_path / "run", freeze="backbone", num_train_epochs=0)
     trainer.train()
-    assert trainer.alignment["frame"] == "ridge"
+    assert trainer.alignment["frame"] == "whitened"
     assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
 
 
