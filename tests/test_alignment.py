@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from etf_adapt.alignment import _keep_probability, align_head
-from etf_adapt.frames import FRAMES, ClassStatistics, closed_form_rows
+from etf_adapt.frames import FRAMES, LEAVABLE, ClassStatistics, closed_form_rows, left_out_rows
 from etf_adapt.modeling import adapt
 from etf_adapt.simplex import vertex_products
-from etf_adapt.swap import head_modules, swap_head
+from etf_adapt.swap import head_modules, read_features, swap_head
 
 COUNTS = (14, 6, 3)
 SIZES = {
@@ -50,6 +50,45 @@ def model_with_head(name="test_resnet", **options):
 
 def rows_of(model):
     return [head.rows() for head in head_modules(model).values()]
+
+
+def test_a_model_that_knew_no_class_counts_knows_them_afterwards(rows):
+    images, labels = rows
+    model = adapt(ViTForImageClassification(ViTConfig(**SIZES)), 3)
+    logits = torch.randn(4, 3)
+    even = model.compute_loss_from_logits(logits, torch.tensor([0, 1, 2, 2]))
+    align_head(model, [{"pixel_values": images, "labels": labels}])
+    assert model.etf_settings["class_counts"] == [*COUNTS]
+    assert model.compute_loss_from_logits(logits, torch.tensor([0, 1, 2, 2])) != even
+
+
+def numbered(rows, size):
+    return [
+        {**batch, "row_id": 100 + torch.arange(start, start + len(batch["labels"]))}
+        for batch, start in zip(batches(rows, size), range(0, len(rows[1]), size), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("frame", LEAVABLE)
+def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
+    model = model_with_head()
+    result = align_head(model, numbered(rows, 5), frame=frame)
+    ((weight, _),) = rows_of(model)
+    with torch.no_grad():
+        (features,) = read_features(model.eval(), {"x": rows[0]})
+    statistics = ClassStatistics.of(features, rows[1], 3)
+    closed, _ = closed_form_rows(statistics, frame, penalty=result.penalties[0])
+    change, bias = left_out_rows(statistics, features, rows[1], frame, penalty=result.penalties[0])
+    scale = weight.norm() / closed.norm()
+    (left_out,) = result.left_out
+    assert left_out.row_ids.tolist() == [100 + row for row in range(len(rows[1]))]
+    torch.testing.assert_close(left_out.weight.double(), scale * change, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(left_out.bias.double(), scale * bias, rtol=1e-4, atol=1e-6)
+
+
+def test_without_numbers_of_rows_nothing_is_left_out(rows):
+    assert align_head(model_with_head(), batches(rows, 5)).left_out == (None,)
+    assert align_head(model_with_head(), numbered(rows, 5), frame="rotated").left_out == (None,)
 
 
 @pytest.mark.parametrize("frame", FRAMES)

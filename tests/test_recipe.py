@@ -28,6 +28,7 @@ from transformers import (
 from etf_adapt import load_data, report
 from etf_adapt.image_size import set_image_size
 from etf_adapt.model_names import MODEL_NAMES, TEXT_MODELS, locate_model, micro_folder, model_task, resolve_model_name
+from etf_adapt.modeling import adapt
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -250,6 +251,22 @@ def test_an_adjustment_by_the_prior_is_in_the_saved_layer(tmp_path, monkeypatch,
         assert (
             recalls[1][f"test_{name}_unadjusted"] == recalls[0][f"test_{name}_unadjusted"] == recalls[0][f"test_{name}"]
         )
+
+
+def test_the_prior_is_adjusted_for_by_default_where_a_fixed_head_can_take_it():
+    heads = {head: swapped(head) for head in ("etf", "linear")}
+    assert finetune.is_adjusted(heads["etf"], "auto", has_validation=True)
+    assert not finetune.is_adjusted(heads["etf"], "auto", has_validation=False)
+    assert not finetune.is_adjusted(heads["linear"], "auto", has_validation=True)
+    assert finetune.is_adjusted(heads["linear"], "fit", has_validation=True)
+    assert not finetune.is_adjusted(heads["etf"], "none", has_validation=True)
+    with pytest.raises(ValueError, match="fitted on validation rows"):
+        finetune.is_adjusted(heads["etf"], "fit", has_validation=False)
+
+
+def swapped(head):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8)
+    return adapt(ViTForImageClassification(config), 3, head=head)
 
 
 def test_validation_alone_is_scored_while_settings_are_chosen(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TrainerCallback,
@@ -315,6 +317,43 @@ def test_realignment_moves_the_head_in_the_first_epochs_only(tmp_path):
         trainer.train()
         heads.append(next(iter(trainer.heads.values())).weight.detach().clone())
     assert not any(torch.equal(heads[i], heads[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "epochs"),
+    [
+        ({}, {}, math.inf),
+        ({}, {"realign_epochs": 1}, 1),
+        ({}, {"realign_epochs": 0}, 0),
+        ({}, {"frame": "random"}, 0),
+        ({"trainable": True}, {}, 0),
+        ({"head": "cosine"}, {}, 0),
+        ({"head": "paper"}, {}, 0),
+    ],
+)
+def test_a_fixed_head_that_is_made_from_features_is_aligned_after_every_epoch(tmp_path, head, settings, epochs):
+    assert make_trainer(tmp_path, model=make_model(**head), **settings).realign_epochs == epochs
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "etf"])
+def test_a_head_of_any_kind_can_be_refitted_after_training(tmp_path, kind):
+    trainer = make_trainer(tmp_path, model=make_model(head=kind), final_frame="nearest_mean", num_train_epochs=1)
+    trainer.train()
+    ((_, head),) = trainer.heads.items()
+    before = head.weight.detach().clone()
+    assert trainer.alignment["frame"] == head.frame == "nearest_mean"
+    trainer.align("nearest_mean")
+    torch.testing.assert_close(head.weight, before)
+    assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
+
+
+def test_a_refit_that_the_layer_cannot_take_is_refused_before_training(tmp_path):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = adapt(LlamaForSequenceClassification(config), 3, head="linear")
+    with pytest.raises(ValueError, match=r"`frame` \(='nearest_mean'\) needs a layer with a bias"):
+        make_trainer(tmp_path, model=model, final_frame="nearest_mean")
 
 
 @pytest.mark.parametrize("where", ["loss", "weights"])
