@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_run import make_model, make_trainer
+from small_run import make_model, make_trainer, weights
 
 from etf_adapt.frames import (
     LEAVABLE,
@@ -201,6 +201,15 @@ class TestTrainer:
             logits = trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
         plain = trainer.model.compute_loss_from_logits(logits, batch["labels"]).item()
         assert self.loss(trainer, batch) == pytest.approx(plain, rel=1e-6)
+
+    def test_a_compiled_model_trains_as_one_that_is_not(self, tmp_path):
+        trained = []
+        for name, settings in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
+            trainer = make_trainer(tmp_path / name, dropout=0.0, load_best_model_at_end=False, **settings)
+            trainer.train()
+            trained.append(weights(trainer))
+        for name, value in trained[0].items():
+            torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("frame", ["whitened", "means", "ridge"])
     def test_the_mean_length_of_the_centred_logits_is_one(self, tmp_path, frame):
