@@ -119,57 +119,74 @@ def align_head(
     counts = _counted(data, num_classes) if class_counts is None else np.asarray(class_counts)
     with evaluation_mode(model):
         gathered = _gather(model, data, counts, heads, max_sampled_rows, seed)
-    penalties: list[float | None] = []
-    scores: list[float] = []
-    changes: list[tuple[Tensor, Tensor, Tensor] | None] = []
-    metrics: dict[str, FeatureLengths] = {}
-    for (path, head), (statistics, features, labels) in zip(heads.items(), gathered.parts, strict=True):
-        chosen = penalty
-        if head.kind == "cosine":
-            head.set_rows(statistics.means, frame="means")
-            penalties.append(None)
-            changes.append(None)
-            continue
-        if frame in PENALIZED and penalty is None:
-            chosen, held_out = choose_penalty(statistics, features, labels, frame, intercept=head.bias is not None)
-            scores.append(held_out)
-        rows, bias = closed_form_rows(
-            statistics,
-            frame,
-            penalty=chosen,
-            intercept=head.bias is not None,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        head.set_rows(rows, bias, frame=frame)
-        penalties.append(chosen if frame in PENALIZED else None)
-        changes.append(None)
-        if gathered.row_ids is not None and frame in LEAVABLE:
-            kept = statistics.counts[labels] >= 2
-            moved = left_out_rows(
-                statistics, features[kept], labels[kept], frame, penalty=chosen, intercept=head.bias is not None
-            )
-            changes[-1] = (gathered.row_ids[kept], *moved)
-        if frame in UNIT:
-            center = statistics.center if head.bias is not None else torch.zeros_like(statistics.center)
-            root = metric_root(statistics, frame, penalty=chosen, intercept=head.bias is not None)
-            metrics[path] = FeatureLengths(center, root, 1.0).to(head.weight.device)
+    found = [
+        _set_head(head, statistics, features, labels, gathered.row_ids, frame, penalty, seed)
+        for head, (statistics, features, labels) in zip(heads.values(), gathered.parts, strict=True)
+    ]
     if hasattr(model, "reset_temperature"):  # an adapted model: a calibration was of the rows that are gone
         cast(Any, model).reset_temperature()
         settings = cast(Any, model).etf_settings
         if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
             cast(Any, model).set_loss(settings["loss"], class_counts=counts.tolist())
     length = _training_length(model, gathered.first_batches, seed)
+    metrics = {path: part.lengths for path, part in zip(heads, found, strict=True) if part.lengths is not None}
     unit = length / _training_length(model, gathered.first_batches, seed, metrics) if metrics and length > 0.0 else 1.0
     scale = 1.0 / length if length > 0.0 and all(head.kind != "cosine" for head in heads.values()) else 1.0
     _scale(heads, scale)
-    left_out = tuple(
-        None if change is None else LeftOutRows.of(change[0], scale * change[1], scale * change[2])
-        for change in changes
+    return AlignmentResult(
+        frame,
+        tuple(part.penalty for part in found),
+        next((part.score for part in found if math.isfinite(part.score)), None),
+        int(gathered.parts[0][0].counts.sum()),
+        length,
+        tuple(None if part.left_out is None else part.left_out.scaled(scale) for part in found),
+        tuple(None if part.lengths is None else replace(part.lengths, unit=unit) for part in found),
     )
-    rows_seen = int(gathered.parts[0][0].counts.sum())
-    score = scores[0] if scores and math.isfinite(scores[0]) else None
-    lengths = tuple(replace(metrics[path], unit=unit) if path in metrics else None for path in heads)
-    return AlignmentResult(frame, tuple(penalties), score, rows_seen, length, left_out, lengths)
+
+
+@dataclass(frozen=True)
+class _SetHead:
+    """How a head was set: fields as in ``AlignmentResult``, before the rows were scaled."""
+
+    penalty: float | None = None
+    score: float = math.nan
+    left_out: LeftOutRows | None = None
+    lengths: FeatureLengths | None = None
+
+
+def _set_head(
+    head: ClassifierHead,
+    statistics: ClassStatistics,
+    features: Tensor,
+    labels: Tensor,
+    row_ids: Tensor | None,
+    frame: str,
+    penalty: float | None,
+    seed: int,
+) -> _SetHead:
+    """Set a head from the statistics of what it reads, and from sampled features with their labels and numbers."""
+    if head.kind == "cosine":
+        head.set_rows(statistics.means, frame="means")
+        return _SetHead()
+    intercept, score = head.bias is not None, math.nan
+    if frame not in PENALIZED:
+        penalty = None
+    elif penalty is None:
+        penalty, score = choose_penalty(statistics, features, labels, frame, intercept=intercept)
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = closed_form_rows(statistics, frame, penalty=penalty, intercept=intercept, generator=generator)
+    head.set_rows(weight, bias, frame=frame)
+    left_out = lengths = None
+    kept = statistics.counts[labels] >= 2
+    if row_ids is not None and frame in LEAVABLE and bool(kept.any()):
+        own = features[kept], labels[kept]
+        changes = left_out_rows(statistics, *own, frame, penalty=penalty, intercept=intercept)
+        left_out = LeftOutRows.of(row_ids[kept], *changes)
+    if frame in UNIT:
+        center = statistics.center if intercept else torch.zeros_like(statistics.center)
+        root = metric_root(statistics, frame, penalty=penalty, intercept=intercept)
+        lengths = FeatureLengths(center, root, 1.0).to(head.weight.device)
+    return _SetHead(penalty, score, left_out, lengths)
 
 
 @dataclass

@@ -50,6 +50,10 @@ class LeftOutRows:
         order = row_ids.argsort()
         return cls(row_ids[order], weight[order].float(), bias[order].float())
 
+    def scaled(self, factor: float) -> LeftOutRows:
+        """Return the changes of a head whose rows were multiplied by a factor."""
+        return LeftOutRows(self.row_ids, factor * self.weight, factor * self.bias)
+
     def to(self, device: torch.device) -> LeftOutRows:
         """Return a copy on a device."""
         return LeftOutRows(self.row_ids.to(device), self.weight.to(device), self.bias.to(device))

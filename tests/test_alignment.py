@@ -86,6 +86,15 @@ def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
     torch.testing.assert_close(left_out.bias.double(), scale * bias, rtol=1e-4, atol=1e-6)
 
 
+def test_of_classes_of_one_row_nothing_is_left_out(rows):
+    images, labels = rows
+    first = [int((labels == label).nonzero()[0]) for label in range(3)]
+    model = model_with_head()
+    (batch,) = numbered((images[first], labels[first]), 3)
+    assert align_head(model, [batch]).left_out == (None,)
+    assert model.eval()(batch["x"]).argmax(dim=1).tolist() == [0, 1, 2]
+
+
 def test_without_numbers_of_rows_nothing_is_left_out(rows):
     assert align_head(model_with_head(), batches(rows, 5)).left_out == (None,)
     assert align_head(model_with_head(), numbered(rows, 5), frame="rotated").left_out == (None,)
