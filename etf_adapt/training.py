@@ -57,10 +57,10 @@ class ETFTrainer(ResumableTrainer):
 
     What differs from the stock class: rows are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned on
     the training rows before the first step, and a fixed one again after each epoch; each training row is scored by the head
-    that would have been set without it, for a feature of unit length; a fixed head stays out of the optimizer whatever was unfrozen; mixup,
-    CutMix and smoothing give soft labels to the model's own loss; evaluation streams and counts each row once; a loss
-    or weight that is not finite ends the run before it is saved; a checkpoint is complete or known not to be, holds no
-    ``training_args.bin``, and is resumed bit for bit on the CPU.
+    that would have been set without it, for a feature of unit length; a fixed head stays out of the optimizer whatever was
+    unfrozen; mixup, CutMix and smoothing give soft labels to the model's own loss; evaluation streams and counts each row
+    once; a loss or weight that is not finite ends the run before it is saved; a checkpoint is complete or known not to be,
+    holds no ``training_args.bin``, and is resumed bit for bit on the CPU.
 
     Args:
         model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; what is trained of it is float32.
