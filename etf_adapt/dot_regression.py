@@ -21,16 +21,17 @@ def dot_regression_loss(
     *,
     lengths: Tensor | None = None,
     form: str = "one_sided",
+    target: float = 1.0,
     class_weights: Tensor | None = None,
     balance: str = "none",
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Regress the cosine between the centred logits and the label's simplex vertex to one.
+    r"""Regress the cosine between the centred logits and the label's simplex vertex to one, or to what can be reached.
 
     With :math:`p_k = m_k^\top P u` the inner product of the centred logits with vertex k and :math:`r` their length,
 
-    .. math:: L = \sum_k y_k\,\tfrac12\,(1 - c_k)^2, \qquad
+    .. math:: L = \sum_k y_k\,\tfrac12\,(\tau - c_k)^2, \qquad
         c_k = \begin{cases} p_k / r & \text{sphere} \\ p_k / \max(1, r) & \text{ball} \\
         p_k / \max(1, r) \text{ if } p_k > 0, \text{ else } p_k & \text{one-sided} \end{cases}
 
@@ -49,6 +50,8 @@ def dot_regression_loss(
         lengths: Tensor (batch,) or scalar that replaces r. For the paper's normalisation by the length of the
             feature h, pass ``sqrt(K / (K - 1)) * |h|`` for unit rows.
         form: ``"one_sided"``, ``"ball"`` or ``"sphere"``.
+        target: The cosine :math:`\tau` in (0, 1] that is regressed to: one, or ``etf_adapt.simplex.reachable_cosine`` where
+            there are more classes than features, whose vertices can then not all be reached.
         class_weights: Tensor (num_classes,): factor of each class's term. The mean is over rows, not over weights, so
             that the mean of a batch is the mean of its equal parts.
         balance: ``"none"`` or ``"in_batch"``.
@@ -71,6 +74,8 @@ def dot_regression_loss(
         True
     """
     check_choice("form", form, DOT_REGRESSION_FORMS)
+    if not 0.0 < target <= 1.0:
+        raise ValueError(f"`target` (={target}) must lie in (0, 1]: it is a cosine.")
     soft = soft_labels(logits, labels, label_smoothing)
     all_products, own_lengths = vertex_products(logits)
     products = of_labels(all_products, labels, soft)
@@ -82,7 +87,7 @@ def dot_regression_loss(
         cosines = products / length.clamp_min(1.0)
         if form == "one_sided":
             cosines = torch.where(products > 0, cosines, products)
-    terms = 0.5 * (1.0 - cosines) ** 2
+    terms = 0.5 * (target - cosines) ** 2
     return combine_terms(terms, labels, soft, class_weights=class_weights, balance=balance, reduction=reduction)
 
 

@@ -21,6 +21,7 @@ from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
+from etf_adapt.simplex import reachable_cosine
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.swap import head_modules, logits_of, replace_module
 
@@ -105,7 +106,8 @@ class ETFModel(_Base):
 
         Args:
             settings: Arguments of ``etf_adapt.losses.make_loss``, or the loss's name; the default of the head's kind where
-                None.
+                None. With an ETF head, dot regression on vertices that cannot all be reached regresses to the cosine that can
+                (``etf_adapt.simplex.reachable_cosine``), unless it is given a ``target``.
             class_counts: Training rows of each class (num_classes,); those known so far where None.
 
         Raises:
@@ -114,6 +116,9 @@ class ETFModel(_Base):
         heads = list(head_modules(self).values())
         chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
         chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+        reachable = min(reachable_cosine(head.num_classes, head.weight.shape[1]) for head in heads)
+        if chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0:
+            chosen.setdefault("target", reachable)
         counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
         if counts is not None and len(counts) != heads[0].num_classes:
             raise ValueError(

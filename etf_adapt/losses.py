@@ -30,7 +30,7 @@ class _Entry:
 
 LOSSES: Mapping[str, _Entry] = {
     "dot_regression": _Entry(
-        dot_regression_loss, ("form", "balance", "unit_features", "class_weights", "label_smoothing")
+        dot_regression_loss, ("form", "target", "balance", "unit_features", "class_weights", "label_smoothing")
     ),
     "margin_dot_regression": _Entry(
         margin_dot_regression_loss,

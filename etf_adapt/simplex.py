@@ -148,3 +148,26 @@ def _project(rows: Tensor) -> Tensor:
     num_classes = rows.shape[0]
     root = math.sqrt(num_classes)
     return rows[1:] + rows[:1] / root - rows[1:].sum(dim=0, keepdim=True) / (num_classes - root)
+
+
+def reachable_cosine(num_classes: int, dim: int) -> float:
+    r"""Return the cosine with the simplex's vertices that logits of so many features can reach.
+
+    .. math:: \sqrt{\min(1, \text{dim} / (K - 1))}
+
+    Centred logits of a linear layer lie in a subspace of at most ``dim`` of their :math:`K - 1` dimensions. The best cosine
+    with a vertex is the length of its projection onto that subspace, whose mean square over the vertices, a tight frame,
+    is :math:`\text{dim} / (K - 1)`.
+
+    Args:
+        num_classes: Number of classes K, at least 2.
+        dim: Width of the features, at least 1.
+
+    Returns:
+        The root mean square over the vertices, above 0 and at most 1.
+
+    Example:
+        >>> reachable_cosine(1001, 250), reachable_cosine(10, 64)
+        (0.5, 1.0)
+    """
+    return math.sqrt(min(1.0, dim / (num_classes - 1)))

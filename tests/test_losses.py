@@ -45,6 +45,15 @@ def test_sphere_is_half_the_squared_distance_of_the_cosine_from_one():
     torch.testing.assert_close(rows, 0.5 * (cosines - 1.0) ** 2)
 
 
+def test_a_cosine_that_can_be_reached_is_a_target():
+    logits, labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]]).double(), torch.tensor([0, 2, 1])
+    cosines = simplex_cosines(logits).gather(1, labels.unsqueeze(1)).squeeze(1)
+    loss = dot_regression_loss(logits, labels, form="sphere", target=0.4, reduction="none")
+    torch.testing.assert_close(loss, 0.5 * (0.4 - cosines) ** 2)
+    with pytest.raises(ValueError, match=r"`target` \(=1.5\) must lie in \(0, 1\]"):
+        dot_regression_loss(logits, labels, target=1.5)
+
+
 def test_sphere_ignores_scale_and_every_form_the_mean():
     logits, labels = draw(7)
     for form in DOT_REGRESSION_FORMS:

@@ -208,6 +208,15 @@ def test_set_loss_is_make_loss(head, loss, counts):
     )
 
 
+def test_vertices_that_cannot_all_be_reached_have_a_target_that_can():
+    few, many = vit(loss="dot_regression"), adapt(stock_vit(), 101, loss="dot_regression")
+    width = many.classifier.weight.shape[1]
+    assert few.etf_settings["loss"] == {"name": "dot_regression"} and width < 100
+    assert many.etf_settings["loss"] == {"name": "dot_regression", "target": (width / 100) ** 0.5}
+    many.set_loss({"name": "dot_regression", "target": 1.0})
+    assert many.etf_settings["loss"]["target"] == 1.0
+
+
 def test_class_counts_are_checked():
     model = vit()
     with pytest.raises(ValueError, match=r"`class_counts` has 2 entries.*3 classes"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etf_adapt.simplex import rotated_simplex_etf, simplex_cosines, simplex_etf
+from etf_adapt.simplex import reachable_cosine, rotated_simplex_etf, simplex_cosines, simplex_etf
 
 
 def generator(seed=0):
@@ -23,6 +23,16 @@ def test_below_its_dimension_the_frame_stays_centred_and_tight():
     vertices = simplex_etf(100, 16, generator=generator(), dtype=torch.float64)
     torch.testing.assert_close(vertices.sum(dim=0), torch.zeros(16, dtype=torch.float64), atol=1e-13, rtol=0)
     torch.testing.assert_close(vertices.T @ vertices, torch.eye(16, dtype=torch.float64) * 100 / 99)
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(100, 16), (300, 4), (5, 4), (5, 9)])
+def test_the_reachable_cosine_is_that_of_the_best_logits_of_a_random_layer(num_classes, dim):
+    weight = torch.randn(num_classes, dim, generator=generator(), dtype=torch.float64)
+    centred = weight - weight.mean(dim=0)
+    basis = torch.linalg.svd(centred, full_matrices=False).U[:, : min(dim, num_classes - 1)]
+    vertices = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
+    best = simplex_cosines((basis @ basis.T @ vertices).T).diagonal()  # of the vertices' projections
+    assert float((best**2).mean().sqrt()) == pytest.approx(reachable_cosine(num_classes, dim), rel=1e-9)
 
 
 def test_the_draw_depends_on_the_generator_alone():
