@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 from etf_adapt.etf_model import ETFModel
-from etf_adapt.swap import logits_of
+from etf_adapt.swap import head_modules, logits_of
+
+TAUS = tuple(step / 10 for step in range(21))
+"""Powers that ``tau_normalize`` chooses from: 0 to 2 in tenths."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,46 @@ def calibrate(
     return factor, strength
 
 
+def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]], *, taus: Sequence[float] = TAUS) -> float:
+    r"""Divide the rows of a trained linear head by a power of their lengths, chosen on held-out rows: a baseline.
+
+    .. math:: w_k \leftarrow w_k / |w_k|^\tau, \qquad b_k \leftarrow 0
+
+    Heads trained on a long tail have longer rows for frequent classes, which :math:`\tau = 1` takes away; the power of the best
+    balanced accuracy is taken, of equals the smallest.
+
+    Args:
+        model: Adapted model with one head; it is folded first, and its rows are changed in place.
+        batches: This process's batches of held-out rows, with ``labels`` and, on several processes, ``row_id``.
+        taus: Powers to choose from, from 0 on.
+
+    Returns:
+        The power, the same on every process.
+
+    Raises:
+        ValueError: The model has several heads.
+
+    References:
+        Kang et al. (2020). Decoupling Representation and Classifier for Long-Tailed Recognition.
+        https://arxiv.org/abs/1910.09217
+    """
+    model.fold_heads()
+    heads = list(head_modules(model).values())
+    if len(heads) != 1:
+        raise ValueError(f"`model` has {len(heads)} heads: the lengths of rows of one are normalised.")
+    weight, bias = heads[0].rows()
+    logits, labels = _held_out(model, batches)
+    products = logits.double() - (0.0 if bias is None else bias)
+    recalls = []
+    for tau in taus:
+        right = (products / weight.norm(dim=1) ** tau).argmax(dim=1) == labels
+        rows = torch.bincount(labels)
+        recalls.append((torch.bincount(labels[right], minlength=len(rows))[rows > 0] / rows[rows > 0]).mean().item())
+    best = taus[int(np.argmax(recalls))]
+    heads[0].set_rows(weight / weight.norm(dim=1, keepdim=True) ** best, frame="tau-normalised")
+    return best
+
+
 def fit_temperature(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
     """Fit the factor of a model's logits that makes its confidences fair on held-out rows.
 
@@ -154,12 +197,18 @@ def fit_adjustment(
     Returns:
         Factor and strength (``etf_adapt.calibration.fit_prior_adjustment``), the same on every process.
     """
+    logits, labels = _held_out(model, batches)
+    return fit_prior_adjustment(logits, labels, torch.as_tensor(np.asarray(class_counts)))
+
+
+def _held_out(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return logits (rows, num_classes) and labels (rows,) of all rows, over all processes, on the CPU."""
     parts = [(ids.cpu(), labels.cpu(), logits.cpu()) for ids, labels, logits in _scored(model, batches)]
     if PartialState().num_processes > 1:
         parts = gather_object(parts)
     row_ids, labels, logits = (torch.cat(columns) for columns in zip(*parts, strict=True))
     first = torch.from_numpy(np.unique(row_ids.numpy(), return_index=True)[1])  # rows that fill up a batch count once
-    return fit_prior_adjustment(logits[first], labels[first], torch.as_tensor(np.asarray(class_counts)))
+    return logits[first], labels[first]
 
 
 def _scored(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:

@@ -31,6 +31,10 @@ BASELINES = {
         "linear, logit-adjusted, root sampling, smoothed",
         "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1",
     ),
+    "linear_ce_tau": (
+        "linear, cross-entropy, tau-normalised",
+        "--head linear --loss cross_entropy --tau_normalization",
+    ),
     "linear_ce_refit": (
         "linear, cross-entropy, then refitted",
         "--head linear --loss cross_entropy --final_frame whitened",

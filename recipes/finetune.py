@@ -58,6 +58,9 @@ class ModelArguments:
         default="auto",
         metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
     )
+    tau_normalization: bool = field(
+        default=False, metadata={"help": "After training: divide the head's rows by a power of their lengths."}
+    )
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
 
@@ -136,7 +139,7 @@ def finetune(
     from accelerate.state import PartialState
 
     from etf_adapt.callbacks import keep_freed_memory, set_threads
-    from etf_adapt.evaluation import calibrate
+    from etf_adapt.evaluation import calibrate, tau_normalize
     from etf_adapt.training import ETFTrainer
 
     state = PartialState()
@@ -153,6 +156,8 @@ def finetune(
 
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
+    if model_args.tau_normalization and data.validation is None:
+        raise ValueError("`tau_normalization` (=True) chooses its power on validation rows: give some.")
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
 
@@ -179,8 +184,12 @@ def finetune(
     # Calibrate on validation, save, and score what was saved.
     if rows["validation"] is not None:
         held_out = trainer.get_eval_dataloader(rows["validation"])
+        if model_args.tau_normalization:
+            tau = tau_normalize(model, held_out)
         factor, strength = calibrate(model, held_out, trainer.class_counts if adjusts else None)
         if state.is_main_process:
+            if model_args.tau_normalization:
+                print(f"rows divided by their lengths to the power of {tau:g}")
             print(f"calibrated: logits times {factor:.4g}, less {strength:.3g} times the log prior of their class")
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()

@@ -160,6 +160,8 @@ LATER_CASES = {
     "unknown sampler": (["--sampler", "balancd"], ["balancd", "balanced"]),
     "unknown option of the loss": (["--loss_options", '{"margn": 1}'], ["margn", "dot_regression", "form"]),
     "option outside its range": (["--loss", "ldam", "--loss_options", '{"max_margin": -1}'], ["max_margin"]),
+    "unknown refit": (["--final_frame", "whitend"], ["final_frame", "whitend", "whitened"]),
+    "power without validation": (["--tau_normalization", "--validation_fraction", "0"], ["tau_normalization", "rows"]),
     "unknown argument": (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
     "missing data": (["--dataset", "no/such/folder/here"], ["no/such/folder/here"]),
     "unknown timm name": (["--model", "vit_bse"], ["vit_base"]),

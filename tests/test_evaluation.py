@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
-from etf_adapt.evaluation import fit_temperature, predict_rows
+from etf_adapt.evaluation import fit_temperature, predict_rows, tau_normalize
+from etf_adapt.modeling import adapt
+from etf_adapt.swap import head_modules
 
 
 class Scores(nn.Module):
@@ -71,6 +74,29 @@ def test_the_mode_of_the_model_is_left_alone(rows):
     model = Scores().train()
     predict_rows(model, batches(*rows, torch.arange(11)))
     assert model.training
+
+
+def test_tau_normalisation_takes_the_lengths_of_rows_away():
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    model = adapt(ViTForImageClassification(config).eval(), 3, head="linear")
+    images = torch.randn(60, 3, 8, 8)
+    ((_, head),) = head_modules(model).items()
+    with torch.no_grad():
+        directions = F.normalize(head.weight, dim=1)
+        features = model(pixel_values=images, output_hidden_states=True).hidden_states[-1][:, 0]
+        features = model.vit.layernorm(features)
+        labels = (features @ directions.T).argmax(dim=1)  # right without the lengths
+        head.weight.copy_(directions * torch.tensor([[9.0], [3.0], [1.0]]))
+        head.bias.copy_(torch.tensor([5.0, 0.0, -5.0]))
+    rows = [{"pixel_values": images, "labels": labels, "row_id": torch.arange(60)}]
+    before = (predict_rows(model, rows).predictions == labels.numpy()).mean()
+    tau = tau_normalize(model, rows)
+    assert before < 0.9 and (predict_rows(model, rows).predictions == labels.numpy()).mean() == 1.0
+    assert 0.5 < tau <= 1.0 and not head_modules(model)["classifier"].bias.any()
+    torch.testing.assert_close(F.normalize(head.weight, dim=1), directions)
 
 
 def test_the_temperature_is_that_of_the_rows():
