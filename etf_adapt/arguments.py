@@ -86,7 +86,8 @@ class ETFTrainingArguments(TrainingArguments):
         realign_epochs: A fixed ETF head is aligned again after each of this many first epochs; after every epoch where None,
             never where 0. Between two alignments it stays as it is.
         leave_one_out: In training each row is scored by the head that would have been set without it, where the head is fixed
-            and aligned, rows have a ``row_id``, and none are mixed (``etf_adapt.training_logits.LeftOutRows``).
+            and aligned, rows have a ``row_id``, and none are mixed (``etf_adapt.training_logits.LeftOutRows``). Of more than
+            20,000 rows those of a sample that is even over the classes: all rows of the rare ones.
         feature_lengths: In training the logits of a fixed head are divided by the length of the feature, where the frame has
             a metric for it (``etf_adapt.training_logits.FeatureLengths``).
         final_frame: Closed form that the head, of whatever kind and however trained, is set to once more after training: a

@@ -113,8 +113,8 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
         frame = f"{'means' if head.kind == 'cosine' else args.frame} frame to be set"
     learns = "learned" if head.trainable else "fixed"
     if trainer.realign_epochs:
-        epochs = min(trainer.realign_epochs, math.ceil(args.num_train_epochs))
-        learns = f"fixed but for an alignment after each of {epochs:.0f} epoch{'s' if epochs > 1 else ''}"
+        first = "" if math.isinf(trainer.realign_epochs) else f" of the first {trainer.realign_epochs:.0f}"
+        learns = f"fixed but for an alignment after each epoch{first}"
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     rates = f"learning rate {args.learning_rate:.4g}" + (
@@ -189,9 +189,10 @@ class Realign(TrainerCallback):
         self.epochs = epochs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Align after the last step of an epoch."""
+        """Align after the last step of an epoch, and of the run."""
         done, rest = divmod(state.global_step, self.updates_per_epoch())
-        if rest == 0 and done <= self.epochs:
+        last = rest > 0 and state.global_step == state.max_steps  # in the middle of an epoch
+        if (rest == 0 and done <= self.epochs) or (last and done < self.epochs):
             self.align()
 
 

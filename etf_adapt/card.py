@@ -92,6 +92,7 @@ class CardFacts:
         split: The split of the scores, ``"test"`` or ``"validation"``.
         scores: Scores on that split, without prefix.
         table: ``etf_adapt.report.shot_table`` of that split.
+        is_adjusted: Whether the prior of the classes is adjusted for in the bias.
         calibrated_rows: Validation rows that the confidences were calibrated on.
         command: The command line, free of private paths.
         seeds: Seed by name.
@@ -111,6 +112,7 @@ class CardFacts:
     split: str
     scores: Mapping[str, Any]
     table: Sequence[tuple[str, str, int, int, float | None]]
+    is_adjusted: bool
     calibrated_rows: int
     command: str
     seeds: Mapping[str, Any]
@@ -208,6 +210,11 @@ def _training_facts(facts: CardFacts) -> list[str]:
     told = [
         f"Head: `{head.get('kind')}`, rows {state}, from: {escape_markdown(head.get('frame'))}.",
         f"Loss: {_settings(loss)}.",
+        *(
+            ["Prior: predictions are adjusted for how rare a class was, by offsets in the bias."]
+            if facts.is_adjusted
+            else []
+        ),
         f"Data: {_settings({key: value for key, value in facts.dataset.items() if _is_short(value)})}.",
         f"Seeds: {_settings(facts.seeds)}.",
         f"Made with: {_settings(facts.environment)}.",

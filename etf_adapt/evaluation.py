@@ -139,16 +139,20 @@ def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]], *, taus
         The power, the same on every process.
 
     Raises:
-        ValueError: The model has several heads.
+        ValueError: The model has several heads, or one that is set from the data.
 
     References:
         Kang et al. (2020). Decoupling Representation and Classifier for Long-Tailed Recognition.
         https://arxiv.org/abs/1910.09217
     """
     model.fold_heads()
+    model.set_temperature(1.0)
     heads = list(head_modules(model).values())
-    if len(heads) != 1:
-        raise ValueError(f"`model` has {len(heads)} heads: the lengths of rows of one are normalised.")
+    if len(heads) != 1 or heads[0].kind != "linear":
+        raise ValueError(
+            f"`model` has {len(heads)} head(s), the first of kind {heads[0].kind!r}: rows of one trained linear or cosine head "
+            "have lengths to normalise."
+        )
     weight, bias = heads[0].rows()
     logits, labels = _held_out(model, batches)
     products = logits.double() - (0.0 if bias is None else bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ UNIT = ("means", "whitened")
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 NEED_INTERCEPT = ("discriminant", "nearest_mean")
 _SINGULAR = 1e-12
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -367,8 +369,10 @@ def choose_penalty(
         return 1.0, math.nan
     best = (-1.0, 0.0)
     for penalty in PENALTIES:
-        scores = leave_one_out_scores(statistics, features, labels, frame, penalty=penalty, intercept=intercept)
-        correct = (scores.argmax(dim=1) == labels).to(torch.float64)
+        options: dict[str, Any] = {"penalty": penalty, "intercept": intercept}
+        parts = zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)  # several arrays of rows by classes
+        predicted = [leave_one_out_scores(statistics, *part, frame, **options).argmax(dim=1) for part in parts]
+        correct = (torch.cat(predicted) == labels).to(torch.float64)
         rows = torch.bincount(labels, minlength=len(statistics.counts))
         recalls = torch.bincount(labels, weights=correct, minlength=len(rows))[rows > 0] / rows[rows > 0]
         best = max(best, (float(recalls.mean()), penalty))

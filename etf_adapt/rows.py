@@ -21,7 +21,7 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 KEPT_BYTES = 2**30
 """Most memory that one ``TransformedRows`` keeps tensors in."""
@@ -99,7 +99,7 @@ class TransformedRows(TorchDataset[dict[str, Any]]):
         image_column: Name of the column of images.
         label_column: Name of the column of labels.
         keep: Whether the tensors of rows asked for by plain ints stay in memory, as long as they take at most
-            ``KEPT_BYTES``: for rows that are read again and again without augmentation.
+            ``KEPT_BYTES``: for rows that are read again and again without augmentation. Not in a loader's workers.
 
     Raises:
         ValueError: An image cannot be decoded; the row and its file are named.
@@ -145,7 +145,8 @@ class TransformedRows(TorchDataset[dict[str, Any]]):
         with _seeded(self.seed, draw.epoch, draw.place, row):
             pixel_values = self.transform(values[self._image_column])
         found = {"pixel_values": pixel_values, "labels": values[self._label_column], "row_id": row}
-        if kept is not None and (len(kept) + 1) * pixel_values.nbytes <= KEPT_BYTES:
+        # What a worker keeps is gone with it, after one pass.
+        if kept is not None and get_worker_info() is None and (len(kept) + 1) * pixel_values.nbytes <= KEPT_BYTES:
             kept[row] = dict(found)
         return found
 

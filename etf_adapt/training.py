@@ -148,6 +148,11 @@ class ETFTrainer(ResumableTrainer):
         self.realign_epochs = self._resolve_realign_epochs()
         if args.final_frame is not None:
             model.require_frame(args.final_frame)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"`final_frame` (={args.final_frame!r}) cannot be had with FSDP or DeepSpeed, which split the head over "
+                    "processes: leave it out or use DDP."
+                )
         own = [
             EpochStart(self._updates_per_epoch, lambda: [self._train_sampler]),
             Realign(self._updates_per_epoch, self.align, self.realign_epochs),
@@ -198,12 +203,17 @@ class ETFTrainer(ResumableTrainer):
             self._say(line)
         if checkpoint is not None:
             self._say(f"resuming from {checkpoint}")
-        elif self.needs_alignment():
+        elif self.needs_alignment() or self.realign_epochs:
+            replaced = {head.frame for head in self.heads.values()} - {"random", "initialised", self.args.frame}
+            if replaced:
+                self._say(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
             if self.batch_norm == "reestimate":
                 batches = self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
                 reestimate_batch_norms(self.model, batches)
             self.align()
             self._say(describe_alignment(self.alignment or {}))
+        else:
+            self._training_logits.load_tensors({}, self.args.device)  # of a head that may have changed since
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         if self.args.final_frame is not None:
             self.model.fold_heads()

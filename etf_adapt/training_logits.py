@@ -46,8 +46,15 @@ class LeftOutRows:
 
     @classmethod
     def of(cls, row_ids: Tensor, weight: Tensor, bias: Tensor) -> LeftOutRows:
-        """Return the changes (rows, in_features) and (rows,) of rows in any order, in float32."""
+        """Return the changes (rows, in_features) and (rows,) of rows in any order, in float32.
+
+        Raises:
+            ValueError: Two rows have one number.
+        """
         order = row_ids.argsort()
+        repeated = row_ids[order][1:][row_ids[order].diff() == 0]
+        if len(repeated):
+            raise ValueError(f"`row_id` (={int(repeated[0])}) is the number of two training rows: number them apart.")
         return cls(row_ids[order], weight[order].float(), bias[order].float())
 
     def scaled(self, factor: float) -> LeftOutRows:
@@ -62,11 +69,11 @@ class LeftOutRows:
         """Return by how much the logits of the rows' own classes change.
 
         Args:
-            features: Tensor (batch, in_features), or (batch, length, in_features) of a head that scores each token.
+            features: Tensor (batch, ..., in_features): with positions between, for a head that scores each.
             row_ids: Numbers of the rows (batch,); those of rows that are not held here change nothing.
 
         Returns:
-            Tensor (batch,) or (batch, length), float32.
+            Tensor (batch, ...), float32.
         """
         places = torch.searchsorted(self.row_ids, row_ids).clamp_max(len(self.row_ids) - 1)
         held = self.row_ids[places] == row_ids
@@ -79,21 +86,16 @@ class LeftOutRows:
         """Return the logits of a head, each row's as if the head had been set without it.
 
         Args:
-            logits: What the head returned: (batch, num_classes), (batch, length, num_classes), or (batch, num_classes, 1, 1)
-                of a 1x1 convolution.
-            features: What it read.
+            logits: What the head returned: (batch, ..., num_classes), as many positions as it scores.
+            features: What it read: (batch, ..., in_features).
             row_ids: Numbers of the rows (batch,).
             labels: Their classes (batch,).
 
         Returns:
             Tensor of the shape of ``logits``.
         """
-        shape = logits.shape
-        if logits.ndim == 4:
-            logits, features = logits.flatten(1), features.flatten(1)
         own = torch.nn.functional.one_hot(labels, logits.shape[-1]).view(len(labels), *(1,) * (logits.ndim - 2), -1)
-        change = self.changes(features, row_ids).unsqueeze(-1)
-        return (logits + (own * change).to(logits.dtype)).view(shape)
+        return logits + (own * self.changes(features, row_ids).unsqueeze(-1)).to(logits.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds, by name, for a file."""
@@ -140,7 +142,8 @@ class FeatureLengths:
     def relative(self, features: Tensor) -> Tensor:
         """Return the lengths of features (..., in_features) over ``unit``: (...), float32, above 0."""
         offsets = features.float() - self.center
-        lengths = (offsets if self.root is None else offsets @ self.root.T).norm(dim=-1)
+        with torch.autocast(features.device.type, enabled=False):
+            lengths = (offsets if self.root is None else offsets @ self.root.T).norm(dim=-1)
         return lengths.clamp_min(_TINY) / self.unit
 
     def tensors(self) -> dict[str, Tensor]:
@@ -203,14 +206,14 @@ class TrainingLogits:
         if self._batch is None:
             return None
         (features, *_), (labels, row_ids) = inputs, self._batch
+        channels = 1 if isinstance(head, nn.Conv2d) else -1
+        features, logits = features.movedim(channels, -1), logits.movedim(channels, -1)
         rows, lengths = self.left_out.get(path), self.lengths.get(path)
         if rows is not None and row_ids is not None and len(features) == len(row_ids):  # else parts of a batch
             logits = rows.logits(logits, features, row_ids, labels)
         if lengths is not None:
-            flat = features.flatten(1) if logits.ndim == 4 else features
-            divisors = lengths.relative(flat).unsqueeze(-1)
-            logits = (logits / (divisors[..., None, None] if logits.ndim == 4 else divisors)).to(logits.dtype)
-        return logits
+            logits = (logits / lengths.relative(features).unsqueeze(-1)).to(logits.dtype)
+        return logits.movedim(-1, channels)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds by kind, path and name, for a file."""

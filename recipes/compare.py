@@ -232,6 +232,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
         "collapse": last_collapse(log),
         "seconds": time.monotonic() - start,
         "resumed": resumed,  # its times are then those of the last part alone
+        "jobs": options.jobs,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions,
     }
@@ -346,6 +347,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         options.flags = by_name(options.passed)
     if options.jobs < 1:
         raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
+    if options.jobs > 1 and options.launcher and options.launcher.split()[0] in ("accelerate", "torchrun"):
+        raise ValueError(
+            f"`jobs` (={options.jobs}) and `launcher` (={options.launcher!r}) contradict each other: launchers that run at "
+            "once fight for one port. Leave out one of them."
+        )
     for name in options.rows:
         check_choice("rows", name, ROWS)
     for name in LISTS:

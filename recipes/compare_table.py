@@ -85,6 +85,10 @@ def caption(
     ]
     if summary["not_ranked"]:
         told[2] = f"Rows are not ranked, and there are no intervals: {summary['not_ranked']}."
+    told.append(
+        "Measures of collapse are those after the last epoch, before a refit. Training seconds are comparable only among runs "
+        "that had the machine to themselves in the same number (`jobs` in their files)."
+    )
     if summary["target"] is not None:
         target = report.percent(summary["target"])
         told.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")

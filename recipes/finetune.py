@@ -156,8 +156,10 @@ def finetune(
 
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
-    if model_args.tau_normalization and data.validation is None:
-        raise ValueError("`tau_normalization` (=True) chooses its power on validation rows: give some.")
+    if model_args.tau_normalization and (data.validation is None or model_args.head not in ("linear", "cosine")):
+        raise ValueError(
+            "`tau_normalization` (=True) chooses its power on validation rows, for a linear or cosine head: give such."
+        )
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
 
@@ -380,6 +382,7 @@ def leave_report(
             split=split,
             scores=scores.get(split, {}),
             table=table,
+            is_adjusted=trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"] is not None,
             calibrated_rows=len(scored["validation"][1].labels) if "validation" in scored else 0,
             command=report.public_command(argv),
             seeds={"seed": args.seed, "data_seed": args.data_seed},

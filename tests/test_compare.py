@@ -291,6 +291,8 @@ class TestMistakes:
             ([*TWO_ROWS, *SHARED, "--seed", "1"], "`seed` after `--` is set by this recipe"),
             ([*TWO_ROWS, *SHARED, "--head=cosine"], "`head` after `--` is set by row"),
             ([*TWO_ROWS, "--", "settings.yaml"], "belongs to no flag"),
+            ([*TWO_ROWS, "--jobs", "2", "--launcher", "accelerate launch", *SHARED], "contradict each other"),
+            ([*TWO_ROWS, "--jobs", "0", *SHARED], "`jobs`"),
             ([*TWO_ROWS, "--launcher", "no_such_program -x", *SHARED], "`launcher`"),
             (["--results", "r", "--table_only"], "settings.json"),
         ],

@@ -33,6 +33,7 @@ def card_facts(**changes) -> CardFacts:
         split="test",
         scores=scores,
         table=report.shot_table(scores, [200, 8], [10, 10]),
+        is_adjusted=True,
         calibrated_rows=20,
         command="accelerate launch recipes/finetune.py",
         seeds={"seed": 0},

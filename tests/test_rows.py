@@ -128,6 +128,12 @@ def test_rows_that_are_kept_are_transformed_once_and_are_the_same(images):
     assert kept[2]["labels"] == 1
 
 
+def test_workers_keep_nothing(images):
+    kept, _ = counting(images, keep=True)
+    list(loader(kept, None, num_workers=1))
+    assert kept._kept == {}
+
+
 def test_a_draw_is_never_kept(images):
     kept, calls = counting(images, keep=True)
     first, second = (kept[RowDraw(2, epoch, 0)]["pixel_values"].item() for epoch in (0, 1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_run import make_model, make_trainer, weights
 
+from etf_adapt.alignment import align_head
 from etf_adapt.frames import (
     LEAVABLE,
     NEED_INTERCEPT,
@@ -73,17 +74,18 @@ def held():
     return LeftOutRows.of(ids, torch.randn(3, 5, generator=generator), torch.randn(3, generator=generator)), ids
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 1, 1)], ids=["linear", "tokens", "convolution"])
+@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 2, 3)], ids=["linear", "tokens", "convolution"])
 def test_only_the_logit_of_the_own_class_of_rows_that_are_held_changes(shape):
     rows, _ = held()
     ids, labels = torch.tensor([11, 5, 30, 99]), torch.tensor([2, 0, 1, 1])
     if len(shape) == 3:
         head = torch.nn.Conv2d(5, 3, 1)
-        features = torch.randn(4, 5, 1, 1)
-        flat, plain = features.flatten(1), head(features).flatten(1)
-        left = rows.logits(head(features), features, ids, labels)
-        assert left.shape == (4, 3, 1, 1)
-        left = left.flatten(1)
+        features = torch.randn(4, 5, *shape[1:])
+        flat, plain = features.movedim(1, -1), head(features).movedim(1, -1)
+        logits = TrainingLogits({"head": head})
+        logits.left_out["head"] = rows
+        with logits.of(labels, ids):
+            left = head(features).movedim(1, -1)
     else:
         head = torch.nn.Linear(5, 3)
         flat = torch.randn(*shape, 5)
@@ -95,6 +97,17 @@ def test_only_the_logit_of_the_own_class_of_rows_that_are_held_changes(shape):
             place = rows.row_ids.tolist().index(number)
             expected[..., label] += flat[row] @ rows.weight[place] + rows.bias[place]
         torch.testing.assert_close(left[row], expected)
+
+
+def test_two_rows_of_one_number_are_refused():
+    with pytest.raises(ValueError, match=r"`row_id` \(=4\) is the number of two training rows"):
+        LeftOutRows.of(torch.tensor([4, 1, 4]), torch.zeros(3, 5), torch.zeros(3))
+
+
+def test_lengths_are_float32_under_autocast():
+    lengths = FeatureLengths(torch.zeros(5), torch.eye(5), 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lengths.relative(torch.randn(2, 5)).dtype == torch.float32
 
 
 def test_a_head_scores_as_it_is_but_for_a_batch_that_is_named():
@@ -144,17 +157,17 @@ def test_frames_whose_rows_differ_in_length_have_no_metric(rows, frame):
         metric_root(ClassStatistics.of(*rows, len(COUNTS)), frame)
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 1, 1)], ids=["linear", "tokens", "convolution"])
+@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 2, 3)], ids=["linear", "tokens", "convolution"])
 def test_logits_are_divided_by_the_length_of_their_feature(shape):
     head = torch.nn.Conv2d(5, 3, 1) if len(shape) == 3 else torch.nn.Linear(5, 3)
-    features = torch.randn(4, 5, 1, 1) if len(shape) == 3 else torch.randn(*shape, 5)
+    features = torch.randn(4, 5, *shape[1:]) if len(shape) == 3 else torch.randn(*shape, 5)
     plain = head(features)
     logits = TrainingLogits({"head": head})
     logits.lengths["head"] = FeatureLengths(torch.ones(5), 2.0 * torch.eye(5), 0.5)
-    rows = features.flatten(1) if len(shape) == 3 else features
+    rows = features.movedim(1, -1) if len(shape) == 3 else features
     lengths = 4.0 * (rows - 1.0).norm(dim=-1)
     with logits.of(torch.zeros(4, dtype=torch.int64)):
-        expected = plain / (lengths.view(4, 1, 1, 1) if len(shape) == 3 else lengths.unsqueeze(-1))
+        expected = plain / lengths.unsqueeze(1 if len(shape) == 3 else -1)
         torch.testing.assert_close(head(features), expected)
     logits.remove()
     with logits.of(torch.zeros(4, dtype=torch.int64)):
@@ -221,6 +234,25 @@ class TestTrainer:
                 logits = trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
             centred = logits - logits.mean(dim=1, keepdim=True)
             assert centred.norm(dim=1).mean().item() == pytest.approx(1.0, rel=1e-3)
+
+    def test_a_head_that_was_aligned_before_is_set_as_this_run_would(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1)
+        align_head(trainer.model, trainer._alignment_loader(mixed=False), frame="discriminant")
+        trainer.train()
+        assert "discriminant frame is set anew" in capsys.readouterr().out
+        assert trainer._training_logits.left_out and trainer._training_logits.lengths
+        kept = make_trainer(tmp_path / "kept", model=trainer.model, num_train_epochs=1, realign_epochs=0)
+        before = next(iter(kept.heads.values())).weight.clone()
+        kept.train()
+        assert torch.equal(next(iter(kept.heads.values())).weight, before)
+        assert not kept._training_logits.left_out and not kept._training_logits.lengths
+
+    def test_a_run_that_ends_in_mid_epoch_ends_aligned(self, tmp_path):
+        trainer = make_trainer(tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
+        trainer.train()
+        weight = next(iter(trainer.heads.values())).weight.clone()
+        trainer.align()
+        torch.testing.assert_close(next(iter(trainer.heads.values())).weight, weight)
 
     def test_a_head_that_learns_moves_away_from_what_was_left_out(self, tmp_path):
         trainer = make_trainer(tmp_path / "run", model=make_model(head="etf", trainable=True))
