@@ -87,7 +87,7 @@ class ETFTrainingArguments(TrainingArguments):
             never where 0. Between two alignments it stays as it is.
         leave_one_out: In training each row is scored by the head that would have been set without it, where the head is fixed
             and aligned, rows have a ``row_id``, and none are mixed (``etf_adapt.training_logits.LeftOutRows``). Of more than
-            20,000 rows those of a sample that is even over the classes: all rows of the rare ones.
+            20,000 rows those of a sample that is even over the classes; the others are scored by the head as it is.
         feature_lengths: In training the logits of a fixed head are divided by the length of the feature, where the frame has
             a metric for it (``etf_adapt.training_logits.FeatureLengths``).
         final_frame: Closed form that the head, of whatever kind and however trained, is set to once more after training: a
