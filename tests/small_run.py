@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
@@ -119,6 +120,7 @@ def main(settings: dict[str, Any]) -> None:
             save_file(
                 {name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors"
             )
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
