@@ -201,6 +201,7 @@ def finetune(
     # Report.
     if state.is_main_process:
         leave_report(trainer, outcome.metrics, scored, settings, data, model_args, argv)
+    state.wait_for_everyone()  # none leaves while another still works
     state.destroy_process_group()
 
 

@@ -120,6 +120,7 @@ def main(settings: dict[str, Any]) -> None:
             save_file(
                 {name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors"
             )
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 
 
