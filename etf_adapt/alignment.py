@@ -303,7 +303,7 @@ def _training_length(
             if isinstance(module, _BatchNorm):
                 module.eval()
         for batch in batches:
-            with scores.of(torch.zeros(0)):
+            with scores.of():
                 _, lengths = vertex_products(logits_of(model(**batch)))
             totals += torch.stack([lengths.sum(), lengths.new_tensor(float(len(lengths)))]).float()
     scores.remove()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 from etf_adapt.etf_model import ETFModel
+from etf_adapt.metrics import pooled_balanced_accuracy
 from etf_adapt.swap import head_modules, logits_of
 
 TAUS = tuple(step / 10 for step in range(21))
@@ -122,18 +123,17 @@ def calibrate(
     return factor, strength
 
 
-def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]], *, taus: Sequence[float] = TAUS) -> float:
+def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]]) -> float:
     r"""Divide the rows of a trained linear head by a power of their lengths, chosen on held-out rows: a baseline.
 
     .. math:: w_k \leftarrow w_k / |w_k|^\tau, \qquad b_k \leftarrow 0
 
     Heads trained on a long tail have longer rows for frequent classes, which :math:`\tau = 1` takes away; the power of the best
-    balanced accuracy is taken, of equals the smallest.
+    balanced accuracy is taken of ``TAUS``, of equals the smallest.
 
     Args:
         model: Adapted model with one head; it is folded first, and its rows are changed in place.
         batches: This process's batches of held-out rows, with ``labels`` and, on several processes, ``row_id``.
-        taus: Powers to choose from, from 0 on.
 
     Returns:
         The power, the same on every process.
@@ -156,13 +156,11 @@ def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]], *, taus
     weight, bias = heads[0].rows()
     logits, labels = _held_out(model, batches)
     products = logits.double() - (0.0 if bias is None else bias)
-    recalls = []
-    for tau in taus:
-        right = (products / weight.norm(dim=1) ** tau).argmax(dim=1) == labels
-        rows = torch.bincount(labels)
-        recalls.append((torch.bincount(labels[right], minlength=len(rows))[rows > 0] / rows[rows > 0]).mean().item())
-    best = taus[int(np.argmax(recalls))]
-    heads[0].set_rows(weight / weight.norm(dim=1, keepdim=True) ** best, frame="tau-normalised")
+    lengths = weight.norm(dim=1)
+    predicted = ((products / lengths**tau).argmax(dim=1).numpy() for tau in TAUS)
+    scores = [pooled_balanced_accuracy(classes, labels.numpy(), min_rows=1) for classes in predicted]
+    best = TAUS[int(np.argmax(scores))]
+    heads[0].set_rows(weight / lengths.unsqueeze(1) ** best)
     return best
 
 

@@ -213,7 +213,7 @@ class ETFTrainer(ResumableTrainer):
             self.align()
             self._say(describe_alignment(self.alignment or {}))
         else:
-            self._training_logits.load_tensors({}, self.args.device)  # of a head that may have changed since
+            self._training_logits.clear()  # of a head that may have changed since
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         if self.args.final_frame is not None:
             self.model.fold_heads()
@@ -246,16 +246,15 @@ class ETFTrainer(ResumableTrainer):
                 if rows is not None:
                     broadcast(rows.data)  # Processes may round the same sums differently.
         self.alignment = {name: value for name, value in vars(result).items() if name not in ("left_out", "lengths")}
-        fixed = [path for path, head in self.heads.items() if not head.trainable]
-        for held, found, wanted in (
-            (self._training_logits.left_out, result.left_out, self.args.leave_one_out),
-            (self._training_logits.lengths, result.lengths, self.args.feature_lengths),
+        logits = self._training_logits
+        logits.clear()
+        for (path, head), rows_left_out, lengths in zip(
+            self.heads.items(), result.left_out, result.lengths, strict=True
         ):
-            parts: Any = dict(zip(self.heads, found, strict=True))
-            held.clear()
-            held.update(
-                {path: parts[path].to(self.args.device) for path in fixed if wanted and parts[path] is not None}
-            )
+            if rows_left_out is not None and self.args.leave_one_out and not head.trainable:
+                logits.left_out[path] = rows_left_out.to(self.args.device)
+            if lengths is not None and self.args.feature_lengths and not head.trainable:
+                logits.lengths[path] = lengths.to(self.args.device)
 
     def _set_class_weights(self, on: bool) -> None:
         settings = {name: value for name, value in self.model.etf_settings["loss"].items() if name != "class_weights"}

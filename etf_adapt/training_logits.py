@@ -99,12 +99,12 @@ class LeftOutRows:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds, by name, for a file."""
-        return {"row_ids": self.row_ids, "weight": self.weight, "bias": self.bias}
+        return dict(vars(self))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LeftOutRows:
         """Return what ``tensors`` was made of."""
-        return cls(tensors["row_ids"], tensors["weight"], tensors["bias"])
+        return cls(**tensors)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TrainingLogits:
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         self.left_out: dict[str, LeftOutRows] = {}
         self.lengths: dict[str, FeatureLengths] = {}
-        self._batch: tuple[Tensor, Tensor | None] | None = None
+        self._batch: tuple[Tensor | None, Tensor | None] | None = None
         self._hooks = [head.register_forward_hook(partial(self._change, path)) for path, head in heads.items()]
 
     def remove(self) -> None:
@@ -189,12 +189,12 @@ class TrainingLogits:
             hook.remove()
 
     @contextmanager
-    def of(self, labels: Tensor, row_ids: Tensor | None = None) -> Iterator[None]:
+    def of(self, labels: Tensor | None = None, row_ids: Tensor | None = None) -> Iterator[None]:
         """Name the batch that the heads are about to read.
 
         Args:
             labels: Classes of the rows (batch,).
-            row_ids: Their numbers (batch,); None where they are not to be left out.
+            row_ids: Their numbers (batch,). Where either is None no row is left out.
         """
         self._batch = labels, row_ids
         try:
@@ -209,11 +209,18 @@ class TrainingLogits:
         channels = 1 if isinstance(head, nn.Conv2d) else -1
         features, logits = features.movedim(channels, -1), logits.movedim(channels, -1)
         rows, lengths = self.left_out.get(path), self.lengths.get(path)
-        if rows is not None and row_ids is not None and len(features) == len(row_ids):  # else parts of a batch
-            logits = rows.logits(logits, features, row_ids, labels)
+        if rows is not None and labels is not None and row_ids is not None and len(features) == len(row_ids):
+            logits = rows.logits(
+                logits, features, row_ids, labels
+            )  # not of a part of a batch, whose rows are not known
         if lengths is not None:
             logits = (logits / lengths.relative(features).unsqueeze(-1)).to(logits.dtype)
         return logits.movedim(-1, channels)
+
+    def clear(self) -> None:
+        """Forget all rows and lengths: the heads score as they are."""
+        self.left_out.clear()
+        self.lengths.clear()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds by kind, path and name, for a file."""
