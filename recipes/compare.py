@@ -4,12 +4,14 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
     python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
         --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 -- --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
     python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
+    python recipes/compare.py --results results/first --rows etf etf_share --tuning_only -- --dataset $DATA/clinc150
 
 What stands after `--` goes to recipes/finetune.py in every run. First each row is run at every rate with the first seed,
 without the test split; then, at the rates of the best validation balanced accuracy, with every seed, and the test split is
 scored once. After any stop the same command goes on: a finished run is one small file in `runs/` and is never run again, an
 interrupted one is resumed from its newest checkpoint. With `--jobs 8` eight runs share a device that holds them. More rows,
-seeds or rates may be asked for later. The table is printed and left in `table.md` and `table.json`.
+seeds or rates may be asked for later. The table is printed and left in `table.md` and `table.json`; what the rates were chosen
+by in `validation.md`, which `--tuning_only` stops at: many rows on one seed, none of which sees the test split.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from compare_rows import ROWS, Row
-from compare_table import caption, collapse_table, cost_table, number, score_table
+from compare_table import caption, collapse_table, command, cost_table, number, score_table, validation_table
 
 from etf_adapt import comparison, report
 from etf_adapt.model_names import check_choice
@@ -96,8 +98,8 @@ class Children:
         self._starting = threading.Lock()
         self.alone = threading.Lock()  # held while what all runs share is written or found out
 
-    def launch(self, command: Sequence[str]) -> tuple[int, str]:
-        """Run a command to its end; return its exit code, and the line that tells why it failed if it did."""
+    def launch(self, command: Sequence[str]) -> tuple[int, list[str]]:
+        """Run a command to its end; return its exit code, and the last lines that it wrote."""
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         options |= {"text": True, "errors": "replace", "start_new_session": True, "pass_fds": (self.lock,)}
         with self._starting:
@@ -106,12 +108,11 @@ class Children:
             process = subprocess.Popen(command, **options)
             self._running.add(process)
         with process:
-            lines = deque((line.strip() for line in process.stdout or () if line.strip()), maxlen=100)
+            lines = deque((line.rstrip() for line in process.stdout or () if line.strip()), maxlen=100)
             code = process.wait()
         with self._starting:
             self._running.discard(process)
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers go on
-        return code, (errors or [*lines] or ["it said nothing"])[-1]
+        return code, [*lines]
 
     def stop(self) -> None:
         """End all that run."""
@@ -148,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_all(options: argparse.Namespace, children: Children) -> None:
     """Do what is not finished, as many runs at once as asked for: all tuning first, then the final runs."""
     rows = chosen_rows(options)
-    tuned, tested = sum(len(tuning_runs(row, options)) for row in rows), len(rows) * len(options.seeds)
-    stages = (tuning_runs, final_runs)  # which the final ones are is known when the others are finished
+    tuned = sum(len(tuning_runs(row, options)) for row in rows)
+    tested = 0 if options.tuning_only else len(rows) * len(options.seeds)
+    stages = [tuning_runs, *([] if options.tuning_only else [final_runs])]  # the final ones are known after the others
     done = sum(read_run(run, options) is not None for runs in stages for row in rows for run in runs(row, options))
     print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
     timed = False
@@ -216,9 +218,11 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
     start = time.monotonic()
     program = [*(shlex.split(options.launcher) if options.launcher else [sys.executable]), str(FINETUNE)]
-    code, said = children.launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin])
+    code, lines = children.launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin])
+    failed = folder.with_name(f"{run.name}.log")
     if code != 0:
-        raise ChildProcessError(f"{run} failed (exit code {code}): {said}\nWhat is finished stays.")
+        raise ChildProcessError(why_it_failed(run, code, lines, failed))
+    failed.unlink(missing_ok=True)
     log = [json.loads(line) for line in (folder / report.LOG_FILE).read_text(encoding="utf-8").splitlines()]
     scored = [entry for entry in log if entry.get("eval_balanced_accuracy") is not None]
     with children.alone:
@@ -245,6 +249,15 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     if not options.keep_models:
         shutil.rmtree(folder)
     return found
+
+
+def why_it_failed(run: Run, code: int, lines: Sequence[str], file: Path) -> str:
+    """Leave the last lines of a run that failed in a file, and return the one that tells why."""
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers go on
+    said = (errors or [*lines] or ["it said nothing"])[-1].strip()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"{run} failed (exit code {code}): {said}\nIts last lines are in {file}. What is finished stays."
 
 
 def last_collapse(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -292,12 +305,14 @@ def environment() -> dict[str, Any]:
 
 
 def leave_table(options: argparse.Namespace) -> None:
-    """Print the table of the rows that are finished, and leave it as Markdown and as JSON."""
-    rows, unfinished = [], []
+    """Print the tables of the rows that are finished, and leave them as Markdown and as JSON."""
+    rows, unfinished, validated = [], [], []
     for row in chosen_rows(options):
         both = ([read_run(run, options) for run in runs(row, options)] for runs in (tuning_runs, final_runs))
         tuned, final = ([found for found in runs if found is not None] for runs in both)
-        if len(final) < len(options.seeds):
+        if tuned and len(tuned) == len(tuning_runs(row, options)):
+            validated.append((row, tuned))
+        if options.tuning_only or len(final) < len(options.seeds):
             unfinished.append(row.name)
             continue
         labels = read_json(options.results / LABELS_FILE)["labels"]
@@ -307,20 +322,31 @@ def leave_table(options: argparse.Namespace) -> None:
         chosen = {name: final[0][name] for name in ("learning_rate", "head_rate")}
         tuning = {"tuning_runs": len(tuned), "tuning_validation": max(map(validation_score, tuned))}
         rows.append({**fixed, **chosen, **tuning, "runs": final})
-    if not rows:
+    if not validated:
         raise ValueError(f"`results` (={str(options.results)!r}) holds no finished row: run it without --table_only.")
-    summary = comparison.summarize(rows, np.unique(labels, return_inverse=True)[1])
-    told = [{"date": run["date"], **run["versions"]} for row in rows for run in row["runs"]]
-    names = dict.fromkeys(name for of in told for name in of)
-    versions = {name: sorted({str(of[name]) for of in told if name in of}) for name in names}
-    summary |= {"unfinished": unfinished, "versions": versions}
     lists = {name: vars(options)[name] for name in LISTS}
-    results, launcher = report.public_value(str(options.results)), public_launcher(options)
-    below = caption(summary, results, lists, options.flags, launcher)
+    results = report.public_value(str(options.results))
+    told = command(results, lists, options.flags, public_launcher(options))
+    versions = versions_of([run for _, runs in validated for run in runs])
+    table = validation_table(validated, options.seeds[0], told, versions)
+    (options.results / "validation.md").write_text(table, encoding="utf-8")
+    if not rows:
+        print(f"\n{table}")
+        return
+    summary = comparison.summarize(rows, np.unique(labels, return_inverse=True)[1])
+    summary |= {"unfinished": unfinished, "versions": versions_of([run for row in rows for run in row["runs"]])}
+    below = caption(summary, lists, told)
     table = "\n\n".join([score_table(summary), cost_table(summary), *collapse_table(summary), below]) + "\n"
     report.write_json(options.results / "table.json", summary)
     (options.results / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}")
+
+
+def versions_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return dates, versions and hardware of runs, by name each that occurs."""
+    told = [{"date": run["date"], **run["versions"]} for run in runs]
+    names = dict.fromkeys(name for of in told for name in of)
+    return {name: sorted({str(of[name]) for of in told if name in of}) for name in names}
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
@@ -335,6 +361,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="Runs at once, for a device or many cores that hold several. %(default)s")
     add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
     add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
+    add("--tuning_only", action="store_true", help="Choose the rates, and leave the test split alone.")
     add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
     own = argv[: argv.index("--")] if "--" in argv else argv
     options = parser.parse_args(own)

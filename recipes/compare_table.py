@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from compare_rows import Row
 
 from etf_adapt import comparison, report
 from etf_adapt.comparison import format_difference, format_markdown, format_spread
@@ -53,29 +54,69 @@ def collapse_table(summary: Mapping[str, Any]) -> list[str]:
     return [format_markdown(["NC1 / NC2 / NC3 / NC4 in", *comparison.COLLAPSE.values()], cells)]
 
 
-def caption(
-    summary: Mapping[str, Any],
-    results: str,
-    lists: Mapping[str, Sequence[Any]],
-    passed: Mapping[str, str],
-    launcher: str,
+def validation_table(
+    rows: Sequence[tuple[Row, Sequence[Mapping[str, Any]]]], seed: int, told: str, versions: Mapping[str, Sequence[str]]
 ) -> str:
-    """Say below the table how it came about.
+    """Set what the rates were chosen by: each row's score at each of them, on validation rows of one seed.
 
     Args:
-        summary: What ``etf_adapt.comparison.summarize`` returned.
+        rows: Rows with their runs of the first stage.
+        seed: Their seed.
+        told: The command.
+        versions: Versions and hardware, each with its values.
+    """
+    cells = []
+    for row, runs in rows:
+        scores = [report.percent(run["all_results"]["eval_balanced_accuracy"]) for run in runs]
+        rates = [(number(run["learning_rate"]), run["head_rate"]) for run in runs]
+        names = [rate if head is None else f"{rate} (head x {number(head)})" for rate, head in rates]
+        best = max(range(len(runs)), key=lambda run: float(runs[run]["all_results"]["eval_balanced_accuracy"]))
+        at_each = "; ".join(f"{name}: {score}" for name, score in zip(names, scores, strict=True))
+        cells.append([row.title, row.kind, f"`{shlex.join(row.flags)}`", scores[best], names[best], at_each])
+    told_below = (
+        f"Balanced accuracy of validation rows in per cent, seed {seed}: what rates and defaults are chosen by. One seed ranks "
+        "nothing; the test rows were not touched for it."
+    )
+    table = format_markdown(["row", "kind", "flags", "best validation", "at", "at each rate"], cells)
+    return "\n\n".join([table, told, told_below, environment(versions)]) + "\n"
+
+
+def command(results: str, lists: Mapping[str, Sequence[Any]], passed: Mapping[str, str], launcher: str) -> str:
+    """Return the command that makes a table, as Markdown.
+
+    Args:
         results: Folder of the results, as it may be published.
         lists: Rows, seeds and rates.
         passed: Flags that went to all runs, with their values.
         launcher: What ran them; nothing where it was python.
     """
-    lists = {name: [value if name == "rows" else number(value) for value in values] for name, values in lists.items()}
-    flags = [f"--{name} {' '.join(values)}" for name, values in lists.items()]
+    flags = [f"--{name} {' '.join(values)}" for name, values in _written(lists).items()]
     flags += [f"--launcher {shlex.quote(launcher)}"] if launcher else []
     flags += ["--", *(f"--{name} {values}".strip() for name, values in passed.items())]
+    return f"`python recipes/compare.py --results {shlex.quote(results)} {' '.join(flags)}`"
+
+
+def environment(versions: Mapping[str, Sequence[str]]) -> str:
+    """Return versions and hardware in one line."""
+    return ", ".join(f"{name} {' / '.join(values)}" for name, values in versions.items())
+
+
+def _written(lists: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+    return {name: [value if name == "rows" else number(value) for value in values] for name, values in lists.items()}
+
+
+def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], told: str) -> str:
+    """Say below the table how it came about.
+
+    Args:
+        summary: What ``etf_adapt.comparison.summarize`` returned, with the unfinished rows and the versions.
+        lists: Rows, seeds and rates.
+        told: The command.
+    """
+    lists = _written(lists)
     rates, factors, seeds = (", ".join(lists[name]) for name in ("learning_rates", "head_rates", "seeds"))
-    told = [
-        f"`python recipes/compare.py --results {shlex.quote(results)} {' '.join(flags)}`",
+    parts = [
+        told,
         f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All rows had the same tuning effort: "
         f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the validation balanced "
         f"accuracy of seed {lists['seeds'][0]}, of equals the lower.",
@@ -84,18 +125,18 @@ def caption(
         f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of rows; bold where all of it is above 0.",
     ]
     if summary["not_ranked"]:
-        told[2] = f"Rows are not ranked, and there are no intervals: {summary['not_ranked']}."
-    told.append(
+        parts[2] = f"Rows are not ranked, and there are no intervals: {summary['not_ranked']}."
+    parts.append(
         "Measures of collapse are those after the last epoch, before a refit. Training seconds are comparable only among runs "
         "that had the machine to themselves in the same number (`jobs` in their files)."
     )
     if summary["target"] is not None:
         target = report.percent(summary["target"])
-        told.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
+        parts.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
     if summary["unfinished"]:
-        told.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
-    told.append(", ".join(f"{name} {' / '.join(values)}" for name, values in summary["versions"].items()))
-    return "\n\n".join(told)
+        parts.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
+    parts.append(environment(summary["versions"]))
+    return "\n\n".join(parts)
 
 
 def number(value: float) -> str:

@@ -39,7 +39,7 @@ class FakeRuns:
         self.labels = LABELS
         self.has_validation = True
 
-    def __call__(self, command: list[str]) -> tuple[int, str]:
+    def __call__(self, command: list[str]) -> tuple[int, list[str]]:
         script = command.index(str(compare.FINETUNE))
         flags = dict(zip(command[script + 1 :: 2], [*command[script + 2 :: 2], ""]))
         call = {name.removeprefix("--"): value for name, value in flags.items()}
@@ -47,7 +47,7 @@ class FakeRuns:
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.write(**call)
-        return 0, "done"
+        return 0, ["done"]
 
     def score(self, *, head: str, learning_rate: str, head_learning_rate: str = "0", **_: str) -> float:
         """Return a validation score: best at 1e-4, and for the head at 1e-3."""
@@ -146,6 +146,7 @@ class TestFiles:
             "test_labels.json",
             "table.md",
             "table.json",
+            "validation.md",
         }
         left = json.loads(Path("r/runs/etf_dr-final-lr0.0001-seed1.json").read_text())
         assert left["collapse"] == {"nc1": 3.0, "train_logit_nc2": 0.25}
@@ -276,6 +277,18 @@ class TestTable:
         table = Path("r/table.md").read_text()
         assert "left out: etf_dr" in table and "| ETF" not in table
 
+    def test_tuning_alone_leaves_the_test_rows_and_says_what_each_rate_gave(self, runs, capsys):
+        compare.main([*TWO_ROWS, "--tuning_only", *SHARED])
+        assert [call["evaluate_test"] for call in runs.calls] == ["false"] * 6
+        table = Path("r/validation.md").read_text()
+        assert table.strip() in capsys.readouterr().out and not Path("r/table.md").exists()
+        linear, etf = [line for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
+        assert "| 90.0 | 0.0001 (head x 10) | 0.0001 (head x 1): 85.0; 0.0001 (head x 10): 90.0; " in linear
+        assert "| 90.0 | 0.0001 | 0.0001: 90.0; 0.001: 80.0 |" in etf
+        assert "--dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
+        compare.main([*TWO_ROWS, *SHARED])
+        assert len(runs.calls) == 10 and Path("r/table.md").exists() and Path("r/validation.md").read_text() == table
+
 
 class TestMistakes:
     @pytest.mark.parametrize(
@@ -314,7 +327,7 @@ class TestMistakes:
 
     def test_a_run_that_fails_stops_it_with_its_own_last_words(self, runs, capsys, monkeypatch):
         def fail_third(children, command):
-            return (1, "loss is not finite") if len(runs.calls) == 2 else runs(command)
+            return (1, ["Traceback", "  line 7", "loss is not finite"]) if len(runs.calls) == 2 else runs(command)
 
         monkeypatch.setattr(compare.Children, "launch", fail_third)
         said = refused([*TWO_ROWS, *SHARED], capsys)
@@ -322,6 +335,8 @@ class TestMistakes:
             "tuning linear_ce, learning rate 0.001 (head x 1), seed 0 failed (exit code 1): loss is not finite" in said
         )
         assert len(files()) == 2
+        kept = Path("r/scratch/linear_ce-tuning-lr0.001-head1x-seed0.log")
+        assert str(kept) in said and kept.read_text() == "Traceback\n  line 7\nloss is not finite\n"
 
     def test_of_several_runs_at_once_one_that_fails_ends_the_others(self, runs, capsys, monkeypatch):
         both = threading.Barrier(2)
@@ -330,7 +345,7 @@ class TestMistakes:
             both.wait(timeout=30)  # two run at once
             if not runs.calls:
                 runs.calls.append({})
-                return 1, "loss is not finite"
+                return 1, ["loss is not finite"]
             return REAL_LAUNCH(children, [sys.executable, "-c", "import time; time.sleep(60)"])
 
         monkeypatch.setattr(compare.Children, "launch", launch)
@@ -346,18 +361,16 @@ class TestMistakes:
 
 
 class TestLaunch:
-    def run(self, program: str, tmp_path) -> tuple[int, str]:
-        lock = os.open(tmp_path, os.O_RDONLY)
-        try:
-            return compare.Children(lock).launch([sys.executable, "-c", program])
-        finally:
-            os.close(lock)
-
     def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
         said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
-        assert self.run(said, tmp_path) == (2, "bad flag")
-        assert self.run("print('one'); print('two')", tmp_path) == (0, "two")
-        assert self.run("raise SystemExit(3)", tmp_path) == (3, "it said nothing")
+        programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
+        run, file = compare.Run(compare.ROWS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
+        lock = os.open(tmp_path, os.O_RDONLY)
+        for program, (code, last) in programs.items():
+            left, lines = compare.Children(lock).launch([sys.executable, "-c", program])
+            assert left == code
+            assert f"(exit code {code}): {last}\n" in compare.why_it_failed(run, code, lines, file)
+        os.close(lock)
 
     @pytest.mark.skipif(
         not Path("/proc/self/task").is_dir(), reason="needs Linux, which tells the children of a process"
