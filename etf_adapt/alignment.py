@@ -27,6 +27,7 @@ from etf_adapt.frames import (
     closed_form_rows,
     left_out_rows,
     metric_root,
+    nearest_mean_accuracy,
 )
 from etf_adapt.head import ClassifierHead
 from etf_adapt.simplex import vertex_products
@@ -46,6 +47,7 @@ class AlignmentResult:
         penalties: Penalty of each head, in mean eigenvalues; None for frames without one.
         balanced_accuracy: Leave-one-out balanced accuracy of the first head on sampled training rows at that penalty;
             None for frames without a penalty.
+        nearest_mean_accuracy: That of the nearest class mean of what the first head reads.
         rows: Training rows that the statistics hold.
         length: Mean length of the centred logits in training mode before they were scaled to one.
         left_out: Of each head how it changes for a training row that is left out (``etf_adapt.training_logits``); None for
@@ -57,6 +59,7 @@ class AlignmentResult:
     frame: str
     penalties: tuple[float | None, ...]
     balanced_accuracy: float | None
+    nearest_mean_accuracy: float | None
     rows: int
     length: float
     left_out: tuple[LeftOutRows | None, ...] = field(default=(), repr=False)
@@ -133,10 +136,12 @@ def align_head(
     unit = length / _training_length(model, gathered.first_batches, seed, metrics) if metrics and length > 0.0 else 1.0
     scale = 1.0 / length if length > 0.0 and all(head.kind != "cosine" for head in heads.values()) else 1.0
     _scale(heads, scale)
+    nearest = nearest_mean_accuracy(*gathered.parts[0])
     return AlignmentResult(
         frame,
         tuple(part.penalty for part in found),
         next((part.score for part in found if math.isfinite(part.score)), None),
+        nearest if math.isfinite(nearest) else None,
         int(gathered.parts[0][0].counts.sum()),
         length,
         tuple(None if part.left_out is None else part.left_out.scaled(scale) for part in found),

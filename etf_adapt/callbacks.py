@@ -130,25 +130,6 @@ def describe_run(trainer: ETFTrainer) -> list[str]:
     return [*lines, *unmet_requests(trainer.accelerator.distributed_type.value)]
 
 
-def describe_alignment(result: Mapping[str, Any]) -> str:
-    """Say what an alignment did.
-
-    Args:
-        result: Fields of an ``etf_adapt.alignment.AlignmentResult``.
-
-    Returns:
-        A line for a person.
-
-    Example:
-        >>> describe_alignment({"frame": "ridge", "rows": 1200, "penalties": (0.1,), "balanced_accuracy": 0.831})
-        'aligned: ridge frame on 1,200 rows, penalty 0.1, leave-one-out balanced accuracy 83.1'
-    """
-    penalties = [f"penalty {penalty:.4g}" for penalty in result["penalties"] if penalty is not None]
-    score = result["balanced_accuracy"]
-    said = [f"aligned: {result['frame']} frame on {result['rows']:,} rows", *penalties[:1]]
-    return ", ".join([*said, *([] if score is None else [f"leave-one-out balanced accuracy {percent(score)}"])])
-
-
 class EpochStart(TrainerCallback):
     """Tell the sampler which epoch begins.
 

@@ -372,11 +372,43 @@ def choose_penalty(
         options: dict[str, Any] = {"penalty": penalty, "intercept": intercept}
         parts = zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)  # several arrays of rows by classes
         predicted = [leave_one_out_scores(statistics, *part, frame, **options).argmax(dim=1) for part in parts]
-        correct = (torch.cat(predicted) == labels).to(torch.float64)
-        rows = torch.bincount(labels, minlength=len(statistics.counts))
-        recalls = torch.bincount(labels, weights=correct, minlength=len(rows))[rows > 0] / rows[rows > 0]
-        best = max(best, (float(recalls.mean()), penalty))
+        best = max(best, (_mean_recall(torch.cat(predicted), labels), penalty))
     return best[1], best[0]
+
+
+def nearest_mean_accuracy(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> float:
+    r"""Measure how well the nearest class mean tells sampled training rows, each left out of its own.
+
+    Without row i, the mean of its class of n rows lies :math:`n / (n - 1)` times as far from it.
+
+    Args:
+        statistics: Statistics of all training rows.
+        features: Sampled training rows (batch, in_features).
+        labels: Their classes (batch,).
+
+    Returns:
+        Leave-one-out balanced accuracy over the sampled classes with two rows or more; NaN where there is none.
+
+    Example:
+        >>> features, labels = torch.tensor([[0.0], [1.0], [2.0], [5.0]]), torch.tensor([0, 0, 0, 1])
+        >>> nearest_mean_accuracy(ClassStatistics.of(features, labels, 2), features, labels)
+        1.0
+    """
+    usable = statistics.counts[labels] >= 2
+    features, labels = features[usable].to(torch.float64), labels[usable]
+    if len(labels) == 0:
+        return math.nan
+    distances = torch.cdist(features, statistics.means)
+    own, counts = labels.unsqueeze(1), statistics.counts[labels].unsqueeze(1)
+    distances.scatter_(1, own, distances.gather(1, own) * counts / (counts - 1.0))
+    return _mean_recall(distances.argmin(dim=1), labels)
+
+
+def _mean_recall(predicted: Tensor, labels: Tensor) -> float:
+    """Return the balanced accuracy over the classes that occur."""
+    rows = torch.bincount(labels)
+    correct = torch.bincount(labels, weights=(predicted == labels).to(torch.float64))
+    return float((correct[rows > 0] / rows[rows > 0]).mean())
 
 
 def _products_without_row(

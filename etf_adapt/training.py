@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from etf_adapt.advisor import describe_start
 from etf_adapt.alignment import align_head
 from etf_adapt.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
@@ -27,7 +28,6 @@ from etf_adapt.callbacks import (
     Realign,
     Reweight,
     RunLog,
-    describe_alignment,
     describe_run,
     set_threads,
 )
@@ -211,7 +211,8 @@ class ETFTrainer(ResumableTrainer):
                 batches = self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
                 reestimate_batch_norms(self.model, batches)
             self.align()
-            self._say(describe_alignment(self.alignment or {}))
+            for line in describe_start(self):
+                self._say(line)
         else:
             self._training_logits.clear()  # of a head that may have changed since
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
@@ -219,7 +220,7 @@ class ETFTrainer(ResumableTrainer):
             self.model.fold_heads()
             self.heads = head_modules(self.model)
             self.align(self.args.final_frame)
-            self._say(f"refitted, {describe_alignment(self.alignment or {})}")
+            self._say(f"refitted, {describe_start(self)[0]}")
         require_finite(self.model, step=self.state.global_step)
         return output
 

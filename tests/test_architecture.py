@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom. A module imports from its own layer or from those below it, and no two modules import each other.
 LAYERS = (
-    {"training", "resume", "callbacks", "arguments", "checkpoints"},
+    {"training", "resume", "callbacks", "advisor", "arguments", "checkpoints"},
     {"report", "card", "comparison"},
     {"alignment", "evaluation", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
