@@ -82,7 +82,7 @@ class CardFacts:
         model_id: Hub id or folder name under which the model will be loaded.
         on_hub: Whether that is a Hub id.
         task: ``"image"`` or ``"text"``.
-        timm: Whether the folder is in timm's layout.
+        library: ``"transformers"``, ``"timm"`` or ``"sentence_transformers"``: whose layout the folder has.
         base_model: The model that it started from: a Hub id or another name.
         dataset: Name, and what else the data loader says of the rows.
         label_names: Name of each class.
@@ -102,7 +102,7 @@ class CardFacts:
     model_id: str
     on_hub: bool
     task: str
-    timm: bool
+    library: str
     base_model: str
     dataset: Mapping[str, Any]
     label_names: Sequence[str]
@@ -196,7 +196,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         model_name=facts.model_id.rstrip("/").split("/")[-1],
         base_model=facts.base_model if _HUB_ID.fullmatch(facts.base_model) else None,
-        library_name="timm" if facts.timm else "transformers",
+        library_name=facts.library.replace("_", "-"),
         pipeline_tag=pipeline,
         datasets=[name] if is_hub_data else None,
         tags=["etf_adapt", "long-tail", "neural-collapse"],
@@ -229,13 +229,24 @@ def _settings(values: Mapping[str, Any]) -> str:
 def _usage(facts: CardFacts) -> str:
     model = json.dumps(facts.model_id)
     example = '"photo.jpg"' if facts.task == "image" else '"a text"'
+    if facts.library == "sentence_transformers":
+        return "\n".join(
+            [
+                "from sentence_transformers import SentenceTransformer",
+                "",
+                f"model = SentenceTransformer({model})",
+                f"logits = model.encode([{example}], convert_to_tensor=True)  # one row a text, one column a class",
+                "names = model[0].auto_model.config.id2label",
+                "print([names[index] for index in logits.argmax(dim=1).tolist()])",
+            ]
+        )
     lines = [
         "from transformers import pipeline",
         "",
         f'classify = pipeline("{_pipeline(facts.task)}", model={model})',
         f"classify({example})",
     ]
-    if facts.timm:
+    if facts.library == "timm":
         place = "hf-hub:" if facts.on_hub else "local-dir:"
         lines += [
             "",

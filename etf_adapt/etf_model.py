@@ -21,6 +21,7 @@ from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
+from etf_adapt.pooling import MeanPoolingForSequenceClassification, write_sentence_folder
 from etf_adapt.simplex import reachable_cosine
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.swap import head_modules, logits_of, replace_module
@@ -78,7 +79,7 @@ class ETFModel(_Base):
 
         ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
         ``paths``; ``loss``: arguments of ``etf_adapt.losses.make_loss``; ``class_counts``; ``temperature`` and
-        ``prior_adjustment``: what ``set_temperature`` folded into the head.
+        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"mean"`` or ``"stock"``.
         """
         heads = head_modules(self)
         first = next(iter(heads.values()), None)
@@ -89,9 +90,12 @@ class ETFModel(_Base):
             "folded": hasattr(first, "folded_from"),
             "paths": list(heads),
         }
+        pooled = isinstance(self, MeanPoolingForSequenceClassification)
+        library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"
         return {
             "version": 1,
-            "library": "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers",
+            "library": "sentence_transformers" if pooled else library,
+            "pooling": "mean" if pooled else "stock",
             "head": head,
             "loss": dict(self._loss_settings),
             "class_counts": None if self._class_counts is None else list(self._class_counts),
@@ -268,8 +272,8 @@ class ETFModel(_Base):
             fold: Whether cosine and paper heads are folded into the stock layer with the same argmax. Where None, all
                 folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
                 and those of the two kinds are read here only.
-            kwargs: Passed on to transformers' ``save_pretrained``. Timm's layout has one weight file and takes
-                ``push_to_hub`` and its arguments only.
+            kwargs: Passed on to transformers' ``save_pretrained``. The layouts of timm and sentence-transformers have one
+                weight file a module and take ``push_to_hub`` and its arguments only.
         """
         self._require_complete()
         fold = not is_training_checkpoint(save_directory) if fold is None else fold
@@ -277,14 +281,18 @@ class ETFModel(_Base):
         setattr(self.config, ENTRY, self._entry(tensors, fold=fold))
         if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
             self.processor.save_pretrained(save_directory)
-        if not isinstance(self, TimmWrapperForImageClassification):
+        is_pooled = fold and isinstance(self, MeanPoolingForSequenceClassification)
+        if not is_pooled and not isinstance(self, TimmWrapperForImageClassification):
             super().save_pretrained(
                 cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
             )
         elif is_main_process:
-            names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
-            write_timm_folder(save_directory, self.config, self.timm_model, names)
             kwargs.pop("max_shard_size", None)
+            if is_pooled:
+                write_sentence_folder(save_directory, self, tensors)
+            else:
+                names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
+                write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
             if kwargs.pop("push_to_hub", False):
                 self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,11 +13,19 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 from etf_adapt.etf_model import ETFModel
+from etf_adapt.folders import ENTRY
 from etf_adapt.metrics import pooled_balanced_accuracy
+from etf_adapt.pooling import MeanPoolingForSequenceClassification
 from etf_adapt.swap import head_modules, logits_of
 
 TAUS = tuple(step / 10 for step in range(21))
@@ -42,6 +51,22 @@ class RowPredictions:
     unadjusted: np.ndarray
     confidences: np.ndarray
     losses: np.ndarray
+
+
+def load_stock(folder: str | Path, task: str) -> PreTrainedModel:
+    """Load a saved folder as its users do without this library: by transformers, or as sentence-transformers would.
+
+    Args:
+        folder: What ``save_pretrained`` left.
+        task: ``"image"`` or ``"text"``.
+
+    Returns:
+        A model of a stock class, or an encoder with the mean of its tokens and the linear layer that lies beside it.
+    """
+    if task == "text" and (getattr(AutoConfig.from_pretrained(folder), ENTRY, None) or {}).get("pooling") == "mean":
+        return MeanPoolingForSequenceClassification.from_folder(folder)
+    stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
+    return cast(PreTrainedModel, stock.from_pretrained(folder))
 
 
 def predict_rows(

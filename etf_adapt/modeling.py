@@ -21,6 +21,8 @@ from transformers import (
 
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
 from etf_adapt.folders import ENTRY, HUB_OPTIONS, layer_digest, load_config, load_processor, locate, read_weights
+from etf_adapt.model_names import check_choice
+from etf_adapt.pooling import POOLINGS, MeanPoolingForSequenceClassification, trained_pooling
 from etf_adapt.swap import find_heads, head_modules, swap_head
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
@@ -50,6 +52,7 @@ class _Factory(ETFModel):
         loss: Mapping[str, Any] | str | None = None,
         class_counts: Sequence[int] | None = None,
         head_path: str | Sequence[str] | None = None,
+        pooling: str | None = None,
         pretrained: bool = True,
         seed: int = 0,
         **kwargs: Any,
@@ -71,6 +74,10 @@ class _Factory(ETFModel):
             loss: Arguments of ``etf_adapt.losses.make_loss``, or its name; as saved, or the head's usual one, where None.
             class_counts: Training rows of each class, for the loss that needs them.
             head_path: Module path or paths of the layer to replace, for models in which it is not found.
+            pooling: What makes one feature of a text's tokens: ``"stock"``, as the stock class has it, or ``"mean"``, their
+                mean, as most sentence encoders were trained. Where the stock class can be set to that (ModernBERT) it is;
+                elsewhere the model is a ``etf_adapt.pooling.MeanPoolingForSequenceClassification`` and is saved as
+                sentence-transformers reads it. As saved, or ``"stock"``, where None.
             pretrained: Whether to load weights; otherwise they are random, in the same architecture.
             seed: Seed of the random frame and of weights that are not in the file.
             kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
@@ -90,16 +97,21 @@ class _Factory(ETFModel):
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
-        factory._require_task(config, location)
         count, names = _resolve_labels(num_labels, id2label, label2id)
         saved = getattr(config, ENTRY, None) if pretrained else None
+        if pooling is None and saved is None and pretrained and factory._task == "text":
+            _warn_of_pooling(location, config, kwargs)
+        pooled = factory._resolve_pooling(pooling, config, saved)
+        if not pooled:
+            factory._require_task(config, location)
         with _seeded(seed):
             if saved is not None and _is_unfolded(saved):
-                model = factory._load_checkpoint(location, config, saved, dtype=dtype)
+                model = factory._load_checkpoint(location, config, saved, pooled=pooled, dtype=dtype)
             else:
-                model = factory._load_stock(location, config, count, pretrained=pretrained, dtype=dtype, **kwargs)
+                options = {"pretrained": pretrained, "pooled": pooled, "dtype": dtype, **kwargs}
+                model = factory._load_stock(location, config, count, **options)
         before = cast(int, model.config.num_labels)
-        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path)
+        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, pooled)
         if saved is not None and kept:
             if not isinstance(model, ETFModel):
                 model = _restore(factory, model, saved)
@@ -140,10 +152,36 @@ class _Factory(ETFModel):
             )
 
     @classmethod
+    def _resolve_pooling(cls, pooling: str | None, config: PreTrainedConfig, saved: Mapping[str, Any] | None) -> bool:
+        """Return whether the stock class is left for the mean of the tokens; set it to that where it can be."""
+        if pooling is None:
+            return saved is not None and saved.get("pooling") == "mean"
+        check_choice("pooling", pooling, POOLINGS)
+        if pooling == "stock":
+            return False
+        if cls._task != "text":
+            raise ValueError(f"`pooling` (={pooling!r}) is for texts: leave it out, the image model has its own.")
+        if hasattr(config, "classifier_pooling"):
+            config.classifier_pooling = pooling
+            return False
+        return True
+
+    @classmethod
     def _load_stock(
-        cls, location: str, config: PreTrainedConfig, num_labels: int | None, *, pretrained: bool, **kwargs: Any
+        cls,
+        location: str,
+        config: PreTrainedConfig,
+        num_labels: int | None,
+        *,
+        pretrained: bool,
+        pooled: bool = False,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
+        if pooled and pretrained:
+            return MeanPoolingForSequenceClassification.from_folder(location, config=config, **kwargs)
+        if pooled:
+            return MeanPoolingForSequenceClassification(config).eval()
         if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
             if num_labels is None:
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
@@ -158,9 +196,11 @@ class _Factory(ETFModel):
         return model
 
     @classmethod
-    def _load_checkpoint(cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], *, dtype: Any) -> Any:
+    def _load_checkpoint(
+        cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], *, pooled: bool, dtype: Any
+    ) -> Any:
         """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
-        model = cls._load_stock(location, config, None, pretrained=False, dtype=dtype)
+        model = cls._load_stock(location, config, None, pretrained=False, pooled=pooled, dtype=dtype)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
         model.load_state_dict(read_weights(location), strict=False)
         model._require_complete()
@@ -370,6 +410,7 @@ def _is_kept(
     id2label: Mapping[int, str] | None,
     head: str | None,
     head_path: str | Sequence[str] | None,
+    pooled: bool,
 ) -> bool:
     """Return whether what was asked for is the head that was saved."""
     entry = saved["head"]
@@ -379,6 +420,7 @@ def _is_kept(
         and (id2label is None or id2label == dict(config.id2label or {}))
         and (head is None or (head == entry["kind"] and not entry["folded"]))
         and (paths is None or list(paths) == entry["paths"])
+        and pooled == (saved.get("pooling") == "mean")
     )
 
 
@@ -421,6 +463,17 @@ def _find_processor(location: str, task: str, config: PreTrainedConfig, options:
         return load_processor(location, task, **{name: options[name] for name in names if name in options})
     except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
         return None
+
+
+def _warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
+    """Say that a sentence encoder was trained with another pooling than its stock class has."""
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+    if getattr(config, "classifier_pooling", None) != "mean" and trained_pooling(location, **hub_options) == "mean":
+        warnings.warn(
+            f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
+            "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
+            stacklevel=4,
+        )
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -380,20 +380,24 @@ def percent(share: float | None) -> str:
     return "-" if share is None or not math.isfinite(share) else f"{100.0 * share:.1f}"
 
 
-def loading_lines(folder: str | os.PathLike[str], task: str) -> str:
-    """Return the two lines of Python that load a finished run with stock transformers.
+def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> str:
+    """Return the lines of Python that load a finished run with a stock library.
 
     Args:
-        folder: The output folder.
+        folder: The output folder, or a Hub id.
+        library: ``"transformers"``, ``"timm"`` or ``"sentence_transformers"``: whose layout the folder has.
         task: ``"image"`` or ``"text"``.
 
     Example:
-        >>> print(loading_lines("out/x", "image"))
+        >>> print(loading_lines("out/x", "timm", "image"))
         from transformers import pipeline
         classify = pipeline("image-classification", model="out/x")
     """
+    name = json.dumps(str(folder))
+    if library == "sentence_transformers":
+        return f"from sentence_transformers import SentenceTransformer\nscore = SentenceTransformer({name}).encode  # logits"
     pipeline = "image-classification" if task == "image" else "text-classification"
-    return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={json.dumps(str(folder))})'
+    return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={name})'
 
 
 def _extremes(counts: np.ndarray) -> tuple[int, ...]:

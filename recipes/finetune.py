@@ -54,6 +54,9 @@ class ModelArguments:
     )
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or mean."}
+    )
     prior_adjustment: str = field(
         default="auto",
         metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
@@ -247,6 +250,7 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
         head=model_args.head,
         trainable=True if model_args.head_trainable else None,
         head_path=model_args.head_path,
+        pooling=model_args.pooling,
         pretrained=model_args.pretrained,
         loss=loss,
         class_counts=data.class_counts.tolist(),
@@ -314,16 +318,12 @@ def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool)
 
 
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
-    """Score the saved folder as its users will load it: by the stock classes."""
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
-
-    from etf_adapt.evaluation import predict_rows
+    """Score the saved folder as its users will load it: without this library."""
+    from etf_adapt.evaluation import load_stock, predict_rows
     from etf_adapt.metrics import ShotAccuracy
 
-    args = trainer.args
-    stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
-    model = stock.from_pretrained(args.output_dir).to(args.device)
-    offsets = trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"]
+    args, settings = trainer.args, trainer.accelerator.unwrap_model(trainer.model).etf_settings
+    model, offsets = load_stock(args.output_dir, task).to(args.device), settings["prior_adjustment"]
     predicted = predict_rows(model, trainer.get_eval_dataloader(rows), num_rows=len(rows), offsets=offsets)
     metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
     details = {"confidences": predicted.confidences, "losses": predicted.losses}
@@ -373,7 +373,7 @@ def leave_report(
             model_id=public["output_dir"],
             on_hub=False,
             task=data.task,
-            timm=settings["library"] == "timm",
+            library=settings["library"],
             base_model=MODEL_NAMES.get(model_args.model, public["model"]),
             dataset=data.description | {"name": report.public_value(data.description["name"])},
             label_names=data.label_names,
@@ -391,7 +391,7 @@ def leave_report(
         )
     )
     card.save(folder / "README.md")
-    lines = report.loading_lines(folder, data.task).replace("\n", "\n    ")
+    lines = report.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
     print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
 
 

@@ -102,7 +102,7 @@ class TestResult:
     def test_the_two_lines_that_it_shows_load_it(self, finished, monkeypatch):
         monkeypatch.chdir(finished)
         names: dict = {}
-        exec(report.loading_lines("out/first", "image"), names)
+        exec(report.loading_lines("out/first", "timm", "image"), names)
         image = load_data("digits").test[0]["image"]
         assert names["classify"](image)[0]["label"] in "0123456789"
 
@@ -412,7 +412,20 @@ def test_text(minilm, shared_data, tmp_path, monkeypatch):
         chosen = [row for label in (3, 50, 120) for row in np.flatnonzero(labels == label)[:20]]
         lines = [{"text": rows[row]["text"], "label": names[labels[row]]} for row in chosen]
         (tmp_path / f"texts/{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run("--model", str(minilm), "--dataset", "texts", "--max_steps", "2", "--output_dir", "run", "--max_length", "16")
+    flags = ["--model", str(minilm), "--dataset", "texts", "--max_steps", "2", "--max_length", "16"]
+    with pytest.warns(UserWarning, match="--pooling mean"):
+        run(*flags, "--output_dir", "run")
     classify = pipeline("text-classification", model="run")
     assert classify("is my vacation request approved")[0]["label"] in classify.model.config.label2id
     assert classify.tokenizer.pad_token is not None
+    run(*flags, "--output_dir", "mean", "--pooling", "mean")
+    own_lines = (tmp_path / "mean/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "SentenceTransformer" in own_lines
+    pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    names: dict[str, object] = {}
+    exec(own_lines, names)
+    with open(tmp_path / "mean" / report.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
+        predictions = {int(row["row_id"]): row["prediction"] for row in csv.DictReader(stream)}
+    asked = [row["text"] for row in map(json.loads, (tmp_path / "texts/test.jsonl").read_text().splitlines())]
+    scored = names["model"].encode(asked, convert_to_tensor=True).argmax(dim=1).tolist()
+    assert [names["names"][label] for label in scored] == [predictions[row] for row in range(len(asked))]

@@ -23,7 +23,7 @@ def card_facts(**changes) -> CardFacts:
         model_id="out/digits-micro-etf",
         on_hub=False,
         task="image",
-        timm=True,
+        library="timm",
         base_model="timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         dataset={"name": "digits", "kind": "embedded", "rows": {"train": 10}},
         label_names=["no", "yes"],
@@ -202,5 +202,6 @@ def headings(card: str) -> list[str]:
 
 
 def test_loading_lines_are_python(tmp_path: Path):
-    for task in ("image", "text"):
-        compile(report.loading_lines(tmp_path / 'quo"te', task), "lines", "exec")
+    pairs = (("timm", "image"), ("transformers", "image"), ("transformers", "text"), ("sentence_transformers", "text"))
+    for library, task in pairs:
+        compile(report.loading_lines(tmp_path / 'quo"te', library, task), "lines", "exec")
