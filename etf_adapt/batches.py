@@ -68,6 +68,36 @@ class SimilarLengths(Sampler[int]):
         return len(self.sampler)
 
 
+class EvenLengths(Sampler[int]):
+    """Draw each row once, in batches of similar length, for passes whose result does not depend on the order.
+
+    Rows are sorted by length and cut into batches, and the batches shuffled, so that the first ones stand for all and the time
+    that is left can be told. A last, smaller batch holds the shortest rows.
+
+    Args:
+        lengths: Length of each row of the data set, in tokens.
+        batch_size: Rows of a batch.
+        seed: Seed of the shuffle, at least 0.
+
+    Example:
+        >>> rows = list(EvenLengths([1, 9, 2, 8, 3], batch_size=2))
+        >>> sorted(sorted(rows[start : start + 2]) for start in (0, 2)), rows[4:]
+        ([[1, 3], [2, 4]], [0])
+    """
+
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], *, batch_size: int, seed: int = 0) -> None:
+        by_length = np.argsort(-np.asarray(lengths), kind="stable")
+        whole = len(by_length) // batch_size * batch_size
+        shuffled = seeded_generator(seed, _LENGTH_STREAM).permutation(by_length[:whole].reshape(-1, batch_size))
+        self._rows = [*shuffled.ravel().tolist(), *by_length[whole:].tolist()]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 class SoftLabels:
     """Make labels soft: mixup and CutMix mix pairs of images, smoothing mixes in the uniform distribution.
 

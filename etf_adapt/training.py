@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from etf_adapt.advisor import describe_start
 from etf_adapt.alignment import align_head
 from etf_adapt.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
-from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
+from etf_adapt.batches import EvenLengths, SimilarLengths, SoftLabels, labels_of, lengths_of
 from etf_adapt.callbacks import (
     EpochStart,
     ProgressBar,
@@ -300,7 +300,7 @@ class ETFTrainer(ResumableTrainer):
         return DataLoader(
             dataset,
             batch_size=self.args.train_batch_size if mixed else self.args.eval_batch_size,
-            sampler=self._get_train_sampler() if mixed else None,
+            sampler=self._get_train_sampler() if mixed else self._get_eval_sampler(dataset),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(self.args.seed),
@@ -350,7 +350,10 @@ class ETFTrainer(ResumableTrainer):
         return self._train_sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
-        return SequentialSampler(eval_dataset)
+        lengths = lengths_of(eval_dataset, self.args.length_column_name)
+        if lengths is None or "row_id" not in eval_dataset.column_names:  # whose order tells the rows apart
+            return SequentialSampler(eval_dataset)
+        return EvenLengths(lengths, batch_size=self.args.eval_batch_size, seed=self.args.seed)
 
     def draw_settings(self) -> dict[str, Any]:
         """Return all that decides which rows are drawn when, for the checkpoints."""

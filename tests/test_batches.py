@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from etf_adapt.batches import SimilarLengths, SoftLabels, labels_of, lengths_of
+from etf_adapt.batches import EvenLengths, SimilarLengths, SoftLabels, labels_of, lengths_of
 from etf_adapt.rows import RowDraws
 from etf_adapt.sampler import ClassBalancedSampler
 
@@ -49,6 +49,20 @@ def test_equal_lengths_leave_a_mixture_of_classes():
     rows, _ = draw(0, lengths=np.ones(len(LABELS), int))
     classes = LABELS[rows].reshape(-1, BATCH)
     assert min(len(set(batch)) for batch in classes.tolist()) >= 3
+
+
+@pytest.mark.parametrize("rows", [1000, 17, 16, 3])
+def test_a_pass_in_even_lengths_holds_each_row_once_and_pads_little(rows):
+    order = list(EvenLengths(LENGTHS[:rows], batch_size=BATCH))
+    assert sorted(order) == list(range(rows)) and len(EvenLengths(LENGTHS[:rows], batch_size=BATCH)) == rows
+    assert order == list(EvenLengths(LENGTHS[:rows], batch_size=BATCH))
+    batches = [LENGTHS[order[start : start + BATCH]] for start in range(0, rows, BATCH)]
+    if rows == 1000:
+        assert LENGTHS.sum() / sum(len(batch) * batch.max() for batch in batches) > 0.95
+        longest = [batch.max() for batch in batches]
+        assert (np.diff(longest) < 0).any() and (np.diff(longest) > 0).any()
+    spread = max(np.ptp(batch) for batch in batches[:-1]) if len(batches) > 1 else 0
+    assert spread <= np.ptp(LENGTHS[:rows]) / max(1, len(batches) - 1) * 3
 
 
 def test_draws_carry_their_epoch_through():

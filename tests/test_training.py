@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from small_run import NoisyRows, make_model, make_trainer, weights
+from torch.utils.data import SequentialSampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     BertConfig,
@@ -534,6 +535,7 @@ def test_texts_are_batched_by_length_and_learned(tmp_path):
         output_dir=str(tmp_path / "run"),
         num_train_epochs=3,
         per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
         learning_rate=3e-3,
         torch_threads=1,
     )
@@ -543,8 +545,19 @@ def test_texts_are_batched_by_length_and_learned(tmp_path):
     )
     padded = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
     assert len(set(padded)) > 5 and np.mean(padded) < 20
+    evaluated = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
+    aligned = [batch["input_ids"].shape[1] for batch in trainer._alignment_loader(mixed=False)]
+    assert np.mean(evaluated) < 20 and np.mean(aligned) < 20
     trainer.train()
     assert trainer.state.best_metric > 0.7
+    by_length = trainer.evaluate()
+    numbered = trainer.eval_dataset
+    trainer.eval_dataset = numbered.remove_columns("length")
+    in_order = trainer.evaluate()
+    assert in_order["eval_balanced_accuracy"] == by_length["eval_balanced_accuracy"]
+    assert in_order["eval_loss"] == pytest.approx(by_length["eval_loss"], rel=1e-5)
+    trainer.eval_dataset = numbered.remove_columns("row_id")  # what numbers rows as they come needs their order
+    assert isinstance(trainer._get_eval_sampler(trainer.eval_dataset), SequentialSampler)
 
 
 def test_the_draw_counts_the_whole_batch(tmp_path):
