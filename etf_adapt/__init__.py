@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from etf_adapt.data import load_data as load_data
     from etf_adapt.dot_regression import dot_regression_loss as dot_regression_loss
     from etf_adapt.dot_regression import margin_dot_regression_loss as margin_dot_regression_loss
+    from etf_adapt.export import export_onnx as export_onnx
     from etf_adapt.head import ETFHead as ETFHead
     from etf_adapt.long_tail import class_counts as class_counts
     from etf_adapt.long_tail import make_long_tailed as make_long_tailed
@@ -34,6 +35,7 @@ _MODULES = {
     "ETFTrainingArguments": "arguments",
     "NeuralCollapse": "collapse",
     "load_data": "data",
+    "export_onnx": "export",
     "ETFHead": "head",
     "class_counts": "long_tail",
     "make_long_tailed": "long_tail",

@@ -121,7 +121,7 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     if task == "image":
         config, _ = load_config(location, fetch=not location.startswith("timm/"), **options)
         if isinstance(config, TimmWrapperConfig):
-            return _data_config(config)
+            return data_config(config)
     loader, what = (AutoTokenizer, "tokenizer") if task == "text" else (AutoImageProcessor, "image processor")
     try:
         processor = loader.from_pretrained(location, **options)
@@ -138,14 +138,27 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     return processor
 
 
-def _data_config(config: TimmWrapperConfig) -> dict[str, Any]:
-    settings = dict(getattr(config, "pretrained_cfg", None) or {})
+def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return how timm prepares the images of a model, at the size that the model was built with.
+
+    Args:
+        config: The wrapper's configuration.
+        default: The model's own ``pretrained_cfg``, for a configuration that holds none.
+
+    Returns:
+        ``input_size`` (channels, height, width), ``interpolation``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
+
+    Example:
+        >>> data_config(load_config("timm/test_vit.r160_in1k", fetch=False)[0])["input_size"]
+        (3, 160, 160)
+    """
+    settings = dict(getattr(config, "pretrained_cfg", None) or default or {})
     size = (config.model_args or {}).get("img_size")
     if size is not None:
         channels = settings.get("input_size", (3,))[0]
         settings["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
-    data_config: dict[str, Any] = resolve_data_config(pretrained_cfg=settings)
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data_config.items()}
+    resolved: dict[str, Any] = resolve_data_config(pretrained_cfg=settings)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in resolved.items()}
 
 
 def is_training_checkpoint(folder: str | Path) -> bool:
