@@ -8,26 +8,24 @@
     accelerate launch recipes/finetune.py --paper                            # the method as it was published
     accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
 
-All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments and the ones below and in
-etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with one line and exit code
+All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
+finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with one line and exit code
 1; ETF_ADAPT_TRACEBACK=1 shows where.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import HfArgumentParser
+from finetune_arguments import DataArguments, ModelArguments, OutputArguments, parse_training, read_arguments
 
 from etf_adapt import report
-from etf_adapt.model_names import MODEL_NAMES, check_choice, locate_model, model_task, nearest_names, resolve_model_name
+from etf_adapt.model_names import MODEL_NAMES, locate_model, model_task, resolve_model_name
 
 if TYPE_CHECKING:
     from etf_adapt.arguments import ETFTrainingArguments
@@ -35,86 +33,9 @@ if TYPE_CHECKING:
     from etf_adapt.evaluation import RowPredictions
     from etf_adapt.training import ETFTrainer
 
-HEADS = ("etf", "linear", "cosine", "paper")
-LOSSES = ("dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted", "ldam")
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
 READ_AGAIN = ("alignment", "validation")  # splits read once an epoch, each time the same
 NEWEST = ("last", "latest", "auto", "true", "yes")
-
-
-@dataclass
-class ModelArguments:
-    """Which model, and what becomes of its head."""
-
-    model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
-    head: str = field(default="etf", metadata={"help": f"One of {', '.join(HEADS)}."})
-    loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}; by default the head's own."})
-    loss_options: str | None = field(
-        default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.make_loss)."}
-    )
-    head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
-    head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
-    pooling: str | None = field(
-        default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or mean."}
-    )
-    prior_adjustment: str = field(
-        default="auto",
-        metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
-    )
-    tau_normalization: bool = field(
-        default=False, metadata={"help": "After training: divide the head's rows by a power of their lengths."}
-    )
-    paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
-    pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
-
-
-@dataclass
-class DataArguments:
-    """Which data, and what the model sees of them."""
-
-    dataset: str = field(default="digits", metadata={"help": "digits, a Hub id, a file or a folder."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not found."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, if it is not found."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
-    imbalance_factor: float | None = field(
-        default=None, metadata={"help": "Make train long-tailed: largest over smallest class count, at least 1."}
-    )
-    imbalance_profile: str = field(default="exponential", metadata={"help": "exponential or step."})
-    class_order: str = field(default="label", metadata={"help": "Rank of the classes: label, or permuted by the seed."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train for a missing validation split."})
-    validation_before_long_tail: bool = field(
-        default=False, metadata={"help": "Cut it before the long tail, balanced, as benchmarks do."}
-    )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels a side, for models that allow another size."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
-    )
-    augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
-    evaluate_test: bool = field(
-        default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
-    )
-
-
-@dataclass
-class OutputArguments:
-    """Where the result goes; the folder itself is output_dir of TrainingArguments."""
-
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
-
-
-OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
-
-
-class Parser(HfArgumentParser):
-    """Parser whose complaints are raised, so that they look as all others do."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
-        raise ValueError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -393,101 +314,6 @@ def leave_report(
     card.save(folder / "README.md")
     lines = report.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
     print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
-
-
-def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, OutputArguments, list[str]]:
-    """Parse and check the arguments defined here; return them, and those left for ETFTrainingArguments."""
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = [*flags_from_file(argv[0]), *argv[1:]]
-    if "-h" in argv or "--help" in argv:
-        parse_training(["--help"])
-    parser = Parser(OWN_ARGUMENTS, add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir")
-    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
-    model_args, data_args, output_args, shared, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if model_args.paper:
-        if "--head" in argv and model_args.head != "paper":
-            raise ValueError(f"`paper` (=True) contradicts `head` (={model_args.head!r}): give one of them.")
-        model_args.head = "paper"
-    check_choice("head", model_args.head, HEADS)
-    if model_args.loss is not None:
-        check_choice("loss", model_args.loss, LOSSES)
-    check_loss_options(model_args.loss_options)
-    check_choice("prior_adjustment", model_args.prior_adjustment, ("auto", "fit", "none"))
-    check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
-    check_choice("class_order", data_args.class_order, ("label", "permuted"))
-    if data_args.dataset == "digits" and model_task(model_args.model) == "text":
-        raise ValueError(
-            f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset."
-        )
-
-    output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args)))
-    resume = shared.resume_from_checkpoint
-    report.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
-    rest += ["--output_dir", output_dir, *(["--resume_from_checkpoint", resume] if resume else [])]
-    return model_args, data_args, output_args, rest
-
-
-def check_loss_options(text: str | None) -> None:
-    """Raise where the options of the loss are no JSON object; the loss itself knows which there are."""
-    if text is None:
-        return
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`loss_options` (={text!r}) is no JSON: {error}.") from error
-    if not isinstance(options, dict) or "name" in options:
-        raise ValueError(
-            f"`loss_options` (={text!r}) must be a JSON object of options, such as "
-            """'{"form": "sphere"}'; the name of the loss is --loss."""
-        )
-
-
-def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
-    """Parse the remaining flags, with transformers' own; torch is imported here."""
-    from etf_adapt.arguments import ETFTrainingArguments
-
-    if "--help" in argv:
-        everything = Parser([*OWN_ARGUMENTS, ETFTrainingArguments], description=__doc__.splitlines()[0])
-        everything.parse_args(["--help"])
-    parser = Parser([ETFTrainingArguments], allow_abbrev=False)
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        flags = [f"--{entry.name}" for group in (*OWN_ARGUMENTS, ETFTrainingArguments) for entry in fields(group)]
-        near = nearest_names(unknown[0].split("=")[0], flags)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
-        raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
-    if args.push_to_hub:
-        raise ValueError(
-            "`push_to_hub` (=True): publish the finished folder, with `hf upload <owner/name> <output_dir>`."
-        )
-    return args
-
-
-def flags_from_file(file: str) -> list[str]:
-    """Turn a JSON or YAML file of arguments into flags, so that flags after it win."""
-    import yaml
-
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"There is no file of settings {file!r}.")
-    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds no settings: it must map the names of arguments to values.")
-    flags = []
-    for name, value in settings.items():
-        if value is None or value == [] or value == {}:
-            continue
-        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *(str(word) for word in words)]
-    return flags
-
-
-def default_name(model_args: ModelArguments, data_args: DataArguments) -> str:
-    """Name a run after its data, model and head."""
-    names = (Path(data_args.dataset).stem, Path(model_args.model).name, model_args.head)
-    return "-".join(re.sub(r"[^\w.-]+", "_", name) for name in names)
 
 
 def resume_value(flag: str | None) -> str | bool | None:
