@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import ModelOutput
 
+from etf_adapt.adapters import has_adapters, merge_adapters
 from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
@@ -79,7 +80,8 @@ class ETFModel(_Base):
 
         ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
         ``paths``; ``loss``: arguments of ``etf_adapt.losses.make_loss``; ``class_counts``; ``temperature`` and
-        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"mean"`` or ``"stock"``.
+        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"mean"`` or ``"stock"``;
+        ``adapters``: whether it holds adapters that are not merged.
         """
         heads = head_modules(self)
         first = next(iter(heads.values()), None)
@@ -96,6 +98,7 @@ class ETFModel(_Base):
             "version": 1,
             "library": "sentence_transformers" if pooled else library,
             "pooling": "mean" if pooled else "stock",
+            "adapters": has_adapters(self),
             "head": head,
             "loss": dict(self._loss_settings),
             "class_counts": None if self._class_counts is None else list(self._class_counts),
@@ -277,6 +280,12 @@ class ETFModel(_Base):
         """
         self._require_complete()
         fold = not is_training_checkpoint(save_directory) if fold is None else fold
+        if fold and has_adapters(self):
+            merged = deepcopy(self)
+            if state_dict is not None:
+                merged.load_state_dict(state_dict)
+            merge_adapters(merged)
+            return merged.save_pretrained(save_directory, is_main_process, fold=fold, **kwargs)
         tensors: dict[str, Tensor] = dict(self.state_dict() if state_dict is None else state_dict)
         setattr(self.config, ENTRY, self._entry(tensors, fold=fold))
         if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):

@@ -99,6 +99,11 @@ class _Factory(ETFModel):
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
         count, names = _resolve_labels(num_labels, id2label, label2id)
         saved = getattr(config, ENTRY, None) if pretrained else None
+        if saved is not None and saved.get("adapters"):
+            raise ValueError(
+                f"`name_or_path` (={location!r}) is a training checkpoint with adapters apart from the backbone: go on from it "
+                "with --resume_from_checkpoint, or load the finished folder, in which they are merged."
+            )
         if pooling is None and saved is None and pretrained and factory._task == "text":
             _warn_of_pooling(location, config, kwargs)
         pooled = factory._resolve_pooling(pooling, config, saved)

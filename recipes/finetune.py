@@ -9,8 +9,8 @@
     accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
 
 All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
-finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with one line and exit code
-1; ETF_ADAPT_TRACEBACK=1 shows where.
+finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with
+one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def finetune(
     import datasets
     from accelerate.state import PartialState
 
+    from etf_adapt.adapters import add_adapters, merge_adapters
     from etf_adapt.callbacks import keep_freed_memory, set_threads
     from etf_adapt.evaluation import calibrate, tau_normalize
     from etf_adapt.training import ETFTrainer
@@ -85,6 +86,8 @@ def finetune(
             "`tau_normalization` (=True) chooses its power on validation rows, for a linear or cosine head: give such."
         )
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
+    if model_args.peft is not None:
+        add_adapters(model, model_args.peft, seed=args.seed)
     rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
 
     # Train. From here on the output folder is ours.
@@ -105,6 +108,7 @@ def finetune(
         labels=data.train["label"],
     )
     outcome = trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+    merge_adapters(model)
     settings = model.etf_settings  # of the head that was trained; calibration makes it an ordinary layer
 
     # Calibrate on validation, save, and score what was saved.

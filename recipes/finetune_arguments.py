@@ -37,6 +37,9 @@ class ModelArguments:
     pooling: str | None = field(
         default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or mean."}
     )
+    peft: str | None = field(
+        default=None, metadata={"help": "Train adapters in place of the backbone: lora, or a JSON file for peft."}
+    )
     prior_adjustment: str = field(
         default="auto",
         metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
@@ -121,6 +124,10 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
         check_choice("loss", model_args.loss, LOSSES)
     check_loss_options(model_args.loss_options)
     check_choice("prior_adjustment", model_args.prior_adjustment, ("auto", "fit", "none"))
+    if model_args.peft not in (None, "lora") and not Path(str(model_args.peft)).is_file():
+        raise ValueError(
+            f"`peft` (={model_args.peft!r}) is neither 'lora' nor a JSON file with a configuration of peft."
+        )
     if model_args.pooling is not None:
         check_choice("pooling", model_args.pooling, POOLINGS)
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))

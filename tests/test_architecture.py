@@ -22,7 +22,7 @@ LAYERS = (
     {"report", "card", "comparison"},
     {"alignment", "evaluation", "export", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
-    {"modeling", "etf_model", "pooling", "folders", "state_dict", "image_size", "model_names"},
+    {"modeling", "etf_model", "adapters", "pooling", "folders", "state_dict", "image_size", "model_names"},
     {"swap"},
     {"long_tail", "sampler", "metrics", "collapse"},
     {

@@ -401,6 +401,18 @@ def save_colours(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_leave_a_stock_folder(tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="needs the package of `.[peft]`")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter.json").write_text('{"peft_type": "LORA", "r": 2, "use_dora": true}')
+    for config in ("lora", "adapter.json"):
+        run("--peft", config, "--output_dir", "run", "--overwrite_output_dir")
+        assert not [name for name in load_file("run/model.safetensors") if "lora" in name or "base_layer" in name]
+        model = timm.create_model("local-dir:run", pretrained=True)
+        assert model(torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:])).shape == (1, 10)
+
+
+@pytest.mark.slow
 def test_text(minilm, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
