@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 from etf_adapt.adapters import has_adapters, merge_adapters
@@ -25,7 +26,7 @@ from etf_adapt.losses import Loss, make_loss
 from etf_adapt.pooling import MeanPoolingForSequenceClassification, write_sentence_folder
 from etf_adapt.simplex import reachable_cosine
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
-from etf_adapt.swap import head_modules, logits_of, replace_module
+from etf_adapt.swap import head_modules, logits_of, replace_module, score_features
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
     "etf": {"name": "margin_dot_regression"},
@@ -38,6 +39,9 @@ DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
 
 STOCK_SHAPED = ("etf", "linear")
 """Kinds of head that are saved as they are; the others are folded."""
+
+FEATURES = "features"
+"""Input that a model takes in place of all others: what its head reads (batch, in_features)."""
 
 _TIMM_PREFIX = "timm_model."
 _MADE: dict[tuple[type, type], type] = {}
@@ -452,11 +456,15 @@ def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
             labels, args = args[position], (*args[:position], None, *args[position + 1 :])
         else:
             labels = kwargs.pop("labels", None)
+        features = kwargs.pop(FEATURES, None)
         if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
             return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_in_training(labels)
-        output = stock_forward(self, *args, **kwargs)
+        if features is None:
+            output = stock_forward(self, *args, **kwargs)
+        else:
+            output = SequenceClassifierOutput(logits=score_features(self, features))
         if labels is None:
             return output
         loss = self.compute_loss_from_logits(logits_of(output), labels)

@@ -16,7 +16,7 @@ from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.collapse import NeuralCollapse
 from etf_adapt.long_tail import seeded_generator
 from etf_adapt.splits import take_per_class
-from etf_adapt.swap import head_modules, read_features
+from etf_adapt.swap import head_modules, read_features, score_features
 
 MEASURES = ("nc1", "nc2", "nc3", "nc4")
 _CLASS_STREAM, _ROWS_A_CLASS = 31, 2
@@ -89,11 +89,10 @@ class CollapseMonitor:
             return {}
         with evaluation_mode(model), context or nullcontext():
             parts = [(read_features(model, inputs)[0], labels) for inputs, labels in self._batches(model)]
-            positions = (1,) * (heads[0].weight.ndim - 2)  # of a head that is a convolution
-            logits = [heads[0](features.reshape(*features.shape, *positions)) for features, _ in parts]
+            logits = [score_features(model, features) for features, _ in parts]
         features = torch.cat([part.float().cpu() for part, _ in parts]).numpy()
         labels = torch.cat([part for _, part in parts]).numpy()
-        scores = torch.cat([part.flatten(1).float().cpu() for part in logits]).double().numpy()
+        scores = torch.cat([part.float().cpu() for part in logits]).double().numpy()
         weight, bias = heads[0].folded()
         spaces = {
             "": (NeuralCollapse(weight, bias), features),

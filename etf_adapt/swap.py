@@ -279,6 +279,20 @@ def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[T
     return features
 
 
+def score_features(model: nn.Module, features: Tensor) -> Tensor:
+    """Return the logits (batch, num_classes) that a model's one head gives to rows of features (batch, in_features).
+
+    Raises:
+        HeadError: The model has no head made here, or several.
+    """
+    heads = list(head_modules(model).values())
+    if len(heads) != 1:
+        raise HeadError(f"{type(model).__name__} has {len(heads)} heads made by etf_adapt: features are scored by one.")
+    positions = (1,) * (heads[0].weight.ndim - 2)  # of a head that is a convolution
+    logits: Tensor = heads[0](features.reshape(*features.shape, *positions))
+    return logits.flatten(1)
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the logits of a model's output: a tensor of timm's, or an output object or tuple of transformers'."""
     if isinstance(output, Tensor):

@@ -79,6 +79,9 @@ def finetune(
     # Data: the splits, with the long tail that was asked for.
     data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
 
+    if data_args.cache_features:
+        check_cache(data_args, args, data.task)
+
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
     if model_args.tau_normalization and (data.validation is None or model_args.head not in ("linear", "cosine")):
@@ -88,7 +91,11 @@ def finetune(
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     if model_args.peft is not None:
         add_adapters(model, model_args.peft, seed=args.seed)
-    rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
+    read, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
+    rows = read
+    if data_args.cache_features:
+        model.to(args.device)
+        rows, collator = read_features_once(model, read, collator, data_args.cache_features, args)
 
     # Train. From here on the output folder is ours.
     if data.validation is None:
@@ -124,7 +131,7 @@ def finetune(
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
     splits = ["validation", *(["test"] if data_args.evaluate_test else [])]
-    scored = {split: score_saved(trainer, rows[split], data.task) for split in splits if rows[split] is not None}
+    scored = {split: score_saved(trainer, read[split], data.task) for split in splits if read[split] is not None}
 
     # Report.
     if state.is_main_process:
@@ -230,6 +237,34 @@ def prepare_rows(
     with PartialState().main_process_first():  # the others read what it leaves in the cache
         rows = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}
     return rows, TextCollator(processor), processor
+
+
+def check_cache(data_args: DataArguments, args: ETFTrainingArguments, task: str) -> None:
+    """Raise where features that are read once would not be those of the run."""
+    views = f"`cache_features` (={data_args.cache_features})"
+    if data_args.cache_features < 0 or (task == "text" and data_args.cache_features > 1):
+        raise ValueError(f"{views} must be 0 or 1 for texts, which are not augmented, and at least 0 for images.")
+    if args.freeze != "backbone":
+        raise ValueError(f"{views} keeps what a frozen backbone makes of the rows: add --freeze backbone.")
+    if args.mixup or args.cutmix:
+        raise ValueError(f"{views} holds no images to mix: leave out mixup and cutmix.")
+
+
+def read_features_once(
+    model: Any, rows: dict[str, Any], collator: Any, views: int, args: ETFTrainingArguments
+) -> tuple[dict[str, Any], Any]:
+    """Put what the head reads in place of the rows of each split that is trained or chosen on."""
+    from etf_adapt.feature_cache import FeatureCollator, cache_features
+
+    options: dict[str, Any] = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
+    cached = dict(rows)
+    for split in READ_AGAIN:
+        if rows[split] is not None:
+            cached[split] = cache_features(model, rows[split], collator, **options)
+    cached["train"] = cached["alignment"]
+    if views > 1:
+        cached["train"] = cache_features(model, rows["train"], collator, views=views, **options)
+    return cached, FeatureCollator(collator)
 
 
 def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool) -> None:

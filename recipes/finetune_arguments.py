@@ -77,6 +77,10 @@ class DataArguments:
         default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
     )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
+    cache_features: int = field(
+        default=0,
+        metadata={"help": "With --freeze backbone: read each row once, in so many augmented views; 1 is without."},
+    )
     evaluate_test: bool = field(
         default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
     )

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"training", "resume", "callbacks", "advisor", "arguments", "checkpoints"},
     {"report", "card", "comparison"},
-    {"alignment", "evaluation", "export", "monitor", "parameters"},
+    {"alignment", "evaluation", "export", "feature_cache", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
     {"modeling", "etf_model", "adapters", "pooling", "folders", "state_dict", "image_size", "model_names"},
     {"swap"},

@@ -143,6 +143,8 @@ ARGUMENT_CASES = {
     "options that are no JSON": (["--loss_options", "margin=1"], ["loss_options", "margin=1", "JSON"]),
     "name among the options": (["--loss_options", '{"name": "ldam"}'], ["loss_options", "--loss"]),
     "unknown adjustment": (["--prior_adjustment", "fitt"], ["fitt", "fit"]),
+    "unknown pooling": (["--pooling", "meen"], ["meen", "mean"]),
+    "no adapters": (["--peft", "loar"], ["loar", "JSON"]),
     "missing settings": (["nowhere.yaml"], ["nowhere.yaml"]),
 }
 
@@ -165,6 +167,12 @@ LATER_CASES = {
     "unknown argument": (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
     "missing data": (["--dataset", "no/such/folder/here"], ["no/such/folder/here"]),
     "unknown timm name": (["--model", "vit_bse"], ["vit_base"]),
+    "pooling of images": (["--pooling", "mean"], ["pooling", "texts"]),
+    "kept features that change": (["--cache_features", "1"], ["cache_features", "--freeze backbone"]),
+    "kept features that are mixed": (
+        ["--cache_features", "1", "--freeze", "backbone", "--head", "linear", "--mixup", "0.2"],
+        ["cache_features", "mixup"],
+    ),
     "publishing": (["--push_to_hub"], ["push_to_hub"]),
     "nothing to resume": (["--resume_from_checkpoint", "last"], ["no complete checkpoint"]),
 }

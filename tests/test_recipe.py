@@ -413,6 +413,22 @@ def test_adapters_leave_a_stock_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_frozen_backbone_that_is_read_once_gives_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--head", "linear", "--freeze", "backbone", "--augment", "false", "--save_strategy", "epoch"]
+    run(*flags, "--output_dir", "again")
+    run(*flags, "--output_dir", "once", "--cache_features", "1")
+    run(*flags[:-4], "--output_dir", "views", "--cache_features", "2")
+    again, once, views = (load_file(f"{folder}/model.safetensors") for folder in ("again", "once", "views"))
+    for name, tensor in again.items():
+        torch.testing.assert_close(once[name], tensor, atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(views[name], once[name]) for name in once)
+    predictions = [Path(folder, report.PREDICTIONS_FILE).read_text().splitlines() for folder in ("again", "once")]
+    same = [left.split(",")[:3] == right.split(",")[:3] for left, right in zip(*predictions, strict=True)]
+    assert np.mean(same) > 0.99
+
+
+@pytest.mark.slow
 def test_text(minilm, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
