@@ -13,7 +13,7 @@ from etf_adapt.loss_terms import log_prior
 
 _EXPONENTS = torch.arange(-6.0, 10.01, 0.25, dtype=torch.float64)  # factors from 1/64 to 1024
 _CHUNK = 4096
-_NEWTON_STEPS = 50
+_NEWTON_STEPS, _QUARTERS = 50, 25
 _TINY = 1e-10
 
 
@@ -100,21 +100,32 @@ def fit_prior_adjustment(logits: Tensor, labels: Tensor, class_counts: Tensor | 
     rows = torch.bincount(labels, minlength=num_classes)
     weights = len(labels) / ((rows > 0).sum() * rows.clamp_min(1).double())  # their sum over the rows is their number
     least, most = torch.tensor([[2.0**-6, 0.0], [2.0**10, math.inf]], dtype=torch.float64)
-    point = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    value, gradient, curvature = _adjusted_loss(point, logits, labels, prior, weights)
-    for _ in range(_NEWTON_STEPS):
-        if point[1] == 0.0 and gradient[1] > 0.0:  # held at its bound
-            step = torch.stack([gradient[0] / curvature[0, 0].clamp_min(_TINY), torch.zeros_like(value)])
-        else:
-            step = torch.linalg.solve(curvature + _TINY * (1.0 + curvature.trace()) * torch.eye(2), gradient)
-        for halvings in range(_NEWTON_STEPS):
-            moved = torch.clamp(point - 0.5**halvings * step, least, most)
-            new = _adjusted_loss(moved, logits, labels, prior, weights)
-            if new[0] <= value:
+
+    def shorten(step: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Shorten a step from the point, cut off at the bounds, until it leads down."""
+        for quarters in range(_QUARTERS):
+            moved = torch.clamp(point - 0.25**quarters * step, least, most)
+            found = _adjusted_loss(moved, logits, labels, prior, weights)
+            if found[0] < value:
                 break
-        gain = value - new[0]
+        return moved, found
+
+    # Where all rows are sure of themselves the loss is a straight line, of which Newton's steps know nothing.
+    starts = [torch.tensor([2.0**exponent, 0.0], dtype=torch.float64) for exponent in range(-6, 11, 2)]
+    point = min(starts, key=lambda start: float(_adjusted_loss(start, logits, labels, prior, weights)[0]))
+    value, gradient, curvature = _adjusted_loss(point, logits, labels, prior, weights)
+    one = torch.eye(2, dtype=torch.float64)
+    for _ in range(_NEWTON_STEPS):
+        both = torch.linalg.solve(curvature + _TINY * (1.0 + curvature.trace()) * one, gradient)
+        moved, found = shorten(both)
+        if value - found[0] < 0.1 * torch.dot(gradient, both):
+            # A bound lies in the way, and what is left of the step may lead uphill: then one of the two moves alone.
+            alone = gradient / curvature.diagonal().clamp_min(_TINY)
+            tried = [(moved, found), *(shorten(alone * direction) for direction in one)]
+            moved, found = min(tried, key=lambda end: float(end[1][0]))
+        gain = value - found[0]
         if gain > 0.0:
-            point, (value, gradient, curvature) = moved, new
+            point, (value, gradient, curvature) = moved, found
         if gain <= _TINY * value.abs():
             break
     return float(point[0]), float(point[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,3 +97,28 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     whole = fit_prior_adjustment(evidence + prior, labels, [50, 20, 3])
     monkeypatch.setattr("etf_adapt.calibration._CHUNK", 7)
     assert fit_prior_adjustment(evidence + prior, labels, [50, 20, 3]) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3, 18, 68, 89, 91])  # the last five once ended at a bound, far from the minimum
+def test_the_adjustment_is_the_least_loss_within_the_bounds_wherever_it_lies(seed):
+    generator = torch.Generator().manual_seed(seed)
+    num_classes, rows = (int(torch.randint(*span, (1,), generator=generator)) for span in ((2, 8), (10, 400)))
+    counts = (1000 * torch.rand(num_classes, generator=generator) ** 4 + 2).long()
+    frequencies = counts.double() / counts.sum()
+    labels = torch.multinomial(frequencies, rows, replacement=True, generator=generator)
+    scale = 10 ** (torch.rand(1, generator=generator) * 3 - 0.5)
+    separation = 10 ** (torch.rand(1, generator=generator) * 1.5 - 0.5)
+    logits = separation * torch.nn.functional.one_hot(labels, num_classes).float()
+    logits = logits + 0.5 * torch.randn(rows, num_classes, generator=generator)
+    logits = scale * (logits + torch.log(frequencies).float() * torch.randn(1, generator=generator))
+
+    held = torch.bincount(labels, minlength=num_classes)
+    weights = (rows / ((held > 0).sum() * held.clamp_min(1)))[labels]
+
+    def loss(factor, strength):
+        logs = (factor * logits.double() - strength * frequencies.log()).log_softmax(dim=1)
+        return float(-(weights * logs[torch.arange(rows), labels]).sum() - logs.mean())
+
+    found = loss(*fit_prior_adjustment(logits, labels, counts))
+    grid = [loss(2.0**exponent, strength) for exponent in np.arange(-6, 10.1, 0.5) for strength in np.arange(0, 8, 0.5)]
+    assert found <= min(grid) * (1 + 1e-6)
