@@ -52,6 +52,7 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
     """
     try:
         import peft
+        from peft.tuners.tuners_utils import cast_adapter_dtype
     except ImportError as error:
         raise ImportError(f'Adapters need a further package ({error}): pip install "etf_adapt[peft]".') from error
     heads = head_modules(model)
@@ -65,22 +66,29 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
             f"`modules_to_save` (={settings['modules_to_save']}) would copy layers: leave it out, a head that learns is "
             "trained beside the adapters anyway."
         )
-    fixed = [*heads, *_layers_below(model, "encoder.pooler" if isinstance(model, MeanPooling) else None)]
+    fixed = [*heads, *(_layers_at(model, "encoder.pooler") if isinstance(model, MeanPooling) else [])]
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)
         if settings["peft_type"] == "LORA" and any(isinstance(model.get_submodule(path), Conv1D) for path in targets):
             settings.setdefault("fan_in_fan_out", True)
-    if not isinstance(settings.get("exclude_modules"), str):
-        settings["exclude_modules"] = [*(settings.get("exclude_modules") or []), *fixed]
+    settings["inference_mode"] = False  # peft writes True into what it saves
+    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        wanted = peft.get_peft_config(settings)
+        if hasattr(wanted, "exclude_modules") and not isinstance(wanted.exclude_modules, str):
+            wanted.exclude_modules = [*(wanted.exclude_modules or []), *fixed]
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            peft.inject_adapter_in_model(peft.get_peft_config(settings), model)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+            peft.inject_adapter_in_model(wanted, model)
+        reached = [path for path, head in heads.items() if model.get_submodule(path) is not head]
+        if reached:
+            raise ValueError(f"`target_modules` reaches the head `{reached[0]}`, which stays as it is: leave it out.")
+    except (TypeError, KeyError, AttributeError, ValueError, NotImplementedError) as error:
+        _take_out(model)
+        for parameter, was_trained in modes:
+            parameter.requires_grad_(was_trained)
         raise ValueError(f"`config` (={config!r}) is no configuration for this model: {error}") from error
-    reached = [path for path, head in heads.items() if model.get_submodule(path) is not head]
-    if reached:
-        raise ValueError(f"`target_modules` reaches the head `{reached[0]}`: leave it out; load the model again.")
+    cast_adapter_dtype(model, adapter_name="default")  # adapters are trained in float32 whatever the backbone is
     for head in heads.values():
         head.fix()
     return list(_adapted(model))
@@ -96,12 +104,18 @@ def merge_adapters(model: nn.Module) -> list[str]:
         Module paths of the layers that had one; none where the model had none.
     """
     adapted = _adapted(model)
-    for path, layer in adapted.items():
+    for layer in adapted.values():
         layer.merge(safe_merge=True)
+    _take_out(model)
+    return list(adapted)
+
+
+def _take_out(model: nn.Module) -> None:
+    """Put the layers that adapters were put around back into their places, innermost first."""
+    for path, layer in reversed(_adapted(model).items()):
         replace_module(model, path, layer.get_base_layer())
     with suppress(AttributeError):
         del model.peft_config
-    return list(adapted)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -120,19 +134,21 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 def _read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if config == "lora":
         return dict(LORA)
-    if isinstance(config, Mapping):
-        return dict(config)
-    if not Path(config).is_file():
-        raise ValueError(f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file with a configuration of peft.")
-    try:
-        settings = json.loads(Path(config).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`peft` (={str(config)!r}) is no JSON: {error}.") from error
-    if not isinstance(settings, dict) or "peft_type" not in settings:
+    settings: Any = config
+    if not isinstance(config, Mapping):
+        if not Path(config).is_file():
+            raise ValueError(
+                f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file with a configuration of peft."
+            )
+        try:
+            settings = json.loads(Path(config).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`peft` (={str(config)!r}) is no JSON: {error}.") from error
+    if not isinstance(settings, Mapping) or "peft_type" not in settings:
         raise ValueError(
             f"`peft` (={str(config)!r}) names no `peft_type`, such as LORA: it is no configuration of peft."
         )
-    return settings
+    return {**settings, "peft_type": str(settings["peft_type"]).upper()}
 
 
 def _default_targets(model: nn.Module, fixed: Sequence[str]) -> list[str]:
@@ -142,5 +158,5 @@ def _default_targets(model: nn.Module, fixed: Sequence[str]) -> list[str]:
     return linear or [path for path, module in layers if isinstance(module, nn.Conv2d) and module.groups == 1]
 
 
-def _layers_below(model: nn.Module, path: str | None) -> list[str]:
-    return [] if path is None else [name for name, _ in model.named_modules() if name.startswith(f"{path}.")]
+def _layers_at(model: nn.Module, path: str) -> list[str]:
+    return [name for name, _ in model.named_modules() if name == path or name.startswith(f"{path}.")]

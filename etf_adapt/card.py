@@ -197,7 +197,9 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         model_name=facts.model_id.rstrip("/").split("/")[-1],
         base_model=facts.base_model if _HUB_ID.fullmatch(facts.base_model) else None,
         library_name=facts.library.replace("_", "-"),
-        pipeline_tag=pipeline,
+        pipeline_tag=None
+        if facts.library == "sentence_transformers"
+        else pipeline,  # its class for that has another head
         datasets=[name] if is_hub_data else None,
         tags=["etf_adapt", "long-tail", "neural-collapse"],
         eval_results=results or None,

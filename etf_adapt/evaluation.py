@@ -22,7 +22,7 @@ from transformers import (
 
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
-from etf_adapt.etf_model import ETFModel
+from etf_adapt.etf_model import STOCK_SHAPED, ETFModel
 from etf_adapt.folders import ENTRY
 from etf_adapt.metrics import pooled_balanced_accuracy
 from etf_adapt.pooling import MeanPoolingForSequenceClassification
@@ -62,8 +62,18 @@ def load_stock(folder: str | Path, task: str) -> PreTrainedModel:
 
     Returns:
         A model of a stock class, or an encoder with the mean of its tokens and the linear layer that lies beside it.
+
+    Raises:
+        ValueError: The folder is a training checkpoint whose head or adapters stock classes do not have.
     """
-    if task == "text" and (getattr(AutoConfig.from_pretrained(folder), ENTRY, None) or {}).get("pooling") == "mean":
+    saved = getattr(AutoConfig.from_pretrained(folder), ENTRY, None) or {}
+    head = saved.get("head", {"kind": "linear", "folded": False})
+    if saved.get("adapters") or (head["kind"] not in STOCK_SHAPED and not head["folded"]):
+        raise ValueError(
+            f"{folder} is a training checkpoint with {'adapters' if saved.get('adapters') else 'a head'} that stock classes do "
+            "not have: take the finished folder, or save the model once more to a folder that is no checkpoint."
+        )
+    if task == "text" and saved.get("pooling") == "mean":
         return MeanPoolingForSequenceClassification.from_folder(folder)
     stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
     return cast(PreTrainedModel, stock.from_pretrained(folder))

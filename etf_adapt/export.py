@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig
 
 from etf_adapt.alignment import evaluation_mode
 from etf_adapt.evaluation import load_stock
-from etf_adapt.folders import data_config
+from etf_adapt.folders import data_config, load_processor
 from etf_adapt.swap import logits_of
 
 TOLERANCE = 1e-4
@@ -48,8 +50,10 @@ def export_onnx(
 
     Raises:
         ImportError: The extra packages are missing: ``pip install "etf_adapt[onnx]"``.
-        ValueError: The size of the model's inputs is not known, or the example has a single row.
-        RuntimeError: The file does not give the model's logits; it is not left.
+        ValueError: The example has a single row, the size of the images is not known, the weights are not float32, or the task
+            of a folder is not told.
+        RuntimeError: The export does not give the model's logits; nothing is written.
+        TypeError: The model is not one of transformers.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -63,19 +67,30 @@ def export_onnx(
         import onnxscript  # noqa: F401 - torch asks for it late
     except ImportError as error:
         raise ImportError(f'export_onnx needs further packages ({error}): pip install "etf_adapt[onnx]".') from error
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, (str, Path)):
         if task not in ("image", "text"):
             raise ValueError(f"`task` (={task!r}) must be 'image' or 'text', to load the folder {model}.")
-        model = load_stock(model, task)
+        folder, model = model, load_stock(model, task)
+        with suppress(FileNotFoundError):  # what the inputs are called and how large they are
+            cast(Any, model).processor = load_processor(str(folder), task)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}: give a model of transformers (timm's in TimmWrapper) or a folder."
+        )
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"`model` is in {model.dtype}, which runtimes hold differently: convert it with model.float() first."
+        )
     inputs = dict(example_inputs(model) if example is None else example)
     if any(len(value) < 2 for value in inputs.values()):
         raise ValueError("`example` has a single row, which exporters take for a fixed size: give two or more.")
     axes: dict[str, Any] = {name: {0: torch.export.Dim("batch")} for name in inputs}
     for name in axes.keys() & {"input_ids", "attention_mask", "token_type_ids"}:
         axes[name][1] = torch.export.Dim("tokens")
+    other = {name: torch.cat([value, value.flip(0)[:1]]) for name, value in inputs.items()}
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with evaluation_mode(model), warnings.catch_warnings():
+    with evaluation_mode(model), tempfile.TemporaryDirectory(dir=file.parent) as place, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="# The axis name")  # two inputs share their axes, as they should
         program = torch.onnx.export(
             _Logits(model, list(inputs)).eval(),
@@ -86,18 +101,18 @@ def export_onnx(
             dynamo=True,
             verbose=False,
         )
-        cast(Any, program).save(str(file))
-        other = {name: torch.cat([value, value.flip(0)[:1]]) for name, value in inputs.items()}
+        cast(Any, program).save(str(Path(place, file.name)))
         expected = logits_of(model(**other)).float().cpu().numpy()
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: value.cpu().numpy() for name, value in other.items()})[0]
-    difference = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
-    if not difference <= TOLERANCE:
-        file.unlink()
-        raise RuntimeError(
-            f"{file} gave other logits than the model (difference {difference:.2g} of the greatest) and was removed: newer "
-            "versions of torch and onnxscript may export this architecture."
-        )
+        session = onnxruntime.InferenceSession(str(Path(place, file.name)), providers=["CPUExecutionProvider"])
+        found = session.run(None, {name: value.cpu().numpy() for name, value in other.items()})[0]
+        difference = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"What was exported gave other logits than the model (difference {difference:.2g} of the greatest), and {file} "
+                "was not written: newer versions of torch and onnxscript may export this architecture."
+            )
+        for part in Path(place).iterdir():  # weights of more than 2 GB are in a file of their own
+            part.replace(file.parent / part.name)
     return file
 
 
@@ -125,7 +140,7 @@ def example_inputs(model: PreTrainedModel, *, rows: int = 2) -> dict[str, Tensor
         the model's tokenizer makes.
 
     Raises:
-        ValueError: The configuration does not tell the size of the images.
+        ValueError: Neither configuration nor image processor tell the size of the images.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -135,11 +150,13 @@ def example_inputs(model: PreTrainedModel, *, rows: int = 2) -> dict[str, Tensor
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
-    if model.main_input_name != "pixel_values":
-        vocabulary = config.get_text_config().vocab_size
+    if model.main_input_name == "input_ids":
+        vocabulary = getattr(config.get_text_config(), "vocab_size", 256)  # of characters, where there is none
         ids = torch.randint(
             vocabulary // 2, vocabulary, (rows, _TOKENS), generator=generator
         )  # special ones come first
+        if config.is_encoder_decoder and config.eos_token_id is not None:
+            ids[:, -1] = config.eos_token_id  # where such models read the class
         names = getattr(getattr(model, "processor", None), "model_input_names", ("attention_mask",))
         others = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         inputs = {"input_ids": ids, **{name: value for name, value in others.items() if name in names}}
@@ -147,15 +164,16 @@ def example_inputs(model: PreTrainedModel, *, rows: int = 2) -> dict[str, Tensor
     if isinstance(config, TimmWrapperConfig):
         channels, *size = data_config(config, cast(Any, model).timm_model.pretrained_cfg)["input_size"]
     else:
-        side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        vision = getattr(config, "vision_config", config)
+        side, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)
         if side is None:
             processor = getattr(model, "processor", None)
             known = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
-            side = (known.get("height"), known.get("width")) if "height" in known else known.get("shortest_edge")
+            side = (known["height"], known["width"]) if "height" in known else known.get("shortest_edge")
         if not side:
             raise ValueError(
                 f"`example` (=None): {type(model).__name__} does not tell the size of its images: give one."
             )
         size = [side, side] if isinstance(side, int) else list(side)
     images = torch.randn(rows, channels, *size, generator=generator)
-    return {"pixel_values": images.to(model.device, model.dtype)}
+    return {model.main_input_name: images.to(model.device, model.dtype)}

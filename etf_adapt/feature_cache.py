@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
@@ -101,12 +101,14 @@ def cache_features(
         The features in float32 on the CPU, the same on every process.
 
     Raises:
-        ValueError: The model has several heads, or ``views`` is not positive.
+        ValueError: The model has several heads, ``views`` does not fit the rows, or their numbers are not their places.
     """
     if len(head_modules(model)) != 1:
         raise ValueError(f"`model` has {len(head_modules(model))} heads: features are kept of models with one.")
     if views < 1:
         raise ValueError(f"`views` (={views}) must be at least 1.")
+    if views > 1 and lengths_of(rows, "length") is not None:
+        raise ValueError(f"`views` (={views}) must be 1 for texts, which are not augmented.")
     labels = labels_of(rows)
     parts = [
         _read(model, rows, collate, None if views == 1 else view, batch_size, num_workers) for view in range(views)
@@ -128,15 +130,23 @@ def _read(
         generator=torch.Generator().manual_seed(0),  # or the pass would draw from the run's own
     )
     state, device = PartialState(), next(model.parameters()).device
+    if state.num_processes > 1:
+        shares = {"num_processes": state.num_processes, "process_index": state.process_index}
+        loader = prepare_data_loader(loader, even_batches=False, **shares)
     found: list[tuple[Tensor, Tensor]] = []
     with evaluation_mode(model):
-        for batch in itertools.islice(loader, state.process_index, None, state.num_processes):
+        for batch in loader:
             inputs = {name: to_device(value, device) for name, value in batch.items() if name != "labels"}
             row_ids = inputs.pop("row_id").cpu()
             found.append((row_ids, read_features(model, inputs)[0].to("cpu", torch.float32)))
     if state.num_processes > 1:
         found = gather_object(found)
     row_ids, features = (torch.cat(column) for column in zip(*found, strict=True))
+    if not torch.equal(row_ids.sort().values, torch.arange(len(rows))):
+        raise ValueError(
+            f"`row_id` of {len(rows)} rows must be their place, 0 to {len(rows) - 1}, each once: number them after they were "
+            "shuffled or selected."
+        )
     return features[row_ids.argsort()]
 
 

@@ -43,7 +43,7 @@ def set_image_size(model: Any, processor: Any, size: int) -> None:
                 tokens = embeddings.new_zeros(1, patches + extra, embeddings.shape[2])
                 with torch.no_grad():
                     resized = module.interpolate_pos_encoding(tokens, size, size)
-                module.position_embeddings = torch.nn.Parameter(resized.clone())
+                module.position_embeddings = torch.nn.Parameter(resized.clone(), embeddings.requires_grad)
                 module.patch_embeddings.num_patches = patches
         for part in (config, *model.modules()):
             if "image_size" in vars(part):

@@ -11,6 +11,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from etf_adapt.adapters import has_adapters
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.head import ClassifierHead, is_head
 from etf_adapt.swap import head_modules
@@ -36,6 +37,10 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
         >>> fix_parameters(model)
         ['1']
     """
+    if freeze == "backbone" and has_adapters(model):
+        raise ValueError(
+            "`freeze` (='backbone') would fix the adapters, which are part of it: leave out one of the two."
+        )
     heads = head_modules(model)
     freed = [path for path, head in heads.items() if not head.trainable and head.weight.requires_grad]
     for head in heads.values():
@@ -140,6 +145,12 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]
             model(
                 **{name: to_device(value, device) for name, value in batch.items() if name not in ("labels", "row_id")}
             )
+    unread = any(int(_statistic(norm.num_batches_tracked)) == 0 for norm in norms)
+    if unread and PartialState().num_processes == 1:
+        raise ValueError(
+            "The statistics of BatchNorm layers cannot be estimated: the batches did not pass through them, as kept features "
+            "do not. Set batch_norm to 'frozen'."
+        )
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if PartialState().num_processes > 1:

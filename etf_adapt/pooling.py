@@ -14,8 +14,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 
-from etf_adapt.folders import HUB_OPTIONS, read_weights
-from etf_adapt.state_dict import convert_state_dict
+from etf_adapt.folders import ENTRY, HUB_OPTIONS, read_weights
+from etf_adapt.state_dict import convert_state_dict, find_missing
 
 POOLINGS = ("stock", "mean")
 """What makes one feature of a text's tokens: what the stock class has, or their mean."""
@@ -60,10 +60,17 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         encoder = AutoModel.from_config(deepcopy(config)) if encoder is None else encoder
+        if encoder.config.is_encoder_decoder:
+            raise ValueError(
+                f"A {encoder.config.model_type!r} model has an encoder and a decoder, of which none is read by the mean of its "
+                "tokens: use pooling='stock'."
+            )
         super().__init__(encoder.config)
         self.num_labels = encoder.config.num_labels
         self.encoder = encoder
-        self.classifier = nn.Linear(cast(Any, encoder.config).hidden_size, cast(int, self.num_labels)).to(encoder.dtype)
+        self.classifier = nn.Linear(cast(Any, encoder.config).hidden_size, cast(int, self.num_labels)).to(
+            encoder.device, encoder.dtype
+        )
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler.requires_grad_(False)
 
@@ -98,8 +105,8 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         """Load an encoder, with the linear layer that lies beside it in a folder of sentence-transformers, if one does.
 
         Args:
-            location: Folder or Hub id: an encoder of transformers or sentence-transformers, what ``write_sentence_folder``
-                left, or a training checkpoint of this class.
+            location: Folder or Hub id: an encoder of transformers or sentence-transformers (a linear layer of another's is
+                not read), what ``write_sentence_folder`` left, or a training checkpoint of this class.
             config: Its configuration, if that was read before.
             options: Arguments of ``AutoModel.from_pretrained``.
 
@@ -108,17 +115,21 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         """
         if config is not None and (config.architectures or [""])[0] == cls.__name__:  # a training checkpoint
             model = cls(config)
-            model.load_state_dict(convert_state_dict(model, read_weights(location)).tensors, strict=False)
-            return model.eval()
+            tensors = convert_state_dict(model, read_weights(location)).tensors
+            if missing := find_missing(model, tensors):
+                raise ValueError(
+                    f"{location} lacks {len(missing)} tensors of its model, such as {missing[0]}: take another."
+                )
+            model.load_state_dict(tensors, strict=False)
+            return cast(Any, model).to(options.get("dtype") or model.dtype).eval()
         settings = {} if config is None else {"config": config}
         encoder = AutoModel.from_pretrained(location, **settings, **options)
         model = cls(encoder.config, encoder)
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        if _kinds_of_modules(location, **hub_options)[:3] == _MODULES:
+        if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == "mean":  # we have written it
             file = cached_file(str(location), f"{_DENSE_FOLDER}/model.safetensors", **hub_options)
             dense = {name.removeprefix("linear."): tensor for name, tensor in load_file(cast(str, file)).items()}
-            if dense["weight"].shape == model.classifier.weight.shape and "bias" in dense:
-                model.classifier.load_state_dict(dense)
+            model.classifier.load_state_dict(dense)
         return model.eval()
 
 
@@ -188,13 +199,7 @@ def _max_length(model: Any) -> int:
         getattr(model.processor, "model_max_length", None),
         getattr(model.config, "max_position_embeddings", None),
     )
-    return min((int(limit) for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
-
-
-def _kinds_of_modules(location: str | Path, **options: Any) -> tuple[str, ...]:
-    """Return the kinds of the modules of a folder of sentence-transformers; none of any other."""
-    modules = _read_json(location, "modules.json", **options) or []
-    return tuple(module["type"].rpartition(".")[2] for module in modules)
+    return min((int(limit) for limit in limits if limit is not None and limit > 0), default=DEFAULT_MAX_LENGTH)
 
 
 def _read_json(location: str | Path, name: str, **options: Any) -> Any:

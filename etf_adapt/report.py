@@ -45,7 +45,8 @@ Those that end in ``_unadjusted`` are of the head before the prior adjustment; w
 """
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
-                "vocab*", "merges.txt", "special_tokens_map.json", "README.md")  # fmt: skip
+                "vocab*", "merges.txt", "special_tokens_map.json", "README.md",
+                "modules.json", "sentence_bert_config.json", "1_Pooling/*", "2_Dense/*")  # fmt: skip
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
 

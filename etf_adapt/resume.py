@@ -44,7 +44,7 @@ class ResumableTrainer(Trainer):
     _misses = 0  # evaluations since the best one
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return all that decides which rows are drawn when, by the name that a person knows it by."""
+        """Return all that decides which rows are drawn when and what they train, by names that a person knows."""
         raise NotImplementedError
 
     def own_state(self) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class ResumableTrainer(Trainer):
             checkpoint: Folder of a complete checkpoint.
 
         Raises:
-            ValueError: It belongs to a run with another draw.
+            ValueError: It belongs to a run with another draw, or that trains other parameters.
         """
         state = read_state(checkpoint)
         for name, value in self.draw_settings().items():
-            if state["draw"][name] != value:
+            if state["draw"].get(name, value) != value:
                 raise ValueError(
                     f"`{checkpoint}` was written with {name} {state['draw'][name]!r}, and this run has {value!r}: it would "
-                    "go on with other rows than it began with. Resume with the same settings, or start another run."
+                    "go on otherwise than it began. Resume with the same settings, or start another run."
                 )
         self._misses = state["misses"]
         self.restore_own_state(state["own"], read_tensors(checkpoint))

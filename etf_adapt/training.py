@@ -32,6 +32,7 @@ from etf_adapt.callbacks import (
     set_threads,
 )
 from etf_adapt.checkpoints import resolve_checkpoint
+from etf_adapt.etf_model import FEATURES
 from etf_adapt.evaluation import predict_rows
 from etf_adapt.long_tail import read_labels
 from etf_adapt.losses import LOSSES
@@ -358,7 +359,11 @@ class ETFTrainer(ResumableTrainer):
     def draw_settings(self) -> dict[str, Any]:
         """Return all that decides which rows are drawn when, for the checkpoints."""
         labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
+        trained = (
+            (name, *parameter.shape) for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        )
         return {
+            "trained parameters": f"of hash {sha256(repr(sorted(trained)).encode()).hexdigest()[:12]}",
             "sampler": self.args.sampler,
             "train_sampling_strategy": self.args.train_sampling_strategy,
             "batch size": self.get_total_train_batch_size(self.args),
@@ -404,7 +409,7 @@ class ETFTrainer(ResumableTrainer):
         for norm in self._frozen_norms:
             norm.eval()  # Trainer puts the whole model into training mode before each step.
         if self._soft_labels.is_active:
-            name = self.model.main_input_name
+            name = FEATURES if FEATURES in inputs else self.model.main_input_name
             inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
         with self._training_logits.of(labels, None if self._soft_labels.mixes else row_ids):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -81,6 +81,8 @@ def finetune(
 
     if data_args.cache_features:
         check_cache(data_args, args, data.task)
+    if model_args.peft is not None and args.freeze == "backbone":
+        raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
 
     # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
@@ -89,9 +91,9 @@ def finetune(
             "`tau_normalization` (=True) chooses its power on validation rows, for a linear or cosine head: give such."
         )
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
+    read, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
     if model_args.peft is not None:
         add_adapters(model, model_args.peft, seed=args.seed)
-    read, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
     rows = read
     if data_args.cache_features:
         model.to(args.device)
@@ -120,7 +122,7 @@ def finetune(
 
     # Calibrate on validation, save, and score what was saved.
     if rows["validation"] is not None:
-        held_out = trainer.get_eval_dataloader(rows["validation"])
+        held_out = trainer.get_test_dataloader(rows["validation"])  # the other may be one that was kept
         if model_args.tau_normalization:
             tau = tau_normalize(model, held_out)
         factor, strength = calibrate(model, held_out, trainer.class_counts if adjusts else None)
@@ -246,6 +248,8 @@ def check_cache(data_args: DataArguments, args: ETFTrainingArguments, task: str)
         raise ValueError(f"{views} must be 0 or 1 for texts, which are not augmented, and at least 0 for images.")
     if args.freeze != "backbone":
         raise ValueError(f"{views} keeps what a frozen backbone makes of the rows: add --freeze backbone.")
+    if args.batch_norm in ("train", "reestimate"):
+        raise ValueError(f"{views} moves no BatchNorm statistics: leave out batch_norm (={args.batch_norm!r}).")
     if args.mixup or args.cutmix:
         raise ValueError(f"{views} holds no images to mix: leave out mixup and cutmix.")
 
@@ -284,7 +288,7 @@ def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, fl
 
     args, settings = trainer.args, trainer.accelerator.unwrap_model(trainer.model).etf_settings
     model, offsets = load_stock(args.output_dir, task).to(args.device), settings["prior_adjustment"]
-    predicted = predict_rows(model, trainer.get_eval_dataloader(rows), num_rows=len(rows), offsets=offsets)
+    predicted = predict_rows(model, trainer.get_test_dataloader(rows), num_rows=len(rows), offsets=offsets)
     metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
     details = {"confidences": predicted.confidences, "losses": predicted.losses}
     scores = metric.compute(predictions=predicted.predictions, references=predicted.labels, **details)

@@ -23,9 +23,11 @@ from transformers import (
 )
 
 from etf_adapt.adapters import add_adapters, has_adapters, merge_adapters
+from etf_adapt.evaluation import load_stock
 from etf_adapt.export import example_inputs
 from etf_adapt.head import ClassifierHead
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
+from etf_adapt.parameters import fix_parameters
 from etf_adapt.swap import head_modules, swap_head
 
 pytest.importorskip("peft", reason="needs the package of `.[peft]`")
@@ -100,12 +102,13 @@ def test_plain_timm_models_have_them_too():
 @pytest.mark.parametrize(
     "config",
     [
-        {"peft_type": "LORA", "r": 2, "use_dora": True},
+        {"peft_type": "lora", "r": 2, "use_dora": True},
         {"peft_type": "LOHA", "r": 2},
         {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"},
+        {"peft_type": "C3A", "block_size": 4, "target_modules": ["q_proj"]},
         {"peft_type": "IA3", "target_modules": ["q_proj", "fc1"], "feedforward_modules": ["fc1"]},
     ],
-    ids=["dora", "loha", "all-linear", "ia3"],
+    ids=["dora", "loha", "all-linear", "without exclusions", "ia3"],
 )
 def test_other_configurations_are_taken_from_a_file(config, tmp_path):
     (tmp_path / "adapter.json").write_text(json.dumps(config))
@@ -117,6 +120,40 @@ def test_other_configurations_are_taken_from_a_file(config, tmp_path):
     merge_adapters(model)
     torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-4)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_a_configuration_that_peft_has_written_trains_again(tmp_path):
+    peft = pytest.importorskip("peft")
+    written = peft.LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)
+    written.save_pretrained(tmp_path)
+    model = make_model()
+    add_adapters(model, tmp_path / "adapter_config.json")
+    assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+def test_adapters_over_half_precision_are_trained_in_float32():
+    model = make_model().bfloat16()
+    add_adapters(model, SMALL)
+    assert fix_parameters(model) == []
+    dtypes = {("lora_" in name): parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_adapters_of_a_frozen_backbone_are_refused():
+    model = make_model(head="linear")
+    add_adapters(model, SMALL)
+    with pytest.raises(ValueError, match=r"`freeze` \(='backbone'\) would fix the adapters"):
+        fix_parameters(model, freeze="backbone")
+
+
+def test_a_run_does_not_go_on_with_other_adapters(tmp_path):
+    make_run(tmp_path).train()
+    for settings in ({**SMALL, "r": 4}, None):
+        model = make_model()
+        if settings:
+            add_adapters(model, settings)
+        with pytest.raises(ValueError, match="trained parameters"):
+            make_trainer(tmp_path, model=model).train(resume_from_checkpoint=True)
 
 
 def make_run(folder, **settings):
@@ -147,8 +184,9 @@ def test_a_run_trains_nothing_else_resumes_exactly_and_leaves_a_stock_folder(tmp
     for other in (stock, back):
         torch.testing.assert_close(other(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
     assert back.etf_settings["head"]["frame"] == "whitened" and not back.etf_settings["adapters"]
-    with pytest.raises(ValueError, match="training checkpoint with adapters"):
-        ETFForImageClassification.from_pretrained(tmp_path / "whole" / "checkpoint-3")
+    for load in (ETFForImageClassification.from_pretrained, lambda folder: load_stock(folder, "image")):
+        with pytest.raises(ValueError, match="training checkpoint with adapters"):
+            load(tmp_path / "whole" / "checkpoint-3")
 
 
 def test_the_best_checkpoint_comes_back(tmp_path):
@@ -168,15 +206,19 @@ def test_the_best_checkpoint_comes_back(tmp_path):
         ({**SMALL, "target_modules": ["classifier"]}, "no configuration for this model"),
         ({**SMALL, "target_modules": ["no_such_layer"]}, "no configuration for this model"),
         ({"peft_type": "LURA"}, "no configuration for this model"),
+        ({**SMALL, "target_modules": ["q_proj", "layernorm_before"]}, "no configuration for this model"),
+        ({"r": 4}, "names no `peft_type`"),
         ({**SMALL, "rank": 3}, "no configuration for this model"),
     ],
-    ids=["name", "modules_to_save", "head", "layer", "kind", "argument"],
+    ids=["name", "modules_to_save", "head", "layer", "kind", "half way", "no kind", "argument"],
 )
 def test_what_cannot_be_is_refused_in_one_message(config, words):
     model = make_model()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match=words):
         add_adapters(model, config)
     assert not has_adapters(model) and list(head_modules(model)) == ["classifier"]
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 2}'])

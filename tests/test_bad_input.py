@@ -173,6 +173,7 @@ LATER_CASES = {
         ["--cache_features", "1", "--freeze", "backbone", "--head", "linear", "--mixup", "0.2"],
         ["cache_features", "mixup"],
     ),
+    "adapters of a frozen backbone": (["--peft", "lora", "--freeze", "backbone"], ["freeze", "peft"]),
     "publishing": (["--push_to_hub"], ["push_to_hub"]),
     "nothing to resume": (["--resume_from_checkpoint", "last"], ["no complete checkpoint"]),
 }

@@ -285,7 +285,7 @@ class TestTable:
         linear, etf = [line for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
         assert "| 90.0 | 0.0001 (head x 10) | 0.0001 (head x 1): 85.0; 0.0001 (head x 10): 90.0; " in linear
         assert "| 90.0 | 0.0001 | 0.0001: 90.0; 0.001: 80.0 |" in etf
-        assert "--dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
+        assert "--tuning_only -- --dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
         compare.main([*TWO_ROWS, *SHARED])
         assert len(runs.calls) == 10 and Path("r/table.md").exists() and Path("r/validation.md").read_text() == table
 

@@ -79,6 +79,25 @@ def test_the_run_is_the_one_that_reads_the_rows_each_time(head, settings, tmp_pa
     assert not any(parameter.requires_grad for name, parameter in cached.model.named_parameters() if "vit." in name)
 
 
+def test_smoothed_labels_need_no_images(tmp_path):
+    rows = cache_features(make_model(head="linear"), Plain(COUNTS, 0), collate)
+    args = ETFTrainingArguments(
+        str(tmp_path), num_train_epochs=1, freeze="backbone", eval_strategy="no", label_smoothing=0.1, torch_threads=1
+    )
+    trainer = ETFTrainer(make_model(head="linear"), args, train_dataset=rows, data_collator=FeatureCollator(collate),
+                         labels=rows.labels)  # fmt: skip
+    assert trainer.train().global_step > 0
+
+
+def test_numbers_that_are_no_places_are_refused():
+    def shifted(rows):
+        batch = collate(rows)
+        return {**batch, "row_id": batch["row_id"] + 1}
+
+    with pytest.raises(ValueError, match="`row_id`"):
+        cache_features(make_model(), Plain(COUNTS, 0), shifted)
+
+
 @pytest.mark.parametrize("name", ["vit", "timm cnn", "bert"])
 def test_a_model_scores_features_in_place_of_its_inputs(name):
     torch.manual_seed(0)

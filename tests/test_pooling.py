@@ -21,6 +21,8 @@ from transformers import (
     ModernBertForSequenceClassification,
     MPNetConfig,
     MPNetModel,
+    T5Config,
+    T5ForSequenceClassification,
 )
 
 from etf_adapt.alignment import align_head
@@ -97,6 +99,9 @@ def test_a_folder_comes_back_and_so_does_a_checkpoint(kind, head, tmp_path):
         else:
             assert torch.equal(back(**batch).logits, logits)
             assert {**back.etf_settings, "head": {}} == {**model.etf_settings, "head": {}}
+    if head in ("cosine", "paper"):
+        with pytest.raises(ValueError, match="training checkpoint with a head"):
+            load_stock(tmp_path / "checkpoint-7", "text")
     stock = load_stock(tmp_path / "out", "text")
     assert type(stock) is MeanPoolingForSequenceClassification
     assert torch.equal(stock(**batch).logits, load(tmp_path / "out")(**batch).logits)
@@ -175,6 +180,11 @@ def test_the_newer_form_of_the_pooling_file_is_known(tmp_path):
 
 
 def test_what_cannot_be_is_refused(tmp_path):
+    T5ForSequenceClassification(
+        T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2, vocab_size=40)
+    ).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="encoder and a decoder"):
+        load(tmp_path / "t5", num_labels=3, pooling="mean")
     with pytest.raises(ValueError, match="pooling"):
         load(save_encoder(tmp_path), num_labels=3, pooling="meen")
     with pytest.raises(ValueError, match=r"`pooling` \(='mean'\) is for texts"):

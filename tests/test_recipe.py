@@ -413,6 +413,14 @@ def test_adapters_leave_a_stock_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_workers_that_persist_do_not_hand_out_another_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true", "--output_dir", "run")
+    results = json.loads(Path("run", report.RESULTS_FILE).read_text())
+    assert results["test_balanced_accuracy"] is not None
+
+
+@pytest.mark.slow
 def test_a_frozen_backbone_that_is_read_once_gives_the_same_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--head", "linear", "--freeze", "backbone", "--augment", "false", "--save_strategy", "epoch"]
