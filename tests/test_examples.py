@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
+    "layer_decay_and_ema": "balanced accuracy of the average",
     "long_tail_a_dataset": "drawn with power 1.0",
     "plain_accelerate_loop": "balanced accuracy",
     "swap_a_head": "restored: True",

@@ -1,0 +1,68 @@
+"""Fine-tune with what timm has for it: layer-wise learning rates, stochastic depth, and an average of the weights.
+
+    python examples/layer_decay_and_ema.py
+
+The trainer takes any optimizer, the model any argument that timm builds it with, and transformers' callbacks do the rest: none
+of the three needs a flag of ours. Needs no network, and takes a minute.
+"""
+
+import tempfile
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
+
+from etf_adapt import ETFTrainer, ETFTrainingArguments, load_data
+from etf_adapt.modeling import adapt
+from etf_adapt.rows import ImageCollator, TransformedRows
+from etf_adapt.transforms import image_transforms
+
+
+class AveragedWeights(TrainerCallback):
+    """Keep an exponential moving average of the weights, and end with it."""
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.average = ModelEmaV3(model, decay=decay, use_warmup=True)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.average.update(model, step=state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        model.load_state_dict(self.average.module.state_dict())
+
+
+# Any timm model; `ETFForImageClassification.from_pretrained("timm/vit_base...", ...)` would bring pretrained weights.
+depth = {"img_size": 64, "drop_path_rate": 0.1}  # stochastic depth, by timm's own argument
+config = TimmWrapperConfig(architecture="test_vit", num_labels=10, model_args=depth)
+torch.manual_seed(0)
+model = adapt(TimmWrapperForImageClassification(config), 10)
+
+data = load_data("digits", imbalance_factor=20)
+sizes = {"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+plain = image_transforms({**sizes, "crop_pct": 1.0, "crop_mode": "center"}, train=False)
+train, test = TransformedRows(data.train, plain, keep=True), TransformedRows(data.test, plain, keep=True)
+
+with tempfile.TemporaryDirectory() as output_dir:
+    args = ETFTrainingArguments(
+        output_dir,
+        num_train_epochs=3,
+        learning_rate=1e-3,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,  # or the average would not be what is left
+    )
+    average = AveragedWeights(model, decay=0.95)
+    trainer = ETFTrainer(
+        model, args, train_dataset=train, eval_dataset=test, data_collator=ImageCollator(), callbacks=[average]
+    )
+    trainer.optimizer = create_optimizer_v2(model.timm_model, opt="adamw", lr=args.learning_rate, layer_decay=0.75)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] *= group[
+            "lr_scale"
+        ]  # timm's own schedulers would do so at each step; transformers' take the rate as it is
+    rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
+    print("learning rates by layer:", ", ".join(f"{rate:.2g}" for rate in rates))
+    trainer.train()
+    trainer.align()  # the head, on the features of the averaged weights
+    print("balanced accuracy of the average:", round(trainer.evaluate()["eval_balanced_accuracy"], 3))
