@@ -26,9 +26,11 @@ class AveragedWeights(TrainerCallback):
         self.average = ModelEmaV3(model, decay=decay, use_warmup=True)
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Take the weights of this step into the average."""
         self.average.update(model, step=state.global_step)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Put the average in the place of the last weights."""
         model.load_state_dict(self.average.module.state_dict())
 
 

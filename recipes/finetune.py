@@ -69,8 +69,6 @@ def finetune(
 
     state = PartialState()
     set_threads(args.torch_threads)
-    if args.device.type == "cpu":
-        keep_freed_memory()
     transformers.set_seed(args.seed)
     if args.disable_tqdm:
         datasets.disable_progress_bars()
@@ -79,6 +77,8 @@ def finetune(
     # Data: the splits, with the long tail that was asked for.
     data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
 
+    if args.device.type == "cpu" and data.task == "image":
+        keep_freed_memory()
     if data_args.cache_features:
         check_cache(data_args, args, data.task)
     if model_args.peft is not None and args.freeze == "backbone":
