@@ -150,7 +150,7 @@ def example_inputs(model: PreTrainedModel, *, rows: int = 2) -> dict[str, Tensor
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "input_ids":
+    if model.main_input_name == "input_ids" or "SequenceClassification" in type(model).__name__:
         vocabulary = getattr(config.get_text_config(), "vocab_size", 256)  # of characters, where there is none
         ids = torch.randint(
             vocabulary // 2, vocabulary, (rows, _TOKENS), generator=generator

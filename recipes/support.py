@@ -35,7 +35,7 @@ from etf_adapt import dot_regression_loss, report
 from etf_adapt.comparison import format_markdown
 from etf_adapt.export import example_inputs
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
-from etf_adapt.swap import HeadError, head_modules, logits_of, restore_head, swap_head
+from etf_adapt.swap import HeadError, find_heads, head_modules, logits_of, restore_head, swap_head
 
 RESULTS = Path(__file__).with_name("results") / "support"
 TABLE = Path(__file__).with_name("SUPPORT.md")
@@ -128,9 +128,11 @@ def try_one(task: tuple[str, str, str, float, int]) -> dict[str, Any]:
 def try_class(kind: str, name: str, model_type: str, record: dict[str, Any], at: Callable[[str], None]) -> None:
     """Try a class of transformers, built small."""
     stock = getattr(transformers, name)
-    model = stock(small_config(model_type, num_labels=CLASSES)).eval()
+    config = small_config(model_type, num_labels=CLASSES)
+    config.architectures = [name]  # which of several classes of its type it stands for
+    model = stock(config).eval()
     factory = ETFForImageClassification if kind == "image" else ETFForSequenceClassification
-    batch = inputs_of(model, model_type)
+    batch = inputs_of(model)
     again = [stock.from_pretrained]
     if (
         type(factory._auto_model.from_config(model.config)).__name__ == name
@@ -183,6 +185,8 @@ def go_through(
     at: Callable[[str], None],
 ) -> None:
     """Adapt a model, train it a step, give its head back, adapt it again, save it and load it in each way."""
+    at("find")
+    find_heads(model)
     at("stock forward")
     with torch.no_grad():
         before = logits_of(model(**batch))
@@ -221,16 +225,15 @@ def go_through(
             require(apart <= TOLERANCE, f"logits {apart:.2g} apart after loading")
 
 
-def inputs_of(model: Any, model_type: str) -> dict[str, Tensor]:
-    """Make up a batch of two rows, for the classes that take more than images or tokens too."""
-    if model.main_input_name == "input_ids":
-        batch = example_inputs(model)
-        if model_type in ("layoutlm", "layoutlmv3", "lilt", "bros", "markuplm"):
-            batch.pop("bbox", None)
-        return batch
+def inputs_of(model: Any) -> dict[str, Tensor]:
+    """Make up a batch of two rows, also for networks of convolutions, which tell no size of their images."""
+    if model.config.model_type == "siglip2":  # which takes patches
+        patches = torch.randn(2, 16, 3 * model.config.vision_config.patch_size**2)
+        places = {"pixel_attention_mask": torch.ones(2, 16), "spatial_shapes": torch.full((2, 2), 4)}
+        return {"pixel_values": patches, **places}
     try:
         return example_inputs(model)
-    except ValueError:  # a network of convolutions, which takes any size
+    except ValueError:
         return {model.main_input_name: torch.randn(2, getattr(model.config, "num_channels", 3), SIZE, SIZE)}
 
 
@@ -258,6 +261,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     outcomes = ("works", "refused", "not built", "failed")
     cells, apart = [], []
     for kind, records in found.items():
+        if not records:
+            continue
         counts = Counter(record["outcome"] for record in records)
         saved = sum(record["outcome"] == "works" and record["weights"] != "none" for record in records)
         several = sum(len(record["heads"]) > 1 for record in records)
@@ -265,10 +270,11 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         cells.append([KINDS[kind], *told])
         apart += [[record["name"], record["outcome"], record["said"].replace("|", "\\|")]
                   for record in sorted(records, key=lambda record: record["name"]) if record["outcome"] != "works"]  # fmt: skip
+    kinds = " ".join(kind for kind, records in found.items() if records)
     parts = [
         "# Which models can be adapted",
-        "By `python recipes/support.py`, which says what *works* means; random weights. *Saved* ones were also read again with "
-        "equal logits by their stock library; the others were too large and stayed on the meta device.",
+        f"By `python recipes/support.py --kinds {kinds}`, which says what *works* means; random weights. *Saved* ones were "
+        "also read again with equal logits by their stock library; the others were too large and stayed on the meta device.",
         format_markdown(["", "tried", *outcomes, "saved and read again", "with several heads"], cells),
         format_markdown(["not", "", "why"], apart) if apart else "",
         ", ".join(f"{name} {value}" for name, value in report.describe_environment().items() if name != "processes"),
