@@ -83,7 +83,13 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         reached = [path for path, head in heads.items() if model.get_submodule(path) is not head]
         if reached:
             raise ValueError(f"`target_modules` reaches the head `{reached[0]}`, which stays as it is: leave it out.")
-    except (TypeError, KeyError, AttributeError, ValueError, NotImplementedError) as error:
+    except (
+        TypeError,
+        KeyError,
+        AttributeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # what peft raises at mistakes
         _take_out(model)
         for parameter, was_trained in modes:
             parameter.requires_grad_(was_trained)

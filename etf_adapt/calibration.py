@@ -13,7 +13,7 @@ from etf_adapt.loss_terms import log_prior
 
 _EXPONENTS = torch.arange(-6.0, 10.01, 0.25, dtype=torch.float64)  # factors from 1/64 to 1024
 _CHUNK = 4096
-_NEWTON_STEPS, _QUARTERS = 50, 25
+_NEWTON_STEPS, _SHORTENINGS = 50, 25
 _TINY = 1e-10
 
 
@@ -103,8 +103,8 @@ def fit_prior_adjustment(logits: Tensor, labels: Tensor, class_counts: Tensor | 
 
     def shorten(step: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Shorten a step from the point, cut off at the bounds, until it leads down."""
-        for quarters in range(_QUARTERS):
-            moved = torch.clamp(point - 0.25**quarters * step, least, most)
+        for shortenings in range(_SHORTENINGS):
+            moved = torch.clamp(point - 0.25**shortenings * step, least, most)
             found = _adjusted_loss(moved, logits, labels, prior, weights)
             if found[0] < value:
                 break

@@ -53,7 +53,7 @@ def keep_freed_memory() -> bool:
 
     On CPUs glibc otherwise maps the large tensors of each step anew, and the system clears their pages, at every operation;
     networks of convolutions feel it most. Results are the same; the peak of memory is held until the process ends. Not for
-    texts, whose batches differ in size: that of the longest text may take ten times what the others do.
+    texts, whose batches differ in size: that of the longest text takes many times what the others do.
 
     Returns:
         Whether the C library is one that can be told (glibc).

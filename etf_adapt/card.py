@@ -197,9 +197,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         model_name=facts.model_id.rstrip("/").split("/")[-1],
         base_model=facts.base_model if _HUB_ID.fullmatch(facts.base_model) else None,
         library_name=facts.library.replace("_", "-"),
-        pipeline_tag=None
-        if facts.library == "sentence_transformers"
-        else pipeline,  # its class for that has another head
+        pipeline_tag=_tag(facts),
         datasets=[name] if is_hub_data else None,
         tags=["etf_adapt", "long-tail", "neural-collapse"],
         eval_results=results or None,
@@ -212,15 +210,12 @@ def _training_facts(facts: CardFacts) -> list[str]:
     told = [
         f"Head: `{head.get('kind')}`, rows {state}, from: {escape_markdown(head.get('frame'))}.",
         f"Loss: {_settings(loss)}.",
-        *(
-            ["Prior: predictions are adjusted for how rare a class was, by offsets in the bias."]
-            if facts.is_adjusted
-            else []
-        ),
         f"Data: {_settings({key: value for key, value in facts.dataset.items() if _is_short(value)})}.",
         f"Seeds: {_settings(facts.seeds)}.",
         f"Made with: {_settings(facts.environment)}.",
     ]
+    if facts.is_adjusted:
+        told.insert(2, "Prior: predictions are adjusted for how rare a class was, by offsets in the bias.")
     return told
 
 
@@ -262,6 +257,11 @@ def _usage(facts: CardFacts) -> str:
 def _own_usage(facts: CardFacts) -> str:
     name = "ETFForImageClassification" if facts.task == "image" else "ETFForSequenceClassification"
     return f"from etf_adapt import {name}\n\nmodel = {name}.from_pretrained({json.dumps(facts.model_id)})"
+
+
+def _tag(facts: CardFacts) -> str | None:
+    """Return the pipeline that the Hub may offer; none for a folder whose head transformers does not read."""
+    return None if facts.library == "sentence_transformers" else _pipeline(facts.task)
 
 
 def _pipeline(task: str) -> str:

@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from etf_adapt.alignment import evaluation_mode, to_device
@@ -66,13 +66,7 @@ class FeatureCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Return the batch of these rows."""
-        if FEATURES not in rows[0]:
-            return self._other(rows)
-        return {
-            FEATURES: torch.stack([row[FEATURES] for row in rows]),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-            "row_id": torch.tensor([row["row_id"] for row in rows]),
-        }
+        return default_collate([*rows]) if FEATURES in rows[0] else self._other(rows)
 
 
 def cache_features(

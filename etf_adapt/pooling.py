@@ -23,7 +23,6 @@ POOLINGS = ("stock", "mean")
 _MODULES = ("Transformer", "Pooling", "Dense")
 _POOLING_FOLDER, _DENSE_FOLDER = "1_Pooling", "2_Dense"
 _TINY = 1e-9
-DEFAULT_MAX_LENGTH = 512
 
 
 class MeanPoolingForSequenceClassification(PreTrainedModel):
@@ -193,13 +192,13 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
     save_file({"linear.weight": weight, "linear.bias": bias}, Path(folder, _DENSE_FOLDER, "model.safetensors"))
 
 
-def _max_length(model: Any) -> int:
-    """Return the tokens of a text that tokenizer and positions both have room for."""
+def _max_length(model: Any) -> int | None:
+    """Return the tokens of a text that tokenizer and positions both have room for; None where neither has a limit."""
     limits = (
         getattr(model.processor, "model_max_length", None),
         getattr(model.config, "max_position_embeddings", None),
     )
-    return min((int(limit) for limit in limits if limit is not None and limit > 0), default=DEFAULT_MAX_LENGTH)
+    return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
 
 
 def _read_json(location: str | Path, name: str, **options: Any) -> Any:

@@ -357,7 +357,7 @@ class ETFTrainer(ResumableTrainer):
         return EvenLengths(lengths, batch_size=self.args.eval_batch_size, seed=self.args.seed)
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return all that decides which rows are drawn when, for the checkpoints."""
+        """Return all that decides which rows are drawn when and what they train, for the checkpoints."""
         labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
         trained = (
             (name, *parameter.shape) for name, parameter in self.model.named_parameters() if parameter.requires_grad

@@ -209,10 +209,9 @@ class TrainingLogits:
         channels = 1 if isinstance(head, nn.Conv2d) else -1
         features, logits = features.movedim(channels, -1), logits.movedim(channels, -1)
         rows, lengths = self.left_out.get(path), self.lengths.get(path)
+        # Not of a part of a batch, whose rows are not known.
         if rows is not None and labels is not None and row_ids is not None and len(features) == len(row_ids):
-            logits = rows.logits(
-                logits, features, row_ids, labels
-            )  # not of a part of a batch, whose rows are not known
+            logits = rows.logits(logits, features, row_ids, labels)
         if lengths is not None:
             logits = (logits / lengths.relative(features).unsqueeze(-1)).to(logits.dtype)
         return logits.movedim(-1, channels)

@@ -327,7 +327,7 @@ def leave_table(options: argparse.Namespace) -> None:
     lists = {name: vars(options)[name] for name in LISTS}
     results = report.public_value(str(options.results))
     told = command(results, lists, options.flags, public_launcher(options))
-    first = told.replace(" -- ", " --tuning_only -- ", 1)
+    first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
     versions = versions_of([run for _, runs in validated for run in runs])
     table = validation_table(validated, options.seeds[0], first, versions)
     (options.results / "validation.md").write_text(table, encoding="utf-8")

@@ -81,7 +81,14 @@ def validation_table(
     return "\n\n".join([table, told, told_below, environment(versions)]) + "\n"
 
 
-def command(results: str, lists: Mapping[str, Sequence[Any]], passed: Mapping[str, str], launcher: str) -> str:
+def command(
+    results: str,
+    lists: Mapping[str, Sequence[Any]],
+    passed: Mapping[str, str],
+    launcher: str,
+    *,
+    tuning_only: bool = False,
+) -> str:
     """Return the command that makes a table, as Markdown.
 
     Args:
@@ -89,9 +96,11 @@ def command(results: str, lists: Mapping[str, Sequence[Any]], passed: Mapping[st
         lists: Rows, seeds and rates.
         passed: Flags that went to all runs, with their values.
         launcher: What ran them; nothing where it was python.
+        tuning_only: Whether the first stage is all of it.
     """
     flags = [f"--{name} {' '.join(values)}" for name, values in _written(lists).items()]
     flags += [f"--launcher {shlex.quote(launcher)}"] if launcher else []
+    flags += ["--tuning_only"] if tuning_only else []
     flags += ["--", *(f"--{name} {values}".strip() for name, values in passed.items())]
     return f"`python recipes/compare.py --results {shlex.quote(results)} {' '.join(flags)}`"
 
