@@ -132,6 +132,9 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]
     Args:
         model: Any model; only the running statistics change.
         batches: This process's batches, mixed as those of the training are, as the model's forward takes them.
+
+    Raises:
+        ValueError: No batch passed through a layer.
     """
     norms = batch_norms(model)
     device = next(model.parameters()).device
@@ -145,20 +148,19 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Mapping[str, Any]
             model(
                 **{name: to_device(value, device) for name, value in batch.items() if name not in ("labels", "row_id")}
             )
-    unread = any(int(_statistic(norm.num_batches_tracked)) == 0 for norm in norms)
-    if unread and PartialState().num_processes == 1:
-        raise ValueError(
-            "The statistics of BatchNorm layers cannot be estimated: the batches did not pass through them, as kept features "
-            "do not. Set batch_norm to 'frozen'."
-        )
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if PartialState().num_processes > 1:
             seen = _statistic(norm.num_batches_tracked)
             total = reduce(seen.clone(), "sum")
             for statistic in (_statistic(norm.running_mean), _statistic(norm.running_var)):
-                statistic.copy_(reduce(statistic * seen, "sum") / total)
+                statistic.copy_(reduce(statistic * seen, "sum") / total.clamp_min(1))
             seen.copy_(total)
+    if any(int(_statistic(norm.num_batches_tracked)) == 0 for norm in norms):
+        raise ValueError(
+            "The statistics of BatchNorm layers cannot be estimated: the batches did not pass through them, as kept features "
+            "do not. Set batch_norm to 'frozen'."
+        )
 
 
 def _statistic(buffer: Tensor | None) -> Tensor:

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from etf_adapt.head import CosineHead, ETFHead, PaperHead
+from etf_adapt.modeling import adapt
 from etf_adapt.parameters import (
     batch_norms,
     fix_parameters,
@@ -16,6 +18,7 @@ from etf_adapt.parameters import (
     require_finite,
     set_head_learning_rate,
 )
+from etf_adapt.swap import head_modules
 
 
 class Net(nn.Module):
@@ -107,3 +110,12 @@ def test_anything_not_finite_is_named(place, value):
     model.state_dict()[place].view(-1)[0] = value
     with pytest.raises(FloatingPointError, match=r"no longer finite after step 3"):
         require_finite(model, step=3)
+
+
+def test_statistics_that_no_batch_passes_through_are_not_taken_for_estimated():
+    torch.manual_seed(0)
+    model = adapt(TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=5)), 3)
+    (head,) = head_modules(model).values()
+    kept = [{"features": torch.randn(4, head.weight.shape[1]), "labels": torch.tensor([0, 1, 2, 0])}]
+    with pytest.raises(ValueError, match="kept features"):
+        reestimate_batch_norms(model, kept)
