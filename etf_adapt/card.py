@@ -227,12 +227,15 @@ def _usage(facts: CardFacts) -> str:
     model = json.dumps(facts.model_id)
     example = '"photo.jpg"' if facts.task == "image" else '"a text"'
     if facts.library == "sentence_transformers":
+        reader = ["from PIL import Image"] if facts.task == "image" else []
+        row = f"Image.open({example})" if facts.task == "image" else example
         return "\n".join(
             [
+                *reader,
                 "from sentence_transformers import SentenceTransformer",
                 "",
                 f"model = SentenceTransformer({model})",
-                f"logits = model.encode([{example}], convert_to_tensor=True)  # one row a text, one column a class",
+                f"logits = model.encode([{row}], convert_to_tensor=True)  # one row an input, one column a class",
                 "names = model[0].auto_model.config.id2label",
                 "print([names[index] for index in logits.argmax(dim=1).tolist()])",
             ]

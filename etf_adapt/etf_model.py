@@ -23,7 +23,8 @@ from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
-from etf_adapt.pooling import MeanPoolingForSequenceClassification, write_sentence_folder
+from etf_adapt.pooling import PooledEncoder
+from etf_adapt.sentence_folders import write_sentence_folder
 from etf_adapt.simplex import reachable_cosine
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.swap import head_modules, logits_of, replace_module, score_features
@@ -84,7 +85,8 @@ class ETFModel(_Base):
 
         ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
         ``paths``; ``loss``: arguments of ``etf_adapt.losses.make_loss``; ``class_counts``; ``temperature`` and
-        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"mean"`` or ``"stock"``;
+        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"stock"``, or what is
+        read of an encoder (``etf_adapt.pooling.ENCODER_CLASSES``);
         ``adapters``: whether it holds adapters that are not merged.
         """
         heads = head_modules(self)
@@ -96,12 +98,11 @@ class ETFModel(_Base):
             "folded": hasattr(first, "folded_from"),
             "paths": list(heads),
         }
-        pooled = isinstance(self, MeanPoolingForSequenceClassification)
         library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"
         return {
             "version": 1,
-            "library": "sentence_transformers" if pooled else library,
-            "pooling": "mean" if pooled else "stock",
+            "library": "sentence_transformers" if isinstance(self, PooledEncoder) else library,
+            "pooling": self.pooling if isinstance(self, PooledEncoder) else "stock",
             "adapters": has_adapters(self),
             "head": head,
             "loss": dict(self._loss_settings),
@@ -294,7 +295,7 @@ class ETFModel(_Base):
         setattr(self.config, ENTRY, self._entry(tensors, fold=fold))
         if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
             self.processor.save_pretrained(save_directory)
-        is_pooled = fold and isinstance(self, MeanPoolingForSequenceClassification)
+        is_pooled = fold and isinstance(self, PooledEncoder)
         if not is_pooled and not isinstance(self, TimmWrapperForImageClassification):
             super().save_pretrained(
                 cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs

@@ -25,7 +25,7 @@ from etf_adapt.calibration import TemperatureFit, fit_prior_adjustment
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel
 from etf_adapt.folders import ENTRY
 from etf_adapt.metrics import pooled_balanced_accuracy
-from etf_adapt.pooling import MeanPoolingForSequenceClassification
+from etf_adapt.pooling import ENCODER_CLASSES
 from etf_adapt.swap import head_modules, logits_of
 
 TAUS = tuple(step / 10 for step in range(21))
@@ -61,7 +61,7 @@ def load_stock(folder: str | Path, task: str) -> PreTrainedModel:
         task: ``"image"`` or ``"text"``.
 
     Returns:
-        A model of a stock class, or an encoder with the mean of its tokens and the linear layer that lies beside it.
+        A model of a stock class, or an encoder with its pooling and the linear layer that lies beside it.
 
     Raises:
         ValueError: The folder is a training checkpoint whose head or adapters stock classes do not have.
@@ -73,8 +73,8 @@ def load_stock(folder: str | Path, task: str) -> PreTrainedModel:
             f"{folder} is a training checkpoint with {'adapters' if saved.get('adapters') else 'a head'} that stock classes do "
             "not have: take the finished folder, or save the model once more to a folder that is no checkpoint."
         )
-    if task == "text" and saved.get("pooling") == "mean":
-        return MeanPoolingForSequenceClassification.from_folder(folder)
+    if (pooling := saved.get("pooling", "stock")) != "stock":
+        return ENCODER_CLASSES[pooling].from_folder(folder)
     stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
     return cast(PreTrainedModel, stock.from_pretrained(folder))
 

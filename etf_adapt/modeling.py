@@ -21,8 +21,7 @@ from transformers import (
 
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
 from etf_adapt.folders import ENTRY, HUB_OPTIONS, layer_digest, load_config, load_processor, locate, read_weights
-from etf_adapt.model_names import check_choice
-from etf_adapt.pooling import POOLINGS, MeanPoolingForSequenceClassification, trained_pooling
+from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.swap import find_heads, head_modules, swap_head
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
@@ -65,7 +64,8 @@ class _Factory(ETFModel):
 
         Args:
             name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``); a folder in
-                transformers' or timm's layout.
+                transformers' or timm's layout. Of an image encoder without a classification class (DINOv3) the pooled output is
+                read, by ``etf_adapt.pooling.PooledOutputForImageClassification``.
             num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
             id2label: Names of the classes.
             label2id: Their inverse, where that is at hand.
@@ -105,18 +105,16 @@ class _Factory(ETFModel):
                 "with --resume_from_checkpoint, or load the finished folder, in which they are merged."
             )
         if pooling is None and saved is None and pretrained and factory._task == "text":
-            _warn_of_pooling(location, config, kwargs)
-        pooled = factory._resolve_pooling(pooling, config, saved)
-        if not pooled:
-            factory._require_task(config, location)
+            warn_of_pooling(location, config, kwargs)
+        encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
         with _seeded(seed):
             if saved is not None and _is_unfolded(saved):
-                model = factory._load_checkpoint(location, config, saved, pooled=pooled, dtype=dtype)
+                model = factory._load_checkpoint(location, config, saved, encoder_class=encoder_class, dtype=dtype)
             else:
-                options = {"pretrained": pretrained, "pooled": pooled, "dtype": dtype, **kwargs}
+                options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_stock(location, config, count, **options)
         before = cast(int, model.config.num_labels)
-        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, pooled)
+        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
         if saved is not None and kept:
             if not isinstance(model, ETFModel):
                 model = _restore(factory, model, saved)
@@ -146,32 +144,6 @@ class _Factory(ETFModel):
         return cast(ETFModel, model)
 
     @classmethod
-    def _require_task(cls, config: PreTrainedConfig, location: str) -> None:
-        if type(config) not in cls._auto_model._model_mapping and cls._auto_model.__name__ not in getattr(
-            config, "auto_map", {}
-        ):
-            other = "ETFForImageClassification" if cls._task == "text" else "ETFForSequenceClassification"
-            raise ValueError(
-                f"`name_or_path` (={location!r}) is a {config.model_type!r} model, of which transformers has no class for "
-                f"{cls._task} classification: choose another model, or {other} for the other kind of input."
-            )
-
-    @classmethod
-    def _resolve_pooling(cls, pooling: str | None, config: PreTrainedConfig, saved: Mapping[str, Any] | None) -> bool:
-        """Return whether the stock class is left for the mean of the tokens; set it to that where it can be."""
-        if pooling is None:
-            return saved is not None and saved.get("pooling") == "mean"
-        check_choice("pooling", pooling, POOLINGS)
-        if pooling == "stock":
-            return False
-        if cls._task != "text":
-            raise ValueError(f"`pooling` (={pooling!r}) is for texts: leave it out, the image model has its own.")
-        if hasattr(config, "classifier_pooling"):
-            config.classifier_pooling = pooling
-            return False
-        return True
-
-    @classmethod
     def _load_stock(
         cls,
         location: str,
@@ -179,14 +151,14 @@ class _Factory(ETFModel):
         num_labels: int | None,
         *,
         pretrained: bool,
-        pooled: bool = False,
+        encoder_class: type[PooledEncoder] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
-        if pooled and pretrained:
-            return MeanPoolingForSequenceClassification.from_folder(location, config=config, **kwargs)
-        if pooled:
-            return MeanPoolingForSequenceClassification(config).eval()
+        if encoder_class is not None and pretrained:
+            return encoder_class.from_folder(location, config=config, **kwargs)
+        if encoder_class is not None:
+            return encoder_class(config).eval()
         if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
             if num_labels is None:
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
@@ -202,10 +174,16 @@ class _Factory(ETFModel):
 
     @classmethod
     def _load_checkpoint(
-        cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], *, pooled: bool, dtype: Any
+        cls,
+        location: str,
+        config: PreTrainedConfig,
+        saved: Mapping[str, Any],
+        *,
+        encoder_class: type[PooledEncoder] | None,
+        dtype: Any,
     ) -> Any:
         """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
-        model = cls._load_stock(location, config, None, pretrained=False, pooled=pooled, dtype=dtype)
+        model = cls._load_stock(location, config, None, pretrained=False, encoder_class=encoder_class, dtype=dtype)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
         model.load_state_dict(read_weights(location), strict=False)
         model._require_complete()
@@ -415,7 +393,7 @@ def _is_kept(
     id2label: Mapping[int, str] | None,
     head: str | None,
     head_path: str | Sequence[str] | None,
-    pooled: bool,
+    encoder_class: type[PooledEncoder] | None,
 ) -> bool:
     """Return whether what was asked for is the head that was saved."""
     entry = saved["head"]
@@ -425,7 +403,7 @@ def _is_kept(
         and (id2label is None or id2label == dict(config.id2label or {}))
         and (head is None or (head == entry["kind"] and not entry["folded"]))
         and (paths is None or list(paths) == entry["paths"])
-        and pooled == (saved.get("pooling") == "mean")
+        and saved.get("pooling", "stock") == getattr(encoder_class, "pooling", "stock")
     )
 
 
@@ -468,17 +446,6 @@ def _find_processor(location: str, task: str, config: PreTrainedConfig, options:
         return load_processor(location, task, **{name: options[name] for name in names if name in options})
     except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
         return None
-
-
-def _warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
-    """Say that a sentence encoder was trained with another pooling than its stock class has."""
-    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if getattr(config, "classifier_pooling", None) != "mean" and trained_pooling(location, **hub_options) == "mean":
-        warnings.warn(
-            f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
-            "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
-            stacklevel=4,
-        )
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -22,7 +22,17 @@ LAYERS = (
     {"report", "card", "comparison"},
     {"alignment", "evaluation", "export", "feature_cache", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
-    {"modeling", "etf_model", "adapters", "pooling", "folders", "state_dict", "image_size", "model_names"},
+    {
+        "modeling",
+        "etf_model",
+        "adapters",
+        "pooling",
+        "sentence_folders",
+        "folders",
+        "state_dict",
+        "image_size",
+        "model_names",
+    },
     {"swap"},
     {"long_tail", "sampler", "metrics", "collapse"},
     {

@@ -29,7 +29,8 @@ from etf_adapt.alignment import align_head
 from etf_adapt.arguments import ETFTrainingArguments
 from etf_adapt.evaluation import load_stock
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification
-from etf_adapt.pooling import MeanPoolingForSequenceClassification, trained_pooling
+from etf_adapt.pooling import MeanPoolingForSequenceClassification
+from etf_adapt.sentence_folders import trained_pooling
 from etf_adapt.swap import head_modules, read_features
 from etf_adapt.training import ETFTrainer
 

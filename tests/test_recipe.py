@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -465,3 +467,18 @@ def test_text(minilm, shared_data, tmp_path, monkeypatch):
     asked = [row["text"] for row in map(json.loads, (tmp_path / "texts/test.jsonl").read_text().splitlines())]
     scored = names["model"].encode(asked, convert_to_tensor=True).argmax(dim=1).tolist()
     assert [names["names"][label] for label in scored] == [predictions[row] for row in range(len(asked))]
+
+
+@pytest.mark.slow
+def test_an_image_encoder_without_a_classification_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained("encoder")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained("encoder")
+    with pytest.warns(UserWarning, match="no class for image classification"):
+        run("--model", "./encoder", "--num_train_epochs", "2", "--max_steps", "-1", "--output_dir", "run")
+    results = json.loads(Path("run", report.RESULTS_FILE).read_text())
+    assert results["test_balanced_accuracy"] > 0.15  # one of ten by chance
+    pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    Image.new("RGB", (8, 8)).save("photo.jpg")
+    exec(Path("run/README.md").read_text().split("```python\n")[1].split("```")[0], {})
