@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from etf_adapt.pooling import MeanPoolingForSequenceClassification as MeanPooling
+from etf_adapt.state_dict import new_weights
 from etf_adapt.swap import head_modules, replace_module
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
@@ -23,7 +24,9 @@ LORA: dict[str, Any] = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
 def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lora", *, seed: int = 0) -> list[str]:
     """Put trainable adapters into the layers of a backbone and fix all else but a head that learns, in place.
 
-    The model keeps its class: it trains, evaluates and is aligned as before. Its head is neither adapted nor copied.
+    The model keeps its class: it trains, evaluates and is aligned as before. Its head is neither adapted nor copied. Layers
+    that its file had no weights for, such as the one that RoBERTa's class puts before the head, are trained as a whole:
+    random ones would stay random under an adapter.
     ``save_pretrained`` writes the merged weights, a stock folder; a training checkpoint holds backbone and adapters apart.
 
     Args:
@@ -66,7 +69,13 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
             f"`modules_to_save` (={settings['modules_to_save']}) would copy layers: leave it out, a head that learns is "
             "trained beside the adapters anyway."
         )
-    fixed = [*heads, *(_layers_at(model, "encoder.pooler") if isinstance(model, MeanPooling) else [])]
+    new = new_weights(model)
+    whole = [
+        path
+        for path, module in model.named_modules()
+        if (parameters := set(module.parameters())) and parameters <= set(new.values())
+    ]
+    fixed = [*heads, *whole, *(_layers_at(model, "encoder.pooler") if isinstance(model, MeanPooling) else [])]
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)
         if settings["peft_type"] == "LORA" and any(isinstance(model.get_submodule(path), Conv1D) for path in targets):
@@ -95,6 +104,8 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
             parameter.requires_grad_(was_trained)
         raise ValueError(f"`config` (={config!r}) is no configuration for this model: {error}") from error
     cast_adapter_dtype(model, adapter_name="default")  # adapters are trained in float32 whatever the backbone is
+    for parameter in new.values():
+        parameter.requires_grad_(True)
     for head in heads.values():
         head.fix()
     return list(_adapted(model))

@@ -76,6 +76,7 @@ class ETFModel(_Base):
     _unlabelled_steps: int = 0
     _has_trained: bool = False
     _has_bias: Mapping[str, bool] = MappingProxyType({})
+    _new_weights: tuple[str, ...] = ()
 
     # Settings and loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.batches import EvenLengths, labels_of, lengths_of
 from etf_adapt.etf_model import FEATURES, ETFModel
 from etf_adapt.rows import RowDraw
+from etf_adapt.state_dict import new_weights
 from etf_adapt.swap import head_modules, read_features
 
 
@@ -103,6 +105,13 @@ def cache_features(
         raise ValueError(f"`views` (={views}) must be at least 1.")
     if views > 1 and lengths_of(rows, "length") is not None:
         raise ValueError(f"`views` (={views}) must be 1 for texts, which are not augmented.")
+    if new := list(new_weights(model)):
+        warnings.warn(
+            f"{len(new)} weights before the head, such as {new[0]}, are new and random, as the model's file holds none: kept "
+            "features leave them so. Without cache_features they are trained.",
+            stacklevel=2,
+        )
+        model._new_weights = ()
     labels = labels_of(rows)
     parts = [
         _read(model, rows, collate, None if views == 1 else view, batch_size, num_workers) for view in range(views)

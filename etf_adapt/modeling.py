@@ -22,6 +22,7 @@ from transformers import (
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
 from etf_adapt.folders import ENTRY, HUB_OPTIONS, layer_digest, load_config, load_processor, locate, read_weights
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
+from etf_adapt.state_dict import load_noting_new
 from etf_adapt.swap import find_heads, head_modules, swap_head
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
@@ -164,7 +165,7 @@ class _Factory(ETFModel):
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
             config.num_labels = num_labels
         if pretrained:
-            return cast(PreTrainedModel, cls._auto_model.from_pretrained(location, config=config, **kwargs))
+            return load_noting_new(cls._auto_model, location, config=config, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = cast(PreTrainedModel, cls._auto_model.from_config(config, **options)).eval()
         if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from etf_adapt.adapters import has_adapters
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.head import ClassifierHead, is_head
+from etf_adapt.state_dict import new_weights
 from etf_adapt.swap import head_modules
 
 
@@ -22,7 +23,8 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
 
     Args:
         model: A model with a head of ours.
-        freeze: ``"backbone"`` trains nothing but a head that learns; ``"none"`` adds nothing to what is fixed.
+        freeze: ``"backbone"`` trains nothing but a head that learns and layers that the model's file had no weights for;
+            ``"none"`` adds nothing to what is fixed.
         steps: Steps or epochs to train; with none, nothing need be left to train.
 
     Returns:
@@ -46,9 +48,11 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
     for head in heads.values():
         head.fix()
     if freeze == "backbone":
-        of_heads = {parameter for head in heads.values() for parameter in head.parameters()}
+        kept = {parameter for head in heads.values() for parameter in head.parameters()} | {
+            *new_weights(model).values()
+        }
         for parameter in model.parameters():
-            if parameter not in of_heads:
+            if parameter not in kept:
                 parameter.requires_grad_(False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained and steps > 0:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from etf_adapt.folders import ENTRY, HUB_OPTIONS, read_weights
 from etf_adapt.model_names import check_choice
 from etf_adapt.sentence_folders import read_dense, trained_pooling
-from etf_adapt.state_dict import convert_state_dict, find_missing
+from etf_adapt.state_dict import convert_state_dict, find_missing, load_noting_new
 
 POOLINGS = ("stock", "mean")
 """What makes one feature of a text's tokens: what the stock class has, or their mean."""
@@ -42,6 +42,7 @@ class PooledEncoder(PreTrainedModel):
     """
 
     pooling: str
+    _new_weights: tuple[str, ...] = ()
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # the encoder has resolved it for both
@@ -58,6 +59,11 @@ class PooledEncoder(PreTrainedModel):
     @classmethod
     def _count_features(cls, config: PreTrainedConfig) -> int:
         raise NotImplementedError
+
+    @classmethod
+    def _reads(cls, weight: str) -> bool:
+        """Return whether a weight of the encoder is of use."""
+        return True
 
     @classmethod
     def from_folder(
@@ -84,8 +90,9 @@ class PooledEncoder(PreTrainedModel):
             model.load_state_dict(tensors, strict=False)
             return cast(Any, model).to(options.get("dtype") or model.dtype).eval()
         settings = {} if config is None else {"config": config}
-        encoder = AutoModel.from_pretrained(location, **settings, **options)
+        encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
         model = cls(encoder.config, encoder)
+        model._new_weights = tuple(f"encoder.{name}" for name in encoder._new_weights if cls._reads(name))
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
         if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # we have written it
             model.classifier.load_state_dict(read_dense(location, cls.pooling, **hub_options))
@@ -128,6 +135,10 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
         super().__init__(config, encoder)
         if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
             self.encoder.pooler.requires_grad_(False)
+
+    @classmethod
+    def _reads(cls, weight: str) -> bool:
+        return not weight.startswith("pooler.")
 
     @classmethod
     def _count_features(cls, config: PreTrainedConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
+
+from etf_adapt.head import is_head
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,37 @@ def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
         return twin
 
     return cast(PreTrainedModel, copy(model))
+
+
+def load_noting_new(auto_model: Any, location: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a model by one of transformers' Auto classes, and note of which parameters its file holds none.
+
+    Args:
+        auto_model: The Auto class.
+        location: Folder or Hub id.
+        options: Arguments of its ``from_pretrained``.
+
+    Returns:
+        The model; ``new_weights`` tells what was noted.
+    """
+    model, found = auto_model.from_pretrained(location, output_loading_info=True, **options)
+    names = {name for name, _ in model.named_parameters()}
+    model._new_weights = tuple(sorted(names & {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}))
+    return cast(PreTrainedModel, model)
+
+
+def new_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters before the head that are new, random ones: the file that the model is of holds none of them.
+
+    Stock classes put such layers before the head (``classifier.dense`` of RoBERTa, ``pooler.dense`` of DeBERTa), which
+    checkpoints that were pretrained for something else do not have.
+
+    Args:
+        model: A model loaded by ``ETFFor...from_pretrained``; none are known of others.
+
+    Returns:
+        The parameters by name.
+    """
+    names = getattr(model, "_new_weights", ())
+    inside = {parameter for module in model.modules() if is_head(module) for parameter in module.parameters()}
+    return {name: value for name, value in model.named_parameters() if name in names and value not in inside}
