@@ -12,6 +12,8 @@ from transformers import (
     LlamaForSequenceClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from etf_adapt.adapters import add_adapters
@@ -84,6 +86,57 @@ def test_attention_implementations_agree(name, pooling, tmp_path):
         assert inner.config._attn_implementation == attention
         logits[attention] = model(**batch).logits
     torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-4, rtol=1e-4)
+
+
+COMPILED = {
+    **TEXT_MODELS,
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(**{**SIZES, "vocab_size": None}, image_size=8, patch_size=4, hidden_dropout_prob=0.0)
+    ),
+    "timm cnn": lambda: TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=10)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("vit", "etf"),
+        ("bert", "cosine"),
+        pytest.param("decoder", "etf", marks=pytest.mark.slow),
+        pytest.param("timm cnn", "etf", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(name, head):
+    torch.manual_seed(0)
+    model = adapt(COMPILED[name](), 3, head=head, loss="margin_dot_regression", class_counts=[9, 3, 1]).eval()
+    batch = {**example_inputs(model, rows=6), "labels": torch.arange(6) % 3}
+    align_head(model, [batch], frame="means")
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        output = run(**batch)
+        output.loss.backward()
+        results.append([output.logits, output.loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 3
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_ends_as_the_plain_one(backend, tmp_path):
+    settings = {"realign_epochs": 2, "leave_one_out": True}
+    plain = trained(tmp_path / "plain", model=make_model(dropout=0.0), **settings)
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(
+        tmp_path / "compiled",
+        model=make_model(dropout=0.0),
+        torch_compile=True,
+        torch_compile_backend=backend,
+        **settings,
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name.removeprefix("_orig_mod.")], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_channels_last_agrees():
