@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -90,6 +92,16 @@ def test_adapters_alone_are_trained_and_a_merge_keeps_the_logits(name, tmp_path)
     assert merge_adapters(model) == paths and not has_adapters(model) and not hasattr(model, "peft_config")
     torch.testing.assert_close(model(**batch).logits, moved, atol=1e-5, rtol=1e-4)
     assert merge_adapters(model) == []
+
+
+@pytest.mark.parametrize("name", ["vit", "timm vit", "bert", "decoder"])
+def test_the_recipes_file_reaches_the_two_or_three_layers_of_each_mlp(name, tmp_path):
+    model = MODELS[name](tmp_path)
+    inside = [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and "attention" not in path
+    ]
+    mlp = {path for path in inside if re.search(r"\.mlp\.|\.intermediate\.|layer\.\d\.output", path)}
+    assert set(add_adapters(model, Path(__file__).parents[1] / "recipes/adapters/mlp.json")) == mlp and mlp
 
 
 def test_plain_timm_models_have_them_too():
