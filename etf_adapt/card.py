@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from etf_adapt.report import percent
+from etf_adapt.card_metadata import is_finite, merged_metadata, metadata, one_line, pipeline_of
+from etf_adapt.figures import draw_class_counts, draw_recalls
+from etf_adapt.report import percent, write_json
 
-_METRICS = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "balanced_accuracy": ("accuracy", "Balanced accuracy (mean recall of the classes)"),
-    "macro_f1": ("f1", "Macro F1"),
-    "many": ("accuracy", "Accuracy, classes with many training rows"),
-    "medium": ("accuracy", "Accuracy, classes with a medium number of training rows"),
-    "few": ("accuracy", "Accuracy, classes with few training rows"),
-}
-"""Scores that stand in the metadata: the Hub's id of their metric, and their name."""
+CARD_FILE = "README.md"
+FACTS_FILE = "card.json"
+COUNTS_FIGURE, RECALLS_FIGURE = "class_counts.png", "recalls.png"
+CARD_FILES = (CARD_FILE, FACTS_FILE, COUNTS_FIGURE, RECALLS_FIGURE)
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WORST = 10
+_SECTION = re.compile(r"^<!-- etf_adapt: (\w+) .*?-->\n.*?^<!-- /etf_adapt: \1 -->$", re.DOTALL | re.MULTILINE)
+_NOTE = "renewed by etf_adapt; what stands outside of its comments is kept"
 
 _TEMPLATE = """\
 ---
 {{ card_data }}
 ---
 
+<!-- etf_adapt: summary ({{ note }}) -->
+
 # {{ title }}
 
 {{ summary }}
 
-{% if table %}## Results
-
-On the {{ split }} rows, by the number of training rows that a class had:
-
-| classes | training rows | classes | rows | accuracy (%) |
-|---|---|---|---|---|
-{% for row in table %}| {{ row | join(" | ") }} |
+{% for point in points %}- {{ point }}
 {% endfor %}
-Expected calibration error {{ ece }}. Recalls are averaged over the classes of a group; a dash marks an empty group.
+<!-- /etf_adapt: summary -->
 
-{% endif %}## How to load it
+<!-- etf_adapt: loading ({{ note }}) -->
 
-A stock checkpoint: no other library is needed than one of these.
+## How to load it
+
+{{ reader }}
 
 {{ usage }}
 
@@ -55,22 +53,66 @@ With `etf_adapt` the head, its loss and its settings come back as well, for trai
 
 {{ own_usage }}
 
+<!-- /etf_adapt: loading -->
+
+<!-- etf_adapt: results ({{ note }}) -->
+
+## Results
+
+{% if table %}On the {{ split }} rows, by the number of training rows that a class had:
+
+| classes | training rows | classes | rows | accuracy (%) |
+|---|---|---|---|---|
+{% for row in table %}| {{ row | join(" | ") }} |
+{% endfor %}
+Recalls are averaged over the classes of a group; a dash marks an empty group. {{ confidence }}
+
+{% if recalls_figure %}![Recall of each class over its training rows]({{ recalls_figure }})
+
+{% endif %}{% if worst %}The classes that it knows worst, of those with {{ split }} rows:
+
+| class | training rows | {{ split }} rows | recall (%) |
+|---|---|---|---|
+{% for row in worst %}| {{ row | join(" | ") }} |
+{% endfor %}
+{% endif %}{% if collapse %}Neural collapse at the last evaluation (0 is full collapse): {{ collapse }}.
+{% endif %}{% else %}It was not evaluated.
+{% endif %}
+<!-- /etf_adapt: results -->
+
+<!-- etf_adapt: data ({{ note }}) -->
+
+## Training data
+
+{% for fact in data_facts %}- {{ fact }}
+{% endfor %}
+{% if counts_figure %}![Training rows of each class]({{ counts_figure }})
+
+{% endif %}<details><summary>The {{ num_classes }} classes and their training rows</summary>
+
+{{ classes }}
+
+</details>
+
+<!-- /etf_adapt: data -->
+
+<!-- etf_adapt: making ({{ note }}) -->
+
 ## How it was made
 
 {% for fact in facts %}- {{ fact }}
 {% endfor %}
 {{ command }}
 
-<details><summary>The {{ num_classes }} classes and their training rows</summary>
+<!-- /etf_adapt: making -->
 
-{{ classes }}
-
-</details>
+<!-- etf_adapt: limits ({{ note }}) -->
 
 ## Limits
 
-It knows these {{ num_classes }} classes and gives one of them to any input. Confidences were calibrated on {{ calibration }},
-and hold for inputs like those alone. Accuracies of small groups rest on few rows.
+{% for limit in limits %}- {{ limit }}
+{% endfor %}
+<!-- /etf_adapt: limits -->
 """
 
 
@@ -97,6 +139,13 @@ class CardFacts:
         command: The command line, free of private paths.
         seeds: Seed by name.
         environment: Versions and hardware.
+        recalls: Recall of each class on that split; None where it has no row. Empty where there is no split.
+        row_counts: Rows of each class in that split.
+        shot_bounds: Training rows (at least, at most) of a medium class.
+        temperature: What the logits were multiplied by after training.
+        alignment: Fields of the last ``etf_adapt.alignment.AlignmentResult``.
+        collapse: Measures of neural collapse by name.
+        inherited: What the base model's card says of licence and languages (``etf_adapt.card_metadata.read_base_card``).
     """
 
     model_id: str
@@ -111,12 +160,66 @@ class CardFacts:
     loss: Mapping[str, Any]
     split: str
     scores: Mapping[str, Any]
-    table: Sequence[tuple[str, str, int, int, float | None]]
+    table: Sequence[Sequence[Any]]
     is_adjusted: bool
     calibrated_rows: int
     command: str
     seeds: Mapping[str, Any]
     environment: Mapping[str, Any]
+    recalls: Sequence[float | None] = ()
+    row_counts: Sequence[int] = ()
+    shot_bounds: Sequence[int] = (20, 100)
+    temperature: float = 1.0
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    collapse: Mapping[str, Any] = field(default_factory=dict)
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_card(folder: str | Path, facts: CardFacts) -> ModelCard:
+    """Write the card, its figures and its facts beside a model; of a card that is there, our sections alone are renewed.
+
+    Args:
+        folder: The model's folder.
+        facts: What there is to tell.
+
+    Returns:
+        The card.
+    """
+    write_json(Path(folder, FACTS_FILE), dataclasses.asdict(facts))
+    bounds = {"shot_bounds": facts.shot_bounds}
+    draw_class_counts(Path(folder, COUNTS_FIGURE), facts.class_counts, **bounds)
+    if any(recall is not None for recall in facts.recalls):
+        draw_recalls(Path(folder, RECALLS_FIGURE), facts.class_counts, facts.recalls, **bounds)
+    file = Path(folder, CARD_FILE)
+    card = make_card(facts)
+    if file.is_file():
+        card = renew_card(ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True), card)
+    card.save(file)
+    return card
+
+
+def read_facts(folder: str | Path) -> CardFacts | None:
+    """Return the facts that ``write_card`` left in a folder, as for a card under another name; None where it left none."""
+    file = Path(folder, FACTS_FILE)
+    return CardFacts(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def renew_card(old: ModelCard, new: ModelCard) -> ModelCard:
+    """Put the sections of a new card into the places that they have in an old one, and keep all else of that.
+
+    Args:
+        old: A card that a person may have edited. A section of ours that was taken out stays out.
+        new: The run's card.
+
+    Returns:
+        The old card with our sections and what the run knows of itself in its metadata renewed; the new card where the old one
+        has none of our sections and no other text.
+    """
+    sections = {match[1]: match[0] for match in _SECTION.finditer(new.text)}
+    if not old.text.strip():
+        return new
+    text = _SECTION.sub(lambda match: sections.get(match[1], match[0]), old.text)
+    return ModelCard(f"---\n{merged_metadata(old.data, new.data)}\n---\n{text}", ignore_metadata_errors=True)
 
 
 def make_card(facts: CardFacts) -> ModelCard:
@@ -126,35 +229,38 @@ def make_card(facts: CardFacts) -> ModelCard:
         facts: What there is to tell. Values that are not finite are left out; all names are escaped.
 
     Returns:
-        The card; ``card.save(folder / "README.md")`` writes it.
+        The card, without the figures that it shows; ``write_card`` writes both.
     """
     rows = [
         (name, escape_markdown(span), f"{classes:,}", f"{count:,}", percent(accuracy))
         for name, span, classes, count, accuracy in facts.table
     ]
-    base, data = escape_markdown(facts.base_model), escape_markdown(facts.dataset["name"])
     counts = facts.class_counts
-    imbalance = f"{max(counts) / max(1, min(counts)):.3g}"
     return ModelCard.from_template(
-        _metadata(facts),
+        metadata(facts, inherited=facts.inherited),
         template_str=_TEMPLATE,
+        note=_NOTE,
         title=escape_markdown(facts.model_id.rstrip("/").split("/")[-1]),
-        summary=(
-            f"{base}, fine-tuned on {data}: {len(facts.label_names)} classes with {min(counts):,} to {max(counts):,} "
-            f"training rows each (imbalance {imbalance})."
-        ),
-        table=rows,
-        split=facts.split,
-        ece=percent(facts.scores.get("ece")) + " %",
+        summary=_summary(facts),
+        points=_points(facts),
+        reader=_reader(facts),
         usage=_code(_usage(facts), "python"),
         own_usage=_code(_own_usage(facts), "python"),
-        facts=_training_facts(facts),
-        command=_code(facts.command, "sh"),
+        table=rows,
+        split=facts.split,
+        confidence=_confidence(facts),
+        recalls_figure=RECALLS_FIGURE if any(recall is not None for recall in facts.recalls) else None,
+        worst=_worst(facts),
+        collapse=", ".join(f"{key} {value:.3g}" for key, value in facts.collapse.items() if is_finite(value)),
+        data_facts=_data_facts(facts),
+        counts_figure=COUNTS_FIGURE,
         num_classes=len(facts.label_names),
         classes=", ".join(
             f"{escape_markdown(name)} {count:,}" for name, count in zip(facts.label_names, counts, strict=True)
         ),
-        calibration=f"{facts.calibrated_rows:,} validation rows" if facts.calibrated_rows else "no rows",
+        facts=_training_facts(facts),
+        command=_code(facts.command, "sh"),
+        limits=_limits(facts),
     )
 
 
@@ -171,56 +277,126 @@ def escape_markdown(text: object) -> str:
         >>> print(escape_markdown("a|b <script> my_class\n_x_"))
         a\|b &lt;script&gt; my_class \_x\_
     """
-    line = html.escape(" ".join(str(text).split()), quote=False)
+    line = html.escape(one_line(text), quote=False)
     within_word = r"(?<=[^\W_])_(?=[^\W_])"  # no markup there, and common in names
     return re.sub(within_word + r"|([\\`*_{}\[\]|~$])", lambda match: "\\" + match[0] if match[1] else match[0], line)
 
 
-def _metadata(facts: CardFacts) -> ModelCardData:
-    pipeline = _pipeline(facts.task)
-    name = " ".join(str(facts.dataset["name"]).split())
-    is_hub_data = facts.dataset.get("kind") == "Hub"
-    results = [
-        EvalResult(
-            task_type=pipeline,
-            dataset_type=name if is_hub_data else "local",
-            dataset_name=name,
-            dataset_split=facts.split,
-            metric_type=metric,
-            metric_name=title,
-            metric_value=round(float(facts.scores[score]), 6),
-        )
-        for score, (metric, title) in _METRICS.items()
-        if _is_finite(facts.scores.get(score))
-    ]
-    return ModelCardData(
-        model_name=facts.model_id.rstrip("/").split("/")[-1],
-        base_model=facts.base_model if _HUB_ID.fullmatch(facts.base_model) else None,
-        library_name=facts.library.replace("_", "-"),
-        pipeline_tag=_tag(facts),
-        datasets=[name] if is_hub_data else None,
-        tags=["etf_adapt", "long-tail", "neural-collapse"],
-        eval_results=results or None,
+def _summary(facts: CardFacts) -> str:
+    counts = facts.class_counts
+    things = "images" if facts.task == "image" else "texts"
+    return (
+        f"Puts {things} into {len(facts.label_names)} classes: {escape_markdown(facts.base_model)}, fine-tuned on "
+        f"{escape_markdown(facts.dataset['name'])}, of which a class has {min(counts):,} to {max(counts):,} training rows "
+        f"(imbalance {max(counts) / max(1, min(counts)):.3g})."
     )
 
 
-def _training_facts(facts: CardFacts) -> list[str]:
-    head, loss = facts.head, facts.loss
-    state = "trained" if head.get("trainable") else "fixed"
-    told = [
-        f"Head: `{head.get('kind')}`, rows {state}, from: {escape_markdown(head.get('frame'))}.",
-        f"Loss: {_settings(loss)}.",
-        f"Data: {_settings({key: value for key, value in facts.dataset.items() if _is_short(value)})}.",
-        f"Seeds: {_settings(facts.seeds)}.",
-        f"Made with: {_settings(facts.environment)}.",
+def _points(facts: CardFacts) -> list[str]:
+    """Return what a reader wants to know first: how good it is on rare classes, and what it is not for."""
+    names = {
+        "balanced_accuracy": "balanced accuracy (mean recall of the classes)",
+        "few": f"classes with fewer than {facts.shot_bounds[0]} training rows",
+        "tail_third": "the third of the classes with the fewest",
+    }
+    known = [
+        f"{name} **{percent(facts.scores[key])} %**" for key, name in names.items() if is_finite(facts.scores.get(key))
     ]
+    told = [f"On the {facts.split} rows: {', '.join(known)}."] if known else ["It was not evaluated."]
+    if facts.library == "sentence_transformers":
+        told.append("Read by sentence-transformers, and by `etf_adapt`; transformers reads the encoder alone.")
+    else:
+        also = " and timm" if facts.library == "timm" else ""
+        told.append(f"A stock checkpoint: read by transformers{also}, without further code.")
+    told.append(
+        "Not for inputs of other classes, which it would give one of these, nor where an error does harm unseen."
+    )
+    return told
+
+
+def _reader(facts: CardFacts) -> str:
+    if facts.library == "sentence_transformers":
+        return "No other library is needed than this one."
+    return "A stock checkpoint: no other library is needed than one of these."
+
+
+def _confidence(facts: CardFacts) -> str:
+    if not is_finite(facts.scores.get("ece")):
+        return ""
+    return f"Expected calibration error {percent(facts.scores['ece'])} % (15 bins of the top probability)."
+
+
+def _worst(facts: CardFacts) -> list[tuple[str, str, str, str]]:
+    """Return the classes of the lowest recall, of equals those with the most evaluated rows first."""
+    known = [
+        (recall, -facts.row_counts[index], index) for index, recall in enumerate(facts.recalls) if recall is not None
+    ]
+    return [
+        (escape_markdown(facts.label_names[index]), f"{facts.class_counts[index]:,}", f"{-rows:,}", percent(recall))
+        for recall, rows, index in sorted(known)[: min(_WORST, (len(known) + 1) // 2)]
+        if recall < 1
+    ]
+
+
+def _data_facts(facts: CardFacts) -> list[str]:
+    data = facts.dataset
+    known = {
+        key: value for key, value in data.items() if _is_short(value) and key not in ("name", "num_classes", "task")
+    }
+    told = [f"{escape_markdown(data['name'])}: {_settings(known)}." if known else f"{escape_markdown(data['name'])}."]
+    if isinstance(rows := data.get("rows"), Mapping):
+        told.append(f"Rows: {_settings(rows)}.")
+    if isinstance(tail := data.get("long_tail"), Mapping):
+        told.append(f"Made long-tailed: {_settings({key: value for key, value in tail.items() if _is_short(value)})}.")
+    if isinstance(hashes := data.get("row_ids_sha256"), Mapping):
+        told.append(f"SHA-256 of the numbers of the rows that were chosen: {_settings(hashes)}.")
+    return told
+
+
+def _training_facts(facts: CardFacts) -> list[str]:
+    head = facts.head
+    state = "trained" if head.get("trainable") else "fixed"
+    told = [f"Head: `{head.get('kind')}`, rows {state}, from: {escape_markdown(head.get('frame'))}."]
+    penalties = [value for value in facts.alignment.get("penalties") or () if is_finite(value)]
+    if facts.alignment.get("rows"):
+        penalty = f", penalty {penalties[0]:.4g} mean eigenvalues" if penalties else ""
+        told.append(f"Last alignment: on {facts.alignment['rows']:,} training rows{penalty}.")
+    told.append(f"Loss: {_settings(facts.loss)}.")
+    told.append(
+        f"Confidences: logits times {facts.temperature:.4g}, fitted on {facts.calibrated_rows:,} validation rows."
+        if facts.calibrated_rows
+        else "Confidences: not calibrated."
+    )
     if facts.is_adjusted:
-        told.insert(2, "Prior: predictions are adjusted for how rare a class was, by offsets in the bias.")
+        told.append("Prior: predictions are adjusted for how rare a class was, by offsets in the bias.")
+    told.append(f"Seeds: {_settings(facts.seeds)}.")
+    told.append(f"Made with: {_settings(facts.environment)}.")
+    return told
+
+
+def _limits(facts: CardFacts) -> list[str]:
+    told = [f"It knows these {len(facts.label_names)} classes and gives one of them to any input."]
+    if facts.calibrated_rows:
+        told.append("Its confidences hold for inputs like the validation rows alone.")
+    small = sum(1 for count in facts.row_counts if 0 < count < 10)
+    if small:
+        told.append(f"{small:,} classes were scored on fewer than 10 {facts.split} rows each: their recalls are rough.")
+    unseen = sum(1 for count in facts.row_counts if count == 0)
+    if unseen:
+        told.append(f"{unseen:,} classes have no {facts.split} rows: nothing is known of how good it is on them.")
+    rare = sum(1 for count in facts.class_counts if count < facts.shot_bounds[0])
+    if rare:
+        told.append(
+            f"{rare:,} classes were learned from fewer than {facts.shot_bounds[0]} rows: look at theirs before use."
+        )
+    told.append("What the base model and the data hold of bias is in it too; nobody has looked for it here.")
     return told
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{escape_markdown(key)} {escape_markdown(value)}" for key, value in values.items())
+    return ", ".join(
+        f"{escape_markdown(key)} {escape_markdown(value)}" for key, value in values.items() if value is not None
+    )
 
 
 def _usage(facts: CardFacts) -> str:
@@ -243,7 +419,7 @@ def _usage(facts: CardFacts) -> str:
     lines = [
         "from transformers import pipeline",
         "",
-        f'classify = pipeline("{_pipeline(facts.task)}", model={model})',
+        f'classify = pipeline("{pipeline_of(facts.task)}", model={model})',
         f"classify({example})",
     ]
     if facts.library == "timm":
@@ -262,25 +438,13 @@ def _own_usage(facts: CardFacts) -> str:
     return f"from etf_adapt import {name}\n\nmodel = {name}.from_pretrained({json.dumps(facts.model_id)})"
 
 
-def _tag(facts: CardFacts) -> str | None:
-    """Return the pipeline that the Hub may offer; none for a folder whose head transformers does not read."""
-    return None if facts.library == "sentence_transformers" else _pipeline(facts.task)
-
-
-def _pipeline(task: str) -> str:
-    return "image-classification" if task == "image" else "text-classification"
-
-
 def _code(text: str, language: str) -> str:
     """Fence a block of code with more backticks than any that stand in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
+    text = re.sub(r"^(?=<!-- /?etf_adapt)", " ", text, flags=re.MULTILINE)  # no end of a section
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _is_short(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and (not isinstance(value, float) or math.isfinite(value))
+    return isinstance(value, str) or is_finite(value)

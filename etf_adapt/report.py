@@ -45,8 +45,9 @@ Those that end in ``_unadjusted`` are of the head before the prior adjustment; w
 """
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
-                "vocab*", "merges.txt", "special_tokens_map.json", "README.md",
-                "modules.json", "sentence_bert_config.json", "1_Pooling/*", "2_Dense/*")  # fmt: skip
+                "vocab*", "merges.txt", "special_tokens_map.json",
+                "card.json", "class_counts.png", "recalls.png",
+                "modules.json", "sentence_bert_config.json", "1_Pooling/*", "1_Dense/*", "2_Dense/*")  # fmt: skip
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
 
@@ -128,6 +129,8 @@ def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, ov
 
 def remove_run_files(folder: str | os.PathLike[str]) -> None:
     """Remove the model and the reports of an earlier run from its folder, and nothing else; checkpoints stay.
+
+    So does the card, which a person may have edited: the run renews its own sections of it at its end.
 
     Args:
         folder: An output folder that ``check_output_dir`` has passed with ``overwrite=True``.

@@ -137,7 +137,7 @@ def finetune(
 
     # Report.
     if state.is_main_process:
-        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, argv)
+        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, location, argv)
     state.wait_for_everyone()  # none leaves while another still works
     state.destroy_process_group()
 
@@ -303,12 +303,14 @@ def leave_report(
     settings: dict[str, Any],
     data: ClassificationData,
     model_args: ModelArguments,
+    location: str,
     argv: Sequence[str],
 ) -> None:
     """Write results, predictions and the model card beside the model, and show them."""
     import numpy as np
 
-    from etf_adapt.card import CardFacts, make_card
+    from etf_adapt.card import CardFacts, write_card
+    from etf_adapt.card_metadata import read_base_card
 
     args, folder = trainer.args, Path(trainer.args.output_dir)
     scores = {split: scored[split][0] for split in scored}
@@ -316,10 +318,11 @@ def leave_report(
         folder / report.RESULTS_FILE, report.flat_results(training, scores.get("validation"), scores.get("test"))
     )
     split = "test" if "test" in scored else "validation"
-    table = []
+    table, recalls, evaluated = [], [], np.zeros(0, dtype=int)
     if split in scored:
         rows = scored[split][1]
         evaluated = np.bincount(rows.labels, minlength=len(data.label_names))
+        recalls = class_recalls(rows, len(data.label_names))
         table = report.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
         print(f"\n{split} accuracy, by the training rows of the classes:\n{report.format_table(table)}")
     if "test" in scored:
@@ -332,7 +335,8 @@ def leave_report(
             label_names=data.label_names,
         )
     public = report.public_arguments(model_args, args)
-    card = make_card(
+    write_card(
+        folder,
         CardFacts(
             model_id=public["output_dir"],
             on_hub=False,
@@ -352,11 +356,35 @@ def leave_report(
             command=report.public_command(argv),
             seeds={"seed": args.seed, "data_seed": args.data_seed},
             environment=report.describe_environment(),
-        )
+            recalls=recalls,
+            row_counts=evaluated.tolist(),
+            shot_bounds=args.shot_bounds,
+            temperature=trainer.accelerator.unwrap_model(trainer.model).etf_settings["temperature"],
+            alignment=trainer.alignment or {},
+            collapse=last_collapse(trainer.state.log_history),
+            inherited=read_base_card(location),
+        ),
     )
-    card.save(folder / "README.md")
     lines = report.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
     print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
+
+
+def class_recalls(rows: RowPredictions, num_classes: int) -> list[float | None]:
+    """Return the recall of each class, None where it has no row."""
+    import numpy as np
+
+    of = np.bincount(rows.labels, minlength=num_classes).tolist()
+    right = np.bincount(rows.labels[rows.predictions == rows.labels], minlength=num_classes).tolist()
+    return [hits / total if total else None for hits, total in zip(right, of, strict=True)]
+
+
+def last_collapse(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the newest measures of neural collapse on validation rows, in feature space and in logit space."""
+    logged = next((entry for entry in reversed(history) if "eval_nc1" in entry), {})
+    names = [f"{space}nc{number}" for space in ("", "logit_") for number in range(1, 5)]
+    return {
+        name.replace("nc", "NC").replace("_", " "): logged[f"eval_{name}"] for name in names if f"eval_{name}" in logged
+    }
 
 
 def resume_value(flag: str | None) -> str | bool | None:

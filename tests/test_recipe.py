@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from etf_adapt import load_data, report
+from etf_adapt.card import CARD_FILES
 from etf_adapt.image_size import set_image_size
 from etf_adapt.model_names import MODEL_NAMES, TEXT_MODELS, locate_model, micro_folder, model_task, resolve_model_name
 from etf_adapt.modeling import adapt
@@ -66,7 +67,7 @@ def finished(tmp_path_factory) -> Path:
 class TestResult:
     def test_everything_promised_is_there_and_no_pickle(self, finished):
         names = {path.name for path in (finished / "out/first").iterdir()}
-        assert {"model.safetensors", "config.json", "README.md", *report.RUN_FILES} <= names
+        assert {"model.safetensors", "config.json", *report.RUN_FILES, *CARD_FILES} <= names
         assert not list(finished.rglob("training_args.bin"))
 
     def test_results_name_every_score_of_both_splits(self, finished):
@@ -99,7 +100,8 @@ class TestResult:
     def test_nothing_written_tells_where_it_ran(self, finished):
         for path in (finished / "out/first").iterdir():
             if path.is_file() and path.suffix != ".safetensors":
-                assert str(finished) not in path.read_text() and str(ROOT) not in path.read_text(), path.name
+                written = path.read_bytes()
+                assert str(finished).encode() not in written and str(ROOT).encode() not in written, path.name
 
     def test_the_two_lines_that_it_shows_load_it(self, finished, monkeypatch):
         monkeypatch.chdir(finished)

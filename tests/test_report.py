@@ -6,15 +6,26 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 from etf_adapt import report
-from etf_adapt.card import CardFacts, escape_markdown, make_card
+from etf_adapt.card import CARD_FILES, CardFacts, escape_markdown, make_card, read_facts, write_card
+from etf_adapt.card_metadata import is_hub_id, read_base_card
 
-HOSTILE_NAMES = ["a|b", "<script>alert(1)</script>", "{{ 7 * 7 }}", "two\nlines\n---\n# heading", 'quo"te', "```\ncode"]
+HOSTILE_NAMES = [
+    "a|b",
+    "<script>alert(1)</script>",
+    "{{ 7 * 7 }}",
+    "two\nlines\n---\n# heading",
+    'quo"te',
+    "```\ncode",
+    "x\n<!-- /etf_adapt: making -->\ny",
+]
 
 
 def card_facts(**changes) -> CardFacts:
@@ -71,10 +82,10 @@ class TestOutputFolder:
             report.check_output_dir(tmp_path / "file")
 
     def test_replacing_a_run_removes_its_files_and_no_others(self, tmp_path):
-        for name in ("model.safetensors", "config.json", "README.md", report.ARGUMENTS_FILE, "thesis.txt"):
+        for name in ("model.safetensors", "config.json", "README.md", report.ARGUMENTS_FILE, *CARD_FILES, "thesis.txt"):
             (tmp_path / name).write_text("")
         report.remove_run_files(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "thesis.txt"]
 
     def test_nothing_is_removed_where_no_run_was(self, tmp_path):
         (tmp_path / "model.safetensors").write_text("")
@@ -159,28 +170,96 @@ class TestCard:
         metadata = make_card(card_facts()).data.to_dict()
         assert metadata["pipeline_tag"] == "image-classification" and metadata["library_name"] == "timm"
         assert metadata["base_model"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        assert metadata["base_model_relation"] == "finetune"
         metrics = metadata["model-index"][0]["results"][0]["metrics"]
-        assert [metric["value"] for metric in metrics] == [0.5, 0.25]  # not the group that is empty, nor the NaN
+        assert [metric["value"] for metric in metrics] == [0.5, 0.25, 0.01]  # not the group that is empty, nor the NaN
 
-    def test_a_local_base_model_or_data_set_is_not_given_out_as_a_hub_id(self):
-        metadata = make_card(card_facts(base_model="my_model")).data.to_dict()
-        assert "base_model" not in metadata and "datasets" not in metadata
+    @pytest.mark.parametrize("name", ["my_model", "./encoder", "../models/vit", "a/b/c"])
+    def test_a_local_base_model_or_data_set_is_not_given_out_as_a_hub_id(self, name):
+        metadata = make_card(card_facts(base_model=name)).data.to_dict()
+        assert "base_model" not in metadata and "base_model_relation" not in metadata and "datasets" not in metadata
+
+    def test_a_folder_of_this_machine_is_no_hub_id(self, tmp_path, monkeypatch):
+        (tmp_path / "models/vit").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert not is_hub_id("models/vit") and is_hub_id("other/vit")
+
+    def test_the_licence_is_the_base_models_and_is_never_made_up(self, tmp_path):
+        assert "license" not in make_card(card_facts(inherited=read_base_card(tmp_path))).data.to_dict()
+        (tmp_path / "README.md").write_text("no metadata")
+        assert read_base_card(tmp_path) == {}
+        known = {
+            "license": "other",
+            "license_name": "dinov3-license",
+            "license_link": "LICENSE.md",
+            "language": ["en", "de"],
+        }
+        ModelCard(f"---\n{ModelCardData(**known, tags=['x'])}\n---\n").save(tmp_path / "README.md")
+        assert read_base_card(tmp_path) == known
+        data = make_card(card_facts(inherited=known)).data.to_dict()
+        assert data["license_name"] == "dinov3-license" and "language" not in data
+        assert make_card(card_facts(inherited=known, task="text")).data.language == ["en", "de"]
 
     @pytest.mark.parametrize("name", HOSTILE_NAMES)
     def test_names_cannot_break_out_of_yaml_markdown_or_html(self, name):
-        labels = {"label_names": [name, "x"], "model_id": f"out/{name}"}
+        labels = {"label_names": [name, "x"], "model_id": f"out/{name}", "recalls": [0.1, 0.9], "row_counts": [10, 10]}
         card = str(
             make_card(card_facts(dataset={"name": name, "kind": "Hub"}, base_model=name, command=name, **labels))
         )
         read = ModelCard(card).data
         assert read.datasets == [" ".join(name.split())] and read.pipeline_tag == "image-classification"
         assert "<script>" not in outside_code(ModelCard(card).text) and "49" not in outside_code(ModelCard(card).text)
-        assert [line.split()[0] for line in headings(card)] == [
-            line.split()[0] for line in headings(str(make_card(card_facts())))
-        ]
+        usual = str(make_card(card_facts(recalls=[0.1, 0.9], row_counts=[10, 10])))
+        assert [line.split()[0] for line in headings(card)] == [line.split()[0] for line in headings(usual)]
+        assert markers(card) == markers(usual)
 
     def test_escaping_leaves_one_line(self):
         assert "\n" not in escape_markdown("two\nlines") and "<" not in escape_markdown("<b>")
+
+    def test_the_worst_classes_come_first_and_those_without_rows_are_named_in_the_limits(self):
+        names, counts = ["a", "b", "c", "d"], [50, 40, 30, 3]
+        recalls, rows = [0.9, 0.2, None, 0.2], [10, 4, 0, 8]
+        facts = card_facts(label_names=names, class_counts=counts, recalls=recalls, row_counts=rows)
+        text = make_card(facts).text
+        assert text.index("| d | 3 | 8 | 20.0 |") < text.index("| b | 40 | 4 | 20.0 |") and "| c |" not in text
+        assert "1 classes have no test rows" in text
+
+    def test_it_is_written_with_its_figures_and_its_facts(self, tmp_path):
+        facts = card_facts(recalls=[0.5, None], row_counts=[10, 0])
+        card = write_card(tmp_path, facts)
+        assert {path.name for path in tmp_path.iterdir()} == set(CARD_FILES)
+        assert set(re.findall(r"\]\(([\w.]+)\)", card.text)) == {"class_counts.png", "recalls.png"}
+        for name in ("class_counts.png", "recalls.png"):
+            with Image.open(tmp_path / name) as image:
+                assert image.size[0] > 300 and not {"date", "Creation Time"} & set(image.info)
+        again = read_facts(tmp_path)
+        assert str(make_card(again)) == str(card)
+        assert "timm/x" in str(make_card(dataclasses.replace(again, model_id="timm/x", on_hub=True)))
+        assert read_facts(tmp_path / "other") is None
+
+    def test_what_a_person_wrote_is_kept_when_it_is_renewed(self, tmp_path):
+        write_card(tmp_path, card_facts())
+        file = tmp_path / "README.md"
+        edited = file.read_text().replace("pipeline_tag:", "license: mit\ncustom: [1]\npipeline_tag:")
+        edited = edited.replace("- etf_adapt\n", "- etf_adapt\n- birds\n")
+        edited = re.sub(
+            r"<!-- etf_adapt: limits.*/etf_adapt: limits -->", "## Limits\n\nAsk Ada.", edited, flags=re.DOTALL
+        )
+        edited = edited.replace("<!-- etf_adapt: results", "Made for the bird club.\n\n<!-- etf_adapt: results")
+        file.write_text(edited)
+        card = write_card(tmp_path, card_facts(scores={"accuracy": 0.75, "balanced_accuracy": 0.5}, command="other"))
+        assert file.read_text() == str(card)
+        data = card.data.to_dict()
+        assert data["license"] == "mit" and data["custom"] == [1] and "birds" in data["tags"]
+        assert [metric["value"] for metric in data["model-index"][0]["results"][0]["metrics"]] == [0.75, 0.5]
+        assert "Ask Ada." in card.text and "Made for the bird club." in card.text and "**50.0 %**" in card.text
+        assert "etf_adapt: limits" not in card.text and "**25.0 %**" not in card.text and "```sh\nother" in card.text
+        assert str(write_card(tmp_path, card_facts())).count("## How it was made") == 1
+
+    def test_a_card_of_ones_own_is_left_as_it_is(self, tmp_path):
+        (tmp_path / "README.md").write_text("# Birds\n\nby Ada\n")
+        card = write_card(tmp_path, card_facts())
+        assert card.text.strip() == "# Birds\n\nby Ada" and card.data.library_name == "timm"
 
 
 def outside_code(text: str) -> str:
@@ -195,6 +274,10 @@ def outside_code(text: str) -> str:
         elif fence is None:
             kept.append(line)
     return "\n".join(kept)
+
+
+def markers(card: str) -> list[str]:
+    return re.findall(r"^<!-- /?etf_adapt: \w+", card, flags=re.MULTILINE)
 
 
 def headings(card: str) -> list[str]:
