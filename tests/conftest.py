@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hub_server import HubServer
 
 # Set before anything imports the libraries, which read them once. A cache of the person who runs the tests could hold the very
 # models that a test takes for missing.
@@ -19,6 +22,9 @@ os.environ |= {
 }
 
 SHARED = Path(os.environ.get("ETF_ADAPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 def pytest_unconfigure() -> None:
@@ -38,6 +44,32 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub of its own for each test; its large files come in parts of 20,000 bytes."""
+    with HubServer(chunk_size=20_000) as server:
+        yield server
+
+
+@pytest.fixture
+def online(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Point this process's client at the test's Hub, as HF_ENDPOINT would have before its import; returns what it waits.
+
+    It sends nothing by Xet and knows no token but one that the test sets. Its waiting between tries takes no time.
+    """
+    import huggingface_hub.constants as constants
+
+    waited: list[float] = []
+    for name in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}.time", SimpleNamespace(sleep=waited.append))
+    values = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in {**values, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + TEMPLATE}.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return waited
 
 
 def _shared(name: str) -> Path:
