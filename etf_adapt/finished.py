@@ -1,0 +1,160 @@
+"""What of a finished folder is published, and whether it is fit to be: complete, readable, and silent about this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from etf_adapt.report import RESULTS_FILE
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PUBLISHED = (
+    *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",
+    "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+    "README.md", "LICENSE*", RESULTS_FILE,
+)  # fmt: skip
+"""What goes up, where the folder has it, beside the pictures that the card shows. All else stays here."""
+
+_PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*\bsrc=[\"']([^\"']+)")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+
+
+class UnfinishedFolderError(ValueError):
+    """Raised where a folder is not fit to be published.
+
+    Args:
+        folder: The folder.
+        fault: What is wrong with it, and the way on.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fault: str) -> None:
+        super().__init__(f"`folder` (={str(folder)!r}) {fault}")
+
+
+def check_folder(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
+    """Make sure that a folder holds a complete model, and list what of it is published. Nothing is changed.
+
+    Args:
+        folder: A folder that ``save_pretrained`` or a finished run left.
+
+    Returns:
+        Size and time of change of each file to be sent, by its name in the folder.
+
+    Raises:
+        UnfinishedFolderError: Something is missing, cannot be read, or would tell readers of this machine.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UnfinishedFolderError(folder, "is no folder: name the one that a finished run left.")
+    if re.fullmatch(r"checkpoint-\d+", path.resolve().name):
+        raise UnfinishedFolderError(folder, "is a checkpoint in the middle of a run: name the finished folder.")
+    config = _read_json(path, "config.json")
+    if not {"architectures", "architecture", "model_type"} & set(config):
+        raise UnfinishedFolderError(folder, "has a config.json that names no architecture: nothing can load it.")
+    names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
+    sent = [name for name in names if any(_matches(name, pattern) for pattern in PUBLISHED)]
+    _check_weights(path, sent)
+    if "modules.json" in sent:
+        for module in _read_json(path, "modules.json"):
+            if module.get("path") and f"{module['path']}/config.json" not in sent:
+                raise UnfinishedFolderError(folder, f"lacks {module['path']}/config.json, which modules.json names.")
+    if "README.md" in sent:
+        sent += [name for name in _check_card(path) if name not in sent]
+    for name in sent:
+        _check_privacy(path, name)
+    return {name: file_state(path / name) for name in sorted(sent)}
+
+
+def is_weights(name: str) -> bool:
+    """Say whether a file of this name, at the top of a folder, holds weights or their index.
+
+    Example:
+        >>> is_weights("model-00001-of-00002.safetensors"), is_weights("2_Dense/model.safetensors")
+        (True, False)
+    """
+    return any(_matches(name, pattern) for pattern in WEIGHTS)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Compare folder by folder: a star stands for no slash."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def file_state(file: Path) -> tuple[int, int]:
+    """Return size and time of change of a file."""
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnfinishedFolderError(folder, f"holds no {name}: name the folder of a finished run.") from None
+    except ValueError as error:
+        raise UnfinishedFolderError(
+            folder, f"holds a {name} that is no JSON ({error}): save the model again."
+        ) from error
+
+
+def _check_weights(folder: Path, names: list[str]) -> None:
+    """Read the head of each file of weights, which tells whether it is whole, and compare with the index."""
+    from safetensors import SafetensorError, safe_open
+
+    keys: dict[str, set[str]] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, framework="np") as file:
+                    keys[name] = set(file.keys())
+            except SafetensorError as error:
+                raise UnfinishedFolderError(
+                    folder, f"holds {name}, which is not whole ({error}): save the model again."
+                ) from error
+    indexed = {"model.safetensors"}
+    if "model.safetensors.index.json" in names:
+        weight_map = _read_json(folder, "model.safetensors.index.json")["weight_map"]
+        indexed = set(weight_map.values())
+        lost = [key for key, name in weight_map.items() if key not in keys.get(name, {key})]
+        if lost:
+            raise UnfinishedFolderError(folder, f"lacks {lost[0]}, which is in the index: save the model again.")
+    missing = sorted(indexed - set(keys))
+    if missing:
+        raise UnfinishedFolderError(folder, f"lacks {missing[0]}: only finished safetensors weights are published.")
+
+
+def _check_card(folder: Path) -> list[str]:
+    """Return the pictures of the folder that its card shows."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    card = folder / "README.md"
+    try:
+        metadata_load(card)
+    except (YAMLError, ValueError) as error:
+        fault = f"holds a README.md whose head is no YAML ({' '.join(str(error).split())}): mend it."
+        raise UnfinishedFolderError(folder, fault) from error
+    found = [first or second for first, second in _PICTURE.findall(card.read_text(encoding="utf-8"))]
+    names = [name for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
+    for name in names:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+        if not inside or not (folder / name).is_file():
+            raise UnfinishedFolderError(folder, f"lacks {name}, which README.md shows.")
+    return [Path(os.path.normpath(name)).as_posix() for name in names]
+
+
+def _check_privacy(folder: Path, name: str) -> None:
+    """Refuse a text that holds a token, or says where on this machine things are."""
+    if Path(name).suffix not in (".json", ".md", ".txt", ".jinja", ""):
+        return
+    text = (folder / name).read_bytes()
+    if _TOKEN.search(text):
+        raise UnfinishedFolderError(folder, f"holds what looks like a token of the Hub, in {name}: remove it.")
+    for place in (Path.home(), Path.cwd(), folder.resolve()):
+        if len(place.parts) > 1 and re.search(rb"(?<![\w.])" + re.escape(os.fsencode(place)) + rb"(?![\w.-])", text):
+            raise UnfinishedFolderError(folder, f"holds {str(place)!r}, a path of this machine, in {name}: remove it.")
