@@ -16,7 +16,8 @@ PUBLISHED = (
     *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",
     "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+    "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json",
+    "*_Dense/model.safetensors",
     "README.md", "LICENSE*", RESULTS_FILE,
 )  # fmt: skip
 """What goes up, where the folder has it, beside the pictures that the card shows. All else stays here."""
