@@ -141,7 +141,7 @@ def _send(
     api = HfApi(token=token, library_name="etf_adapt", library_version=etf_adapt.__version__)
 
     _try(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if private is not None and _try(lambda: api.repo_info(repo_id)).private is not private:
+    if private is not None and _try(lambda: api.model_info(repo_id)).private is not private:
         state = "public" if private else "private"
         raise HubError(
             f"`private` (={private}): {repo_id} exists and is {state}: change that on its page, or take another name."
@@ -152,7 +152,7 @@ def _send(
     def commit() -> str:
         # Not `upload_folder`: where Xet is installed it makes several commits. Made anew for each try, operations ask
         # what is there already: a commit whose answer was lost is found and not made again.
-        there = api.list_repo_files(repo_id, revision=revision)
+        there = [file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or ()]
         stale = [name for name in there if name not in sent and is_weights(name)]
         adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sent]
         done = api.create_commit(
@@ -227,13 +227,13 @@ def _is_transport(error: BaseException) -> bool:
 
 
 def _was_tried_again(error: BaseException) -> bool:
-    """Say whether the client itself has tried six times already, as it does with lists and uploads."""
+    """Say whether the client itself has tried six times already, as it does with uploads."""
     cause: Any = _cause(error)
     try:
         url = str(getattr(cause, "response", cause).request.url)
     except (AttributeError, RuntimeError):  # not of a request
         url = ""
-    return isinstance(error, RuntimeError) or re.search("/preupload/|/info/lfs/|/tree/", url) is not None
+    return isinstance(error, RuntimeError) or re.search("/preupload/|/info/lfs/", url) is not None
 
 
 def _status(error: BaseException) -> tuple[int | None, float | None]:

@@ -39,7 +39,7 @@ class Fault:
 
 
 class HubServer(Hub):
-    """A Hub on two ports of 127.0.0.1: the Hub itself, and its storage, which so is another origin.
+    """A Hub on two ports of this machine: the Hub itself, and its storage, which so is another origin.
 
     Args:
         settings: Those of ``Hub``.
@@ -53,7 +53,8 @@ class HubServer(Hub):
 
     def __enter__(self) -> HubServer:
         self._servers = [_Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})) for _ in range(2)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        hosts = ("127.0.0.1", "localhost")  # clients before 2 compare the names of hosts, without ports
+        self.url, self.storage_url = (f"http://{host}:{at.server_port}" for host, at in zip(hosts, self._servers))
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return self

@@ -329,6 +329,26 @@ def test_a_hub_that_is_down_is_no_matter_for_what_is_cached(hub, online, tmp_pat
         hf_hub_download("me/net", "README.md", cache_dir=tmp_path)
 
 
+FETCH = """
+import json
+from huggingface_hub import hf_hub_download, snapshot_download
+names = [snapshot_download("me/net"), hf_hub_download("me/net", "config.json", revision="main")]
+print(json.dumps(names))
+"""
+
+
+def test_the_environment_alone_names_the_hub_or_says_that_there_is_none(hub, tmp_path):
+    hub.seed("me/net", FILES)
+    told = []
+    for offline in ("0", "1"):
+        environment = hub.environment(tmp_path / "home", HF_HUB_OFFLINE=offline)
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH], env=environment, capture_output=True, text=True, timeout=60
+        )
+        told.append((json.loads(done.stdout), len(hub.requests)))
+    assert told[0] == told[1] and Path(told[0][0][0], "model.safetensors").read_bytes() == WEIGHTS
+
+
 # Xet
 
 
@@ -492,6 +512,7 @@ def test_tokenizers_and_image_sizes_come_with_their_models(loaded):
     assert (loaded["tokens"], loaded["processor"]) == ([3, 3], [3, 160, 160])
 
 
+@pytest.mark.slow
 def test_what_was_loaded_once_is_loaded_offline_without_a_request(stocked, loaded, home):
     hub, _ = stocked
     before = len(hub.requests)
