@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import html
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,7 +177,7 @@ class CardFacts:
     inherited: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_card(folder: str | Path, facts: CardFacts) -> ModelCard:
+def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> ModelCard:
     """Write the card, its figures and its facts beside a model; of a card that is there, our sections alone are renewed.
 
     Args:
@@ -185,7 +187,6 @@ def write_card(folder: str | Path, facts: CardFacts) -> ModelCard:
     Returns:
         The card.
     """
-    write_json(Path(folder, FACTS_FILE), dataclasses.asdict(facts))
     bounds = {"shot_bounds": facts.shot_bounds}
     draw_class_counts(Path(folder, COUNTS_FIGURE), facts.class_counts, **bounds)
     if any(recall is not None for recall in facts.recalls):
@@ -195,13 +196,24 @@ def write_card(folder: str | Path, facts: CardFacts) -> ModelCard:
     if file.is_file():
         card = renew_card(ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True), card)
     card.save(file)
+    write_json(Path(folder, FACTS_FILE), {"facts": dataclasses.asdict(facts), "card_sha256": _digest(file)})
     return card
 
 
-def read_facts(folder: str | Path) -> CardFacts | None:
-    """Return the facts that ``write_card`` left in a folder, as for a card under another name; None where it left none."""
+def read_facts(folder: str | os.PathLike[str]) -> tuple[CardFacts, bool] | None:
+    """Return the facts that ``write_card`` left in a folder, as for a card under another name.
+
+    Args:
+        folder: The model's folder.
+
+    Returns:
+        The facts, and whether the card has been edited since; None where there are none.
+    """
     file = Path(folder, FACTS_FILE)
-    return CardFacts(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    written = json.loads(file.read_text(encoding="utf-8"))
+    return CardFacts(**written["facts"]), _digest(Path(folder, CARD_FILE)) != written["card_sha256"]
 
 
 def renew_card(old: ModelCard, new: ModelCard) -> ModelCard:
@@ -280,6 +292,10 @@ def escape_markdown(text: object) -> str:
     line = html.escape(one_line(text), quote=False)
     within_word = r"(?<=[^\W_])_(?=[^\W_])"  # no markup there, and common in names
     return re.sub(within_word + r"|([\\`*_{}\[\]|~$])", lambda match: "\\" + match[0] if match[1] else match[0], line)
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _summary(facts: CardFacts) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From top to bottom. A module imports from its own layer or from those below it, and no two modules import each other.
 LAYERS = (
     {"training", "resume", "callbacks", "advisor", "arguments", "checkpoints"},
-    {"report", "card", "card_metadata", "figures", "comparison", "hub", "finished"},
+    {"report", "card", "card_metadata", "figures", "comparison", "hub"},
     {"alignment", "evaluation", "export", "feature_cache", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
     {
@@ -32,6 +32,8 @@ LAYERS = (
         "state_dict",
         "image_size",
         "model_names",
+        "upload",
+        "finished_folder",
     },
     {"swap"},
     {"long_tail", "sampler", "metrics", "collapse"},

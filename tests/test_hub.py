@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub import HfApi
 from safetensors.numpy import save_file
 
-from etf_adapt import hub as publishing
-from etf_adapt.hub import HubError, main, publish
+from etf_adapt import upload as publishing
+from etf_adapt.hub import main, publish
+from etf_adapt.upload import HubError
 
 MODEL = "model.safetensors"
 READERS = {"config.json", MODEL, "README.md", "all_results.json", "preprocessor_config.json", "figures/shots.png"}
@@ -74,7 +75,7 @@ def refusal(folder, repo_id="me/net", **options):
     with pytest.raises(HubError) as caught:
         publish(folder, repo_id, **options)
     assert snapshot(folder) == before if before else True
-    message, _, command = str(caught.value).partition("\nNothing in the folder was changed. To carry on: ")
+    message, _, command = str(caught.value).partition("\nThe folder is whole. To carry on: ")
     program, *words = shlex.split(command)
     assert [program, *words[:2]] == ["python", "-m", "etf_adapt.hub"] and words[2:4] == [str(folder), repo_id]
     return message, words[2:]

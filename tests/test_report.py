@@ -232,7 +232,8 @@ class TestCard:
         for name in ("class_counts.png", "recalls.png"):
             with Image.open(tmp_path / name) as image:
                 assert image.size[0] > 300 and not {"date", "Creation Time"} & set(image.info)
-        again = read_facts(tmp_path)
+        again, is_edited = read_facts(tmp_path)
+        assert not is_edited
         assert str(make_card(again)) == str(card)
         assert "timm/x" in str(make_card(dataclasses.replace(again, model_id="timm/x", on_hub=True)))
         assert read_facts(tmp_path / "other") is None
@@ -247,6 +248,7 @@ class TestCard:
         )
         edited = edited.replace("<!-- etf_adapt: results", "Made for the bird club.\n\n<!-- etf_adapt: results")
         file.write_text(edited)
+        assert read_facts(tmp_path)[1]
         card = write_card(tmp_path, card_facts(scores={"accuracy": 0.75, "balanced_accuracy": 0.5}, command="other"))
         assert file.read_text() == str(card)
         data = card.data.to_dict()

@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from etf_adapt.report import RESULTS_FILE
-
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (
     *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -18,7 +16,7 @@ PUBLISHED = (
     "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json",
     "*_Dense/model.safetensors",
-    "README.md", "LICENSE*", RESULTS_FILE,
+    "README.md", "LICENSE*", "all_results.json",
 )  # fmt: skip
 """What goes up, where the folder has it, beside the pictures that the card shows. All else stays here."""
 
