@@ -290,15 +290,16 @@ def make_head(
         raise ValueError("`trainable` (=True) contradicts a 'paper' head: the published method fixes its frame.")
     learn = kind in ("linear", "cosine") if trainable is None else trainable
     head: ClassifierHead
-    if kind == "cosine":
-        head = CosineHead(in_features, num_classes, trainable=learn)
-    elif kind == "paper":
-        head = PaperHead(in_features, num_classes, generator=generator)
-    elif kind == "linear":
-        head = (Conv2dHead if convolution else LinearHead)(in_features, num_classes, bias=bias, trainable=learn)
-    else:
-        make = ETFConv2dHead if convolution else ETFHead
-        head = make(in_features, num_classes, bias=bias, trainable=learn, generator=generator)
+    with torch.device("cpu"):  # whatever the caller's default device is: the seed alone decides the rows
+        if kind == "cosine":
+            head = CosineHead(in_features, num_classes, trainable=learn)
+        elif kind == "paper":
+            head = PaperHead(in_features, num_classes, generator=generator)
+        elif kind == "linear":
+            head = (Conv2dHead if convolution else LinearHead)(in_features, num_classes, bias=bias, trainable=learn)
+        else:
+            make = ETFConv2dHead if convolution else ETFHead
+            head = make(in_features, num_classes, bias=bias, trainable=learn, generator=generator)
     head.to(device=leaf.weight.device, dtype=leaf.weight.dtype)
     head.train(leaf.training)
     head.fix()

@@ -92,5 +92,6 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
         return function(precise if scale == 1.0 else scale * precise, labels)
 
     num_classes = 2 if class_counts is None else len(class_counts)
-    loss(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))  # values that cannot be are named now
+    with torch.device("cpu"):
+        loss(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))  # values that cannot be are named now
     return loss

@@ -56,7 +56,7 @@ def simplex_etf(
     if dim < 1:
         raise ValueError(f"`dim` (={dim}) must be at least 1: the vertices need a space to stand in.")
     span = num_classes - 1
-    gaussian = torch.randn(max(span, dim), min(span, dim), generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(max(span, dim), min(span, dim), generator=generator, dtype=torch.float64, device="cpu")
     orthonormal, triangular = torch.linalg.qr(gaussian)
     orthonormal = orthonormal * torch.sign(torch.diagonal(triangular))  # the sign that makes the draw uniform
     coordinates = orthonormal if span >= dim else orthonormal.T  # (span, dim)

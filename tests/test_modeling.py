@@ -150,6 +150,16 @@ def test_adapt_refuses_what_is_no_model_of_transformers():
         adapt(torch.nn.Linear(2, 2), 3)
 
 
+@pytest.mark.parametrize("head", ["etf", "linear", "cosine", "paper"])
+def test_a_model_stays_on_its_device_whatever_the_default_is(head):
+    stock = stock_vit()
+    expected = adapt(copy.deepcopy(stock), 3, head=head).state_dict()
+    with torch.device("meta"):
+        found = adapt(stock, 3, head=head).state_dict()
+        assert all(tensor.is_meta for tensor in vit(head=head).state_dict().values())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 # Forward and loss
 
 

@@ -80,3 +80,10 @@ def test_half_precision_logits_are_computed_in_float32():
 def test_errors_name_the_value(num_classes, dim, name):
     with pytest.raises(ValueError, match=rf"`{name}` \(={num_classes if name == 'num_classes' else dim}\)"):
         simplex_etf(num_classes, dim)
+
+
+def test_the_default_device_of_the_caller_changes_no_frame():
+    expected = simplex_etf(4, 6, generator=generator())
+    with torch.device("meta"):  # as a GPU would be, on any machine
+        frame = simplex_etf(4, 6, generator=generator())
+    assert torch.equal(frame, expected)
