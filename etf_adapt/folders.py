@@ -138,6 +138,24 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     return processor
 
 
+def find_processor(location: str, task: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    """Load the tokenizer or image processor beside a model; None where there is none, or timm's configuration holds it.
+
+    Args:
+        location: A folder or Hub id from ``locate``.
+        task: ``"image"`` or ``"text"``.
+        config: The model's configuration.
+        options: Arguments of ``from_pretrained``.
+    """
+    if isinstance(config, TimmWrapperConfig):
+        return None
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+    try:
+        return load_processor(location, task, **{name: options[name] for name in names if name in options})
+    except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
+        return None
+
+
 def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return how timm prepares the images of a model, at the size that the model was built with.
 

@@ -20,7 +20,16 @@ from transformers import (
 )
 
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
-from etf_adapt.folders import ENTRY, HUB_OPTIONS, layer_digest, load_config, load_processor, locate, read_weights
+from etf_adapt.folders import (
+    ENTRY,
+    HUB_OPTIONS,
+    find_processor,
+    layer_digest,
+    load_config,
+    load_processor,
+    locate,
+    read_weights,
+)
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.state_dict import load_noting_new
 from etf_adapt.swap import find_heads, head_modules, swap_head
@@ -42,7 +51,7 @@ class _Factory(ETFModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
@@ -64,9 +73,9 @@ class _Factory(ETFModel):
         weights would be trained in half precision.
 
         Args:
-            name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``); a folder in
-                transformers' or timm's layout. Of an image encoder without a classification class (DINOv3) the pooled output is
-                read, by ``etf_adapt.pooling.PooledOutputForImageClassification``.
+            pretrained_model_name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``);
+                a folder in transformers' or timm's layout. Of an image encoder without a classification class (DINOv3) the
+                pooled output is read, by ``etf_adapt.pooling.PooledOutputForImageClassification``.
             num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
             id2label: Names of the classes.
             label2id: Their inverse, where that is at hand.
@@ -84,7 +93,8 @@ class _Factory(ETFModel):
             kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
 
         Returns:
-            The stock model, of a class that is both the stock one and this one.
+            The stock model, of a class that is both the stock one and this one; with ``output_loading_info=True`` a tuple
+            of it and what the stock class missed in its file or found there too much, as in transformers.
 
         Raises:
             OSError: The model is not here and cannot be fetched.
@@ -94,7 +104,7 @@ class _Factory(ETFModel):
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         dtype = kwargs.pop("dtype", "auto" if kwargs.get("quantization_config") else torch.float32)
-        location = locate(name_or_path, fetch=pretrained, options=kwargs)
+        location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
@@ -102,18 +112,25 @@ class _Factory(ETFModel):
         saved = getattr(config, ENTRY, None) if pretrained else None
         if saved is not None and saved.get("adapters"):
             raise ValueError(
-                f"`name_or_path` (={location!r}) is a training checkpoint with adapters apart from the backbone: go on from it "
-                "with --resume_from_checkpoint, or load the finished folder, in which they are merged."
+                f"`pretrained_model_name_or_path` (={location!r}) is a training checkpoint with adapters apart from the "
+                "backbone: go on from it with --resume_from_checkpoint, or load the finished folder, in which they are merged."
             )
         if pooling is None and saved is None and pretrained and factory._task == "text":
             warn_of_pooling(location, config, kwargs)
         encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
+        is_unfolded = saved is not None and _is_unfolded(saved)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if wants_info and (is_unfolded or encoder_class is not None or not pretrained):
+            raise ValueError(
+                "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
+            )
         with _seeded(seed):
-            if saved is not None and _is_unfolded(saved):
+            if saved is not None and is_unfolded:
                 model = factory._load_checkpoint(location, config, saved, encoder_class=encoder_class, dtype=dtype)
             else:
                 options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_stock(location, config, count, **options)
+        info = vars(model).pop("_loading_info", None)
         before = cast(int, model.config.num_labels)
         kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
         if saved is not None and kept:
@@ -139,10 +156,10 @@ class _Factory(ETFModel):
                 head_path=head_path,
                 seed=seed,
             )
-        model.processor = _find_processor(location, factory._task, model.config, kwargs)
+        model.processor = find_processor(location, factory._task, model.config, kwargs)
         if factory._task == "text":
             _set_padding(model)
-        return cast(ETFModel, model)
+        return cast(ETFModel, (model, info) if wants_info else model)
 
     @classmethod
     def _load_stock(
@@ -436,17 +453,6 @@ def _resolve_labels(
     if names is not None and num_labels is not None and len(names) != num_labels:
         raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
     return (len(names) if num_labels is None and names is not None else num_labels), names
-
-
-def _find_processor(location: str, task: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
-    """Load the tokenizer or image processor beside a model; None where there is none, or timm's configuration holds it."""
-    if isinstance(config, TimmWrapperConfig):
-        return None
-    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-    try:
-        return load_processor(location, task, **{name: options[name] for name in names if name in options})
-    except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
-        return None
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -139,11 +139,12 @@ def load_noting_new(auto_model: Any, location: str | Path, **options: Any) -> Pr
         options: Arguments of its ``from_pretrained``.
 
     Returns:
-        The model; ``new_weights`` tells what was noted.
+        The model; ``new_weights`` tells what was noted, ``_loading_info`` what transformers says of it.
     """
     model, found = auto_model.from_pretrained(location, output_loading_info=True, **options)
     names = {name for name, _ in model.named_parameters()}
     model._new_weights = tuple(sorted(names & {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}))
+    model._loading_info = found
     return cast(PreTrainedModel, model)
 
 

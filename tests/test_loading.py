@@ -270,3 +270,19 @@ def test_a_decoders_padding_token_comes_from_its_tokenizer(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert read_config(tmp_path / "saved")["pad_token_id"] == 2
     assert load_processor(tmp_path / "saved", "text").pad_token == "[PAD]"
+
+
+# What the stock class says
+
+
+def test_loading_info_is_that_of_the_stock_class(tmp_path):
+    stock_vit().vit.save_pretrained(tmp_path / "backbone")
+    _, expected = ViTForImageClassification.from_pretrained(tmp_path / "backbone", output_loading_info=True)
+    folder = {"pretrained_model_name_or_path": tmp_path / "backbone"}  # by the name that it has in transformers
+    model, info = ETFForImageClassification.from_pretrained(**folder, num_labels=3, output_loading_info=True)
+    assert info == expected and {"classifier.weight", "classifier.bias"} <= info["missing_keys"]
+    model.save_pretrained(tmp_path / "saved")
+    again, info = ETFForImageClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert again.etf_settings == model.etf_settings and not any(info.values())
+    with pytest.raises(ValueError, match="output_loading_info"):
+        ETFForImageClassification.from_pretrained(TIMM, num_labels=3, pretrained=False, output_loading_info=True)
