@@ -87,7 +87,9 @@ def _timm_config(name: str) -> TimmWrapperConfig:
     try:
         known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise ValueError(f"`name_or_path` (='timm/{name}'): {error} See timm.list_models().") from error
+        raise ValueError(
+            f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models()."
+        ) from error
     settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
     settings.pop("architecture", None)
     labels = [f"LABEL_{index}" for index in range(known.num_classes)]

@@ -281,7 +281,8 @@ def choose_encoder_class(
     if not is_text and pooled_features(config) is not None:
         _warn_of_encoder(config, location)
         return PooledOutputForImageClassification
-    is_a = f"`pretrained_model_name_or_path` (={location!r}) is a {config.model_type!r} model, of which transformers has no class for"
+    name = f"`pretrained_model_name_or_path` (={location!r})"
+    is_a = f"{name} is a {config.model_type!r} model, of which transformers has no class for"
     if is_text:
         raise ValueError(
             f"{is_a} text classification: choose another model, pooling='mean' for an encoder of texts, or "
