@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         False,
         "its checkpoint is taken in mid-step and does not resume exactly; set `save_steps`",
     ),
+    "hub_token": (None, "a token in a command or file is read by others: log in (`hf auth login`) or set HF_TOKEN"),
     "hub_strategy": ("end", "the others upload `training_args.bin`, a pickle that holds the Hub token"),
     "ignore_data_skip": (False, "a resumed run must see the rows that the uninterrupted one would have seen"),
     "include_for_metrics": ([], "metrics are streamed and take predictions, labels and confidences only"),

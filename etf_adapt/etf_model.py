@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import ModelOutput
 
 from etf_adapt.adapters import has_adapters, merge_adapters
 from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
+from etf_adapt.made_class import blank, factory_of
 from etf_adapt.pooling import PooledEncoder
 from etf_adapt.sentence_folders import write_sentence_folder
 from etf_adapt.simplex import reachable_cosine
 from etf_adapt.state_dict import ConvertedState, convert_state_dict, find_missing
-from etf_adapt.swap import head_modules, logits_of, replace_module, score_features
+from etf_adapt.swap import head_modules, replace_module
+from etf_adapt.upload import carry_on_command, check_name_and_token, send_folder, write_short_card
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
     "etf": {"name": "margin_dot_regression"},
@@ -41,11 +40,7 @@ DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
 STOCK_SHAPED = ("etf", "linear")
 """Kinds of head that are saved as they are; the others are folded."""
 
-FEATURES = "features"
-"""Input that a model takes in place of all others: what its head reads (batch, in_features)."""
-
 _TIMM_PREFIX = "timm_model."
-_MADE: dict[tuple[type, type], type] = {}
 
 if TYPE_CHECKING:
     _Base = PreTrainedModel
@@ -282,9 +277,14 @@ class ETFModel(_Base):
                 folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
                 and those of the two kinds are read here only.
             kwargs: Passed on to transformers' ``save_pretrained``. The layouts of timm and sentence-transformers have one
-                weight file a module and take ``push_to_hub`` and its arguments only.
+                weight file a module and need none of them.
         """
         self._require_complete()
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub` (=True) of save_pretrained sends what else is in the folder too: call "
+                "model.push_to_hub(repo_id), or publish the folder with `python -m etf_adapt.hub FOLDER user/name`."
+            )
         fold = not is_training_checkpoint(save_directory) if fold is None else fold
         if fold and has_adapters(self):
             merged = deepcopy(self)
@@ -308,8 +308,51 @@ class ETFModel(_Base):
             else:
                 names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
                 write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
-            if kwargs.pop("push_to_hub", False):
-                self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> str:
+        """Publish the model on the Hub, in one commit: what ``save_pretrained`` writes, and a card where there is none yet.
+
+        A finished run is published with its own card by ``etf_adapt.hub.publish``.
+
+        Args:
+            repo_id: ``user/name`` or ``organization/name``; made where it does not exist.
+            commit_message: Title of the commit.
+            private: Whether the repository is to be private; None leaves that to its owner's settings, or as it is.
+            token: None takes the one of the environment (HF_TOKEN) or of the login.
+            revision: Branch, made where it does not exist; None is the main one.
+            max_shard_size: Largest file of weights.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: The Hub has not taken it.
+        """
+        check_name_and_token(repo_id, token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, fold=True, max_shard_size=max_shard_size)
+            library, is_image = self.etf_settings["library"], self.main_input_name == "pixel_values"
+            write_short_card(folder, repo_id, library=library, task="image" if is_image else "text")
+            return send_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                command=f"model.push_to_hub({repo_id!r}), or model.save_pretrained(folder) and "
+                + carry_on_command("folder", repo_id, private=private, revision=revision),
+                kept=("README.md",),
+            )
 
     def _entry(self, tensors: dict[str, Tensor], *, fold: bool) -> dict[str, Any] | None:
         """Return the entry of ``config.json``; heads that are to be folded are folded in ``tensors``."""
@@ -406,7 +449,7 @@ class ETFModel(_Base):
         """Pickle as the stock class and the factory: a class made on the fly is found by no name."""
         _, _, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
         state = {name: value for name, value in state.items() if name != "_loss"}
-        return _blank, (factory_of(type(self)), self._stock_class), state, *rest
+        return blank, (factory_of(type(self)), self._stock_class), state, *rest
 
 
 def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
@@ -420,76 +463,3 @@ def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
 def without_unit_features(loss: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a loss for logits whose features have lengths again, as those of a folded head do."""
     return {name: value for name, value in loss.items() if name != "unit_features"}
-
-
-def made_class(factory: type[ETFModel], stock: type[PreTrainedModel]) -> type[ETFModel]:
-    """Make the subclass of a stock class that adds ``ETFModel``.
-
-    It bears the stock class's names, those of its module too: transformers takes a class from another module for custom
-    code, saves it as such, and converts no weights for it.
-    """
-    if (factory, stock) not in _MADE:
-        namespace = {
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "__doc__": stock.__doc__,
-            "__init__": stock.__init__,
-            "_stock_class": stock,
-            "forward": _with_loss(stock),
-        }
-        _MADE[factory, stock] = type(stock.__name__, (factory, stock), namespace)
-    return _MADE[factory, stock]
-
-
-def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
-    """Wrap a stock class's forward: without its labels, so that its loss is not computed; then add ours.
-
-    The signature stays, by which ``Trainer`` chooses the columns to keep.
-    """
-    stock_forward = stock.forward
-    signature = inspect.signature(stock_forward)
-    names = list(signature.parameters)[1:]  # without self
-    position = names.index("labels") if "labels" in names else None
-
-    @functools.wraps(stock_forward)
-    def forward(self: ETFModel, *args: Any, **kwargs: Any) -> Any:
-        self._require_complete()
-        if position is not None and len(args) > position:
-            labels, args = args[position], (*args[:position], None, *args[position + 1 :])
-        else:
-            labels = kwargs.pop("labels", None)
-        features = kwargs.pop(FEATURES, None)
-        if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
-            return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_in_training(labels)
-        if features is None:
-            output = stock_forward(self, *args, **kwargs)
-        else:
-            output = SequenceClassifierOutput(logits=score_features(self, features))
-        if labels is None:
-            return output
-        loss = self.compute_loss_from_logits(logits_of(output), labels)
-        if not isinstance(output, ModelOutput):
-            return loss, *output
-        output["loss"] = loss
-        output.move_to_end("loss", last=False)
-        return output
-
-    if position is None:  # as of LeViT and DeiT with a teacher, which have no loss
-        parameters = list(signature.parameters.values())
-        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
-        has_rest = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-        parameters.insert(len(parameters) - has_rest, labels)
-        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return forward
-
-
-def factory_of(made: type) -> Any:
-    """Return the factory that a class made on the fly belongs to; a factory itself as it is."""
-    return next(base for base in made.__mro__ if not issubclass(base, PreTrainedModel))
-
-
-def _blank(factory: type[ETFModel], stock: type[PreTrainedModel]) -> nn.Module:
-    """Make an empty instance, for unpickling."""
-    return cast(nn.Module, object.__new__(made_class(factory, stock)))

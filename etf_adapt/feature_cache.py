@@ -18,7 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from etf_adapt.alignment import evaluation_mode, to_device
 from etf_adapt.batches import EvenLengths, labels_of, lengths_of
-from etf_adapt.etf_model import FEATURES, ETFModel
+from etf_adapt.etf_model import ETFModel
+from etf_adapt.made_class import FEATURES
 from etf_adapt.rows import RowDraw
 from etf_adapt.state_dict import new_weights
 from etf_adapt.swap import head_modules, read_features

@@ -19,7 +19,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from etf_adapt.etf_model import STOCK_SHAPED, ETFModel, factory_of, made_class
+from etf_adapt.etf_model import STOCK_SHAPED, ETFModel
 from etf_adapt.folders import (
     ENTRY,
     HUB_OPTIONS,
@@ -30,6 +30,7 @@ from etf_adapt.folders import (
     locate,
     read_weights,
 )
+from etf_adapt.made_class import factory_of, made_class
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.state_dict import load_noting_new
 from etf_adapt.swap import find_heads, head_modules, swap_head

@@ -32,10 +32,10 @@ from etf_adapt.callbacks import (
     set_threads,
 )
 from etf_adapt.checkpoints import resolve_checkpoint
-from etf_adapt.etf_model import FEATURES
 from etf_adapt.evaluation import predict_rows
 from etf_adapt.long_tail import read_labels
 from etf_adapt.losses import LOSSES
+from etf_adapt.made_class import FEATURES
 from etf_adapt.metrics import ShotAccuracy, pooled_balanced_accuracy
 from etf_adapt.modeling import ETFModel
 from etf_adapt.monitor import CollapseMonitor
@@ -46,14 +46,14 @@ from etf_adapt.parameters import (
     require_finite,
     set_head_learning_rate,
 )
-from etf_adapt.resume import ResumableTrainer
+from etf_adapt.publishing import PublishingTrainer
 from etf_adapt.rows import RowDraws
 from etf_adapt.sampler import ClassBalancedSampler
 from etf_adapt.swap import head_modules
 from etf_adapt.training_logits import TrainingLogits
 
 
-class ETFTrainer(ResumableTrainer):
+class ETFTrainer(PublishingTrainer):
     """Train a model with an ETF head, or with any head to compare it with, by transformers' ``Trainer``.
 
     What differs from the stock class: rows are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned on

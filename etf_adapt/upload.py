@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +44,8 @@ def send_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | None = None,
+    command: str | None = None,
+    kept: Collection[str] = (),
 ) -> str:
     """Send a finished folder as one commit of a repository on the Hub, which is made where it does not exist.
 
@@ -60,6 +62,8 @@ def send_folder(
         revision: Branch, made where it does not exist; None is the main one.
         commit_message: Title of the commit.
         token: None takes the one of the environment (HF_TOKEN) or of the login.
+        command: What carries on after a failure; the one of ``carry_on_command`` where None.
+        kept: Files that are not sent where the repository has some of that name.
 
     Returns:
         Address of the commit. Where the repository held exactly these files already, that of its last commit.
@@ -67,11 +71,12 @@ def send_folder(
     Raises:
         HubError: The folder is not complete, or the Hub has not taken it. The folder is as it was.
     """
-    command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
+    if command is None:
+        command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
     try:
         sent = check_folder(folder)
         with _limited():
-            return _send(Path(folder), repo_id, sent, private, revision, commit_message, token)
+            return _send(Path(folder), repo_id, sent, kept, private, revision, commit_message, token)
     except Exception as error:
         if not (isinstance(error, (OSError, ValueError, RuntimeError)) or _is_transport(error)):
             raise  # a bug
@@ -136,10 +141,34 @@ def check_name_and_token(repo_id: str, token: str | None = None) -> str:
     return token
 
 
+def write_short_card(folder: str | os.PathLike[str], repo_id: str, *, library: str, task: str) -> None:
+    """Write a card that says no more than what reads the model; a run's own is ``etf_adapt.card``'s.
+
+    Args:
+        folder: The model's folder.
+        repo_id: Its name on the Hub.
+        library: ``"transformers"``, ``"timm"`` or ``"sentence_transformers"``.
+        task: ``"image"`` or ``"text"``.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tag = (
+        None
+        if library == "sentence_transformers"
+        else {"image": "image-classification", "text": "text-classification"}[task]
+    )
+    data = ModelCardData(library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"])
+    reader = {"sentence_transformers": "sentence-transformers", "timm": "transformers and timm"}.get(library, library)
+    factory = "ETFForImageClassification" if task == "image" else "ETFForSequenceClassification"
+    text = f"# {repo_id.split('/')[-1]}\n\nRead by {reader}; with its head and loss by `etf_adapt.{factory}.from_pretrained`.\n"
+    ModelCard(f"---\n{data}\n---\n{text}").save(Path(folder, "README.md"))
+
+
 def _send(
     folder: Path,
     repo_id: str,
     sent: dict[str, tuple[int, int]],
+    kept: Collection[str],
     private: bool | None,
     revision: str | None,
     commit_message: str | None,
@@ -167,7 +196,8 @@ def _send(
         # what is there already: a commit whose answer was lost is found and not made again.
         there = [file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or ()]
         stale = [name for name in there if name not in sent and is_weights(name)]
-        adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sent]
+        new = [name for name in sent if name not in kept or name not in there]
+        adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in new]
         done = api.create_commit(
             repo_id,
             [*adds, *(CommitOperationDelete(path_in_repo=name) for name in stale)],

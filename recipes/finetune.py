@@ -7,10 +7,12 @@
     accelerate launch recipes/finetune.py --head linear --loss cross_entropy # what to compare with
     accelerate launch recipes/finetune.py --paper                            # the method as it was published
     accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
+    accelerate launch recipes/finetune.py --push_to_hub --hub_model_id me/digits --hub_private_repo
 
 All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
 finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with
-one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where.
+one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where. A run that is finished and saved, but not published as
+--push_to_hub --hub_model_id user/name asks, ends with exit code 3 and the command that publishes it.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ def finetune(
         arguments = report.public_arguments(model_args, data_args, args)
         claim_output_dir(args.output_dir, arguments, overwrite=output_args.overwrite_output_dir)
     state.wait_for_everyone()
+    repo_id, args.push_to_hub = args.hub_model_id if args.push_to_hub else None, False  # once, when all is written
     trainer = ETFTrainer(
         model,
         args,
@@ -137,9 +140,15 @@ def finetune(
 
     # Report.
     if state.is_main_process:
-        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, location, argv)
+        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, location, repo_id, argv)
+    failure = None
+    if state.is_main_process and repo_id is not None:
+        failure = publish_run(args, repo_id)
     state.wait_for_everyone()  # none leaves while another still works
     state.destroy_process_group()
+    if failure is not None:
+        print(f"trained and saved, but not published: {failure}", file=sys.stderr)
+        raise SystemExit(3)
 
 
 def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
@@ -304,6 +313,7 @@ def leave_report(
     data: ClassificationData,
     model_args: ModelArguments,
     location: str,
+    repo_id: str | None,
     argv: Sequence[str],
 ) -> None:
     """Write results, predictions and the model card beside the model, and show them."""
@@ -338,8 +348,8 @@ def leave_report(
     write_card(
         folder,
         CardFacts(
-            model_id=public["output_dir"],
-            on_hub=False,
+            model_id=repo_id or public["output_dir"],
+            on_hub=repo_id is not None,
             task=data.task,
             library=settings["library"],
             base_model=MODEL_NAMES.get(model_args.model, public["model"]),
@@ -385,6 +395,20 @@ def last_collapse(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         name.replace("nc", "NC").replace("_", " "): logged[f"eval_{name}"] for name in names if f"eval_{name}" in logged
     }
+
+
+def publish_run(args: ETFTrainingArguments, repo_id: str) -> str | None:
+    """Publish the finished folder; return what went wrong, if anything did."""
+    from etf_adapt.hub import publish
+    from etf_adapt.upload import HubError
+
+    try:
+        print(
+            f"published: {publish(str(args.output_dir), repo_id, private=args.hub_private_repo, revision=args.hub_revision)}"
+        )
+    except HubError as error:
+        return str(error)
+    return None
 
 
 def resume_value(flag: str | None) -> str | bool | None:

@@ -178,9 +178,9 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
         raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
     if args.push_to_hub:
-        raise ValueError(
-            "`push_to_hub` (=True): publish the finished folder, with `hf upload <owner/name> <output_dir>`."
-        )
+        from etf_adapt.upload import check_name_and_token
+
+        check_name_and_token(args.hub_model_id or "")
     return args
 
 

@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom. A module imports from its own layer or from those below it, and no two modules import each other.
 LAYERS = (
-    {"training", "resume", "callbacks", "advisor", "arguments", "checkpoints"},
+    {"training", "publishing", "resume", "callbacks", "advisor", "arguments", "checkpoints"},
     {"report", "card", "card_metadata", "figures", "comparison", "hub"},
     {"alignment", "evaluation", "export", "feature_cache", "monitor", "parameters"},
     {"data", "sources", "columns", "splits", "images", "digits", "rows", "batches", "transforms", "text"},
     {
         "modeling",
         "etf_model",
+        "made_class",
         "adapters",
         "pooling",
         "sentence_folders",

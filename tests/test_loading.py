@@ -152,17 +152,6 @@ def test_several_heads_come_back(tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
 
 
-def test_publishing_a_timm_model_publishes_its_folder(tmp_path, monkeypatch):
-    model = ETFForImageClassification.from_pretrained(TIMM, num_labels=3, pretrained=False)
-    asked = []
-    monkeypatch.setattr(
-        type(model)._stock_class, "push_to_hub", lambda self, repo, **options: asked.append((repo, options))
-    )
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine", private=True)
-    assert asked == [("mine", {}), ("me/mine", {"private": True})]
-
-
 # What comes back, and what does not
 
 

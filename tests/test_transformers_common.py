@@ -46,7 +46,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from etf_adapt.etf_model import made_class
+from etf_adapt.made_class import made_class
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
 
 pytestmark = pytest.mark.slow
