@@ -16,7 +16,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from etf_adapt.adapters import has_adapters, merge_adapters
-from etf_adapt.folders import ENTRY, is_training_checkpoint, layer_digest, write_timm_folder
+from etf_adapt.fingerprint import describe_layers
+from etf_adapt.folders import ENTRY, is_training_checkpoint, write_timm_folder
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
@@ -374,8 +375,7 @@ class ETFModel(_Base):
         present = [path for path in heads if f"{path}.weight" in tensors]
         layers = [(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")) for path in present]
         if len(layers) == len(heads):  # Processes that do not write may hold no weights.
-            settings["head"]["dtype"] = str(layers[0][0].dtype).removeprefix("torch.")
-            settings["head"]["sha256"] = layer_digest(layers)
+            settings["head"] |= describe_layers(layers)
         return settings
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg
 from torch import Tensor, contiguous_format
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from etf_adapt.model_names import locate_model, resolve_model_name
 
 ENTRY = "etf_adapt"
-"""Name of our one entry in a model's ``config.json``. Every stock reader passes over it, and keeps it when it saves."""
+"""Name of our one entry in a model's ``config.json``. Stock readers pass over it, and transformers keeps it when it saves."""
+
+_NOTE = f"{ENTRY}: "
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
@@ -45,13 +46,17 @@ def locate(name_or_path: str | Path, *, fetch: bool, options: Mapping[str, Any] 
         OSError: The model is neither here nor can it be fetched.
         ValueError: No model has this name.
     """
-    location = _resolve(name_or_path)
+    location = _resolve(name_or_path, options)
     has_own_options = any((options or {}).get(name) is not None for name in HUB_OPTIONS)
     return locate_model(location) if fetch and not has_own_options else location
 
 
-def _resolve(name_or_path: str | Path) -> str:
+def _resolve(name_or_path: str | Path, options: Mapping[str, Any] | None = None) -> str:
     """Turn any name of a model into a folder or Hub id; a timm name without a tag gets the one that timm prefers."""
+    subfolder = (options or {}).get("subfolder")
+    if subfolder and Path(name_or_path).expanduser().is_dir():
+        resolve_model_name(str(Path(name_or_path, subfolder)))
+        return str(Path(name_or_path).expanduser())
     location = resolve_model_name(str(name_or_path))
     name = location.removeprefix("timm/")
     if name == location or "." in name or Path(location).is_dir() or not timm.is_model(name):
@@ -79,6 +84,10 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
     if isinstance(config, TimmWrapperConfig) and model_args:
         # timm's own exports hold it here too, and TimmWrapper then passes it twice
         config.model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
+    notes = (getattr(config, "pretrained_cfg", None) or {}).get("notes") or ()
+    ours = [note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)]
+    if ours and config.num_labels and getattr(config, ENTRY, None) is None:
+        setattr(config, ENTRY, json.loads(ours[0]))
     return config, {**unused, **hub_options}
 
 
@@ -119,7 +128,7 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     """
     if task not in ("image", "text"):
         raise ValueError(f"`task` (={task!r}) must be one of 'image', 'text'.")
-    location = _resolve(name_or_path)
+    location = _resolve(name_or_path, options)
     if task == "image":
         config, _ = load_config(location, fetch=not location.startswith("timm/"), **options)
         if isinstance(config, TimmWrapperConfig):
@@ -191,42 +200,59 @@ def is_training_checkpoint(folder: str | Path) -> bool:
     return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).resolve().name) is not None
 
 
-def layer_digest(layers: Iterable[tuple[Tensor, Tensor | None]]) -> str:
-    """Hash the rows and biases of a model's heads.
+def read_weights(location: str | Path, **options: Any) -> dict[str, Tensor]:
+    """Read all tensors of a folder's safetensors file or files, as they are stored.
 
     Args:
-        layers: Weight and bias of each head. They are hashed in float32, so that half-precision files loaded as float32
-            give the same digest.
+        location: Folder or Hub id.
+        options: Where on the Hub and in its cache files are; others are passed over.
 
     Returns:
-        SHA-256 in hexadecimal.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.ones(2, 3, dtype=torch.bfloat16)
-        >>> layer_digest([(weight, None)]) == layer_digest([(weight.float(), None)])
-        True
-    """
-    digest = hashlib.sha256()
-    for tensor in (part for layer in layers for part in layer if part is not None):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().astype(np.dtype("<f4")).tobytes())
-    return digest.hexdigest()
-
-
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder's safetensors file or files, as they are stored.
+        Tensors by name.
 
     Raises:
         FileNotFoundError: The folder holds no safetensors weights.
     """
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
+    index = find_file(location, SAFE_WEIGHTS_INDEX_NAME, **hub_options)
     names = {SAFE_WEIGHTS_NAME}
-    if index.is_file():
+    if index is not None:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = [name for name in sorted(names) if not Path(folder, name).is_file()]
+    files = {name: find_file(location, name, **hub_options) for name in sorted(names)}
+    missing = [name for name, file in files.items() if file is None]
     if missing:
-        raise FileNotFoundError(f"`{folder}` lacks {missing[0]}: its weights cannot be read.")
-    return {key: tensor for name in sorted(names) for key, tensor in load_file(Path(folder, name)).items()}
+        raise FileNotFoundError(f"`{location}` lacks {missing[0]}: its weights cannot be read.")
+    return {key: tensor for file in files.values() for key, tensor in load_file(cast(Path, file)).items()}
+
+
+def find_file(location: str | Path, name: str, **options: Any) -> Path | None:
+    """Return a file of a folder or of a repository on the Hub, as it lies here; None where there is none.
+
+    Args:
+        location: Folder or Hub id.
+        name: Its path inside.
+        options: Where on the Hub and in its cache files are.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if Path(location).is_absolute() and not Path(location).exists():  # which would be taken for a malformed Hub id
+        return None
+    file = cached_file(str(location), name, **quiet, **options)
+    return None if file is None else Path(file)
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> torch.dtype:
+    """Return the type that weights are loaded in, as ``from_pretrained`` understands it.
+
+    Args:
+        dtype: A type of torch or its name; that of the configuration for ``"auto"`` and None.
+        config: The model's configuration.
+
+    Returns:
+        The type; float32 where the configuration has none.
+    """
+    chosen = getattr(config, "dtype", None) if dtype in (None, "auto") else dtype
+    named = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    return named if isinstance(named, torch.dtype) else torch.float32
 
 
 def write_timm_folder(
@@ -254,6 +280,11 @@ def write_timm_folder(
         for name, value in deepcopy(dict(pretrained_cfg)).items()
         if name not in ("architecture", "label_names", "label_descriptions", "label_offset")
     }
+    entry = getattr(config, ENTRY, None)
+    notes = [note for note in pretrained_cfg.pop("notes", ()) if not note.startswith(_NOTE)]
+    if entry is not None:  # of all the file, timm keeps this alone when it saves the folder again
+        notes.append(_NOTE + json.dumps(entry))
+    pretrained_cfg |= {"notes": notes} if notes else {}
     model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
     contents: dict[str, Any] = {
         "architecture": config.architecture,
@@ -262,7 +293,7 @@ def write_timm_folder(
         "label_names": [name for _, name in sorted((config.id2label or {}).items())],
         "model_args": model_args,
         "pretrained_cfg": pretrained_cfg | {"num_classes": config.num_labels, "custom_load": False},
-        ENTRY: getattr(config, ENTRY, None),
+        ENTRY: entry,
     }
     if isinstance(getattr(model, "global_pool", None), str):
         contents["global_pool"] = model.global_pool

@@ -20,20 +20,21 @@ from transformers import (
 )
 
 from etf_adapt.etf_model import STOCK_SHAPED, ETFModel
+from etf_adapt.fingerprint import is_changed
 from etf_adapt.folders import (
     ENTRY,
     HUB_OPTIONS,
     find_processor,
-    layer_digest,
     load_config,
     load_processor,
     locate,
     read_weights,
+    resolve_dtype,
 )
 from etf_adapt.made_class import factory_of, made_class
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.state_dict import load_noting_new
-from etf_adapt.swap import find_heads, head_modules, swap_head
+from etf_adapt.swap import find_heads, head_modules, require_plain_weight, swap_head
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
 
@@ -127,22 +128,29 @@ class _Factory(ETFModel):
             )
         with _seeded(seed):
             if saved is not None and is_unfolded:
-                model = factory._load_checkpoint(location, config, saved, encoder_class=encoder_class, dtype=dtype)
+                options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
+                model = factory._load_checkpoint(location, config, saved, **options)
             else:
                 options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_stock(location, config, count, **options)
         info = vars(model).pop("_loading_info", None)
         before = cast(int, model.config.num_labels)
+        lacks_layer = getattr(model, "lacks_layer", False)
         kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
-        if saved is not None and kept:
+        if saved is not None and kept and not lacks_layer:
             if not isinstance(model, ETFModel):
                 model = _restore(factory, model, saved)
             _override(model, trainable, loss, class_counts)
         else:
             if saved is not None:
+                why = (
+                    "another tool has saved the encoder without it"
+                    if lacks_layer
+                    else "other labels or another head were asked for"
+                )
                 warnings.warn(
                     f"The head saved in {location} ({saved['head']['kind']!r}, {before} classes) is replaced by a new one "
-                    f"({head or 'etf'!r}, {count or before} classes): other labels or another head were asked for.",
+                    f"({head or 'etf'!r}, {count or before} classes): {why}.",
                     stacklevel=2,
                 )
             model = _adapt(
@@ -176,16 +184,17 @@ class _Factory(ETFModel):
         """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
         if encoder_class is not None and pretrained:
             return encoder_class.from_folder(location, config=config, **kwargs)
+        dtype = kwargs.pop("dtype") if pretrained else resolve_dtype(kwargs.pop("dtype"), config)
         if encoder_class is not None:
-            return encoder_class(config).eval()
+            return cast(Any, encoder_class(config)).to(dtype).eval()
         if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
             if num_labels is None:
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
             config.num_labels = num_labels
         if pretrained:
-            return load_noting_new(cls._auto_model, location, config=config, **kwargs)
+            return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        model = cast(PreTrainedModel, cls._auto_model.from_config(config, **options)).eval()
+        model = cast(PreTrainedModel, cls._auto_model.from_config(config, dtype=dtype, **options)).eval()
         if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better
             fresh = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
             model.timm_model.load_state_dict(fresh.state_dict())
@@ -200,11 +209,12 @@ class _Factory(ETFModel):
         *,
         encoder_class: type[PooledEncoder] | None,
         dtype: Any,
+        **options: Any,
     ) -> Any:
         """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
         model = cls._load_stock(location, config, None, pretrained=False, encoder_class=encoder_class, dtype=dtype)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
-        model.load_state_dict(read_weights(location), strict=False)
+        model.load_state_dict(read_weights(location, **options), strict=False)
         model._require_complete()
         return model
 
@@ -364,8 +374,10 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
         )
     entry, paths = saved["head"], saved["head"]["paths"]
     layers = {path: model.get_submodule(path) for path in paths}
+    for path, layer in layers.items():
+        require_plain_weight(layer, path)
     tensors = [(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)) for layer in layers.values()]
-    is_changed = entry.get("sha256") is not None and _is_changed(tensors, entry)
+    was_changed = entry.get("sha256") is not None and is_changed(tensors, entry)
     counts = saved["class_counts"]
     has_counts = counts is not None and len(counts) == model.config.num_labels
     model = _adapt(
@@ -383,10 +395,10 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
         if not _is_unfolded(saved):
             head.set_rows(weight, bias)
-        head.frame = "changed" if is_changed else entry["frame"]
+        head.frame = "changed" if was_changed else entry["frame"]
         if entry["folded"]:
             head.folded_from = entry["kind"]
-    if is_changed:
+    if was_changed:
         warnings.warn(
             f"The head's layer is not the one that etf_adapt saved: another tool has changed it since. It is loaded as it "
             f"stands, without its calibration, and is {'trained' if entry['trainable'] else 'fixed'}.",
@@ -395,14 +407,6 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     else:
         model._temperature, model._prior_adjustment = saved["temperature"], saved["prior_adjustment"]
     return model
-
-
-def _is_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[str, Any]) -> bool:
-    """Return whether loaded layers differ from those saved; unknown, so False, where they were rounded or are elsewhere."""
-    weight = layers[0][0]
-    if weight.is_meta or torch.finfo(weight.dtype).bits < torch.finfo(getattr(torch, entry["dtype"])).bits:
-        return False
-    return layer_digest(layers) != entry["sha256"]
 
 
 def _is_kept(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from etf_adapt.folders import ENTRY, HUB_OPTIONS, read_weights
+from etf_adapt.folders import ENTRY, HUB_OPTIONS, read_weights, resolve_dtype
 from etf_adapt.model_names import check_choice
 from etf_adapt.sentence_folders import read_dense, trained_pooling
 from etf_adapt.state_dict import convert_state_dict, find_missing, load_noting_new
@@ -39,9 +39,11 @@ class PooledEncoder(PreTrainedModel):
 
     Attributes:
         pooling: What the feature is: ``"mean"`` of the tokens, or ``"pooler_output"``.
+        lacks_layer: Whether the folder tells of a linear layer that is not there: another tool has saved the encoder alone.
     """
 
     pooling: str
+    lacks_layer: bool = False
     _new_weights: tuple[str, ...] = ()
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -82,20 +84,23 @@ class PooledEncoder(PreTrainedModel):
         """
         if config is not None and (config.architectures or [""])[0] == cls.__name__:  # a training checkpoint
             model = cls(config)
-            tensors = convert_state_dict(model, read_weights(location)).tensors
+            tensors = convert_state_dict(model, read_weights(location, **options)).tensors
             if missing := find_missing(model, tensors):
                 raise ValueError(
                     f"{location} lacks {len(missing)} tensors of its model, such as {missing[0]}: take another."
                 )
             model.load_state_dict(tensors, strict=False)
-            return cast(Any, model).to(options.get("dtype") or model.dtype).eval()
+            return cast(Any, model).to(resolve_dtype(options.get("dtype"), config)).eval()
         settings = {} if config is None else {"config": config}
         encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
         model = cls(encoder.config, encoder)
         model._new_weights = tuple(f"encoder.{name}" for name in encoder._new_weights if cls._reads(name))
         hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
         if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # we have written it
-            model.classifier.load_state_dict(read_dense(location, cls.pooling, **hub_options))
+            dense = read_dense(location, cls.pooling, **hub_options)
+            model.lacks_layer = dense is None
+            if dense is not None:
+                model.classifier.load_state_dict(dense)
         return model.eval()
 
 

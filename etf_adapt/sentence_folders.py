@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import cached_file
+
+from etf_adapt.folders import find_file
 
 _POOLING_FOLDER = "1_Pooling"
 _DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
@@ -84,7 +85,7 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
     save_file({"linear.weight": weight, "linear.bias": bias}, Path(folder, dense, "model.safetensors"))
 
 
-def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, Tensor]:
+def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, Tensor] | None:
     """Read the linear layer of a folder that ``write_sentence_folder`` wrote.
 
     Args:
@@ -93,10 +94,12 @@ def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, 
         options: Where on the Hub and in its cache files are.
 
     Returns:
-        ``weight`` (num_classes, in_features) and ``bias`` (num_classes,).
+        ``weight`` (num_classes, in_features) and ``bias`` (num_classes,); None where another tool has saved the encoder alone.
     """
-    file = cached_file(str(location), f"{_DENSE_FOLDERS[pooling]}/model.safetensors", **options)
-    return {name.removeprefix("linear."): tensor for name, tensor in load_file(cast(str, file)).items()}
+    file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", **options)
+    if file is None:
+        return None
+    return {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
 
 
 def _max_length(model: Any) -> int | None:
@@ -109,6 +112,5 @@ def _max_length(model: Any) -> int | None:
 
 
 def _read_json(location: str | Path, name: str, **options: Any) -> Any:
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    file = cached_file(str(location), name, **quiet, **options)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    file = find_file(location, name, **options)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))

@@ -157,7 +157,7 @@ def swap_head(
             raise HeadError(f"{type(model).__name__} has several heads {paths}; the published method has one.")
         for path in paths:
             leaf = _submodule(model, path)
-            _require_plain_weight(leaf, path)
+            require_plain_weight(leaf, path)
             new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
             for parent, name in _places_of(model, leaf):
                 record.set(parent, name, new)
@@ -383,7 +383,12 @@ def _outputs(module: nn.Module | None) -> int | None:
     return None if not isinstance(weight, Tensor) or weight.ndim < 2 else weight.shape[0]
 
 
-def _require_plain_weight(leaf: nn.Module, path: str) -> None:
+def require_plain_weight(leaf: nn.Module, path: str) -> None:
+    """Check that the weight of a linear layer or convolution is a tensor of real numbers.
+
+    Raises:
+        HeadError: It is quantized, sharded or parametrized.
+    """
     weight = getattr(leaf, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS
     if isinstance(leaf, (nn.Linear, nn.Conv2d)) and not plain:

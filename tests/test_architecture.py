@@ -30,6 +30,7 @@ LAYERS = (
         "pooling",
         "sentence_folders",
         "folders",
+        "fingerprint",
         "state_dict",
         "image_size",
         "model_names",

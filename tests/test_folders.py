@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TimmWrapperConfig, ViTConfig, ViTImageProcessor
 
+from etf_adapt.fingerprint import layer_digest
 from etf_adapt.folders import (
     is_training_checkpoint,
-    layer_digest,
     load_config,
     load_processor,
     locate,

@@ -5,31 +5,33 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
-import re
-import subprocess
-import sys
 import warnings
 
 import pytest
 import timm
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_models import (
+    LABELS,
+    MAKERS,
+    NAMES,
+    batch,
+    bert,
+    factory,
+    finished,
+    is_text,
+    llama,
+    logits,
+    stock_bert,
+    stock_vit,
+    vit,
+)
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -38,80 +40,6 @@ from etf_adapt.head import ETFHead, LinearHead
 from etf_adapt.losses import make_loss
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.swap import head_modules, restore_head
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-NAMES = {0: "ash", 1: "birch", 2: "cedar"}
-LABELS = torch.tensor([0, 2, 1, 1])
-
-
-def stock_vit(num_labels=5):
-    return ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=num_labels)).eval()
-
-
-def stock_bert():
-    return BertForSequenceClassification(BertConfig(**SIZES, vocab_size=20, max_position_embeddings=32)).eval()
-
-
-def stock_llama():
-    config = LlamaConfig(**SIZES, vocab_size=20, num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0)
-    return LlamaForSequenceClassification(config).eval()
-
-
-def vit(**settings):
-    return adapt(stock_vit(), 3, id2label=NAMES, **settings)
-
-
-def bert(**settings):
-    return adapt(stock_bert(), 3, id2label=NAMES, **settings)
-
-
-def llama(**settings):
-    return adapt(stock_llama(), 3, id2label=NAMES, **settings)
-
-
-def resnet(**settings):
-    name = "timm/test_resnet.r160_in1k"
-    return ETFForImageClassification.from_pretrained(name, id2label=NAMES, pretrained=False, **settings).eval()
-
-
-def micro(**settings):
-    return ETFForImageClassification.from_pretrained("micro", id2label=NAMES, **settings)
-
-
-MAKERS = {"vit": vit, "resnet": resnet, "micro": micro, "bert": bert, "llama": llama}
-
-
-def is_text(name):
-    return name in ("bert", "llama")
-
-
-def factory(name):
-    return ETFForSequenceClassification if is_text(name) else ETFForImageClassification
-
-
-def batch(name):
-    generator = torch.Generator().manual_seed(3)
-    if is_text(name):
-        return {"input_ids": torch.randint(1, 20, (4, 7), generator=generator)}
-    return {"pixel_values": torch.randn(4, 3, *((8, 8) if name == "vit" else (32, 32)), generator=generator)}
-
-
-def processor(name):
-    if name == "vit":
-        return ViTImageProcessor(size={"height": 8, "width": 8})
-    if is_text(name):
-        tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "tree": 3}, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=["input_ids"]
-        )
-    return None
-
-
-@torch.no_grad()
-def logits(model, inputs):
-    return model.eval()(**inputs).logits
-
 
 # One class, two readings
 
@@ -397,84 +325,21 @@ def test_wrong_calibrations_are_refused():
 
 # One folder, two readings
 
-READER = """
-import json, logging, sys, warnings
-sys.modules["etf_adapt"] = None  # any import of it fails
-import timm, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
-said, results = [], {}
-handler = logging.Handler(logging.WARNING)
-handler.emit = lambda record: said.append(record.getMessage())
-for name in ("transformers", "timm"):
-    logging.getLogger(name).addHandler(handler)
-warnings.showwarning = lambda message, *rest: said.append(str(message))
-torch.set_num_threads(1)
-for folder, is_text, is_timm in json.loads(sys.argv[1]):
-    said.clear()
-    auto = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    model = auto.from_pretrained(folder).eval()
-    inputs = load_file(folder + "/inputs")
-    with torch.no_grad():
-        outputs = {"auto": model(**inputs).logits}
-        if is_timm:
-            outputs["timm"] = timm.create_model("local-dir:" + folder, pretrained=True).eval()(inputs["pixel_values"])
-    pipe = pipeline("text-classification" if is_text else "image-classification", model=folder, top_k=3)
-    [rows] = pipe(["a tree" if is_text else folder + "/image.png"])
-    save_file(outputs, folder + "/outputs")
-    results[folder] = {"class": type(model).__name__, "rows": rows, "said": list(said)}
-print(json.dumps(results))
-"""
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of each model, read by stock libraries in a process that cannot import this one."""
-    torch.manual_seed(0)
-    root, read = tmp_path_factory.mktemp("folders"), {}
-    for name, make in MAKERS.items():
-        model = make(class_counts=[9, 3, 1], loss={"name": "dot_regression", "form": "ball"})
-        heads = head_modules(model).values()
-        for head in heads:
-            weight, _ = head.rows()
-            bias = None if head.bias is None else torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
-            head.set_rows(torch.randn(weight.shape), bias, frame="means")
-        model.set_temperature(2.5, None if name == "llama" else [0.5, 0.0, -0.5])
-        model.processor = processor(name)
-        folder = root / name
-        model.save_pretrained(folder)
-        save_file(batch(name), folder / "inputs")
-        Image.new("RGB", (40, 40), (200, 90, 10)).save(folder / "image.png")
-        read[name] = (model, folder, logits(model, batch(name)))
-    cases = [[str(folder), is_text(name), name in ("resnet", "micro")] for name, (_, folder, _) in read.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", READER, json.dumps(cases)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
-    return {name: (*entry, results[str(entry[1])]) for name, entry in read.items()}
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_stock_libraries_read_the_folder_without_us(folders, name):
-    model, folder, expected, result = folders[name]
-    outputs = load_file(folder / "outputs")
-    assert set(outputs) == ({"auto", "timm"} if name in ("resnet", "micro") else {"auto"})
-    for found in outputs.values():
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert result["class"] == type(model)._stock_class.__name__
-    assert {row["label"] for row in result["rows"]} == set(NAMES.values())
-    assert sum(row["score"] for row in result["rows"]) == pytest.approx(1.0, abs=1e-4)
-    assert not [line for line in result["said"] if re.search("weight|missing|unexpected|initiali|label|code", line)]
-    assert not list(folder.glob("*.bin")) and not list(folder.glob("*.py"))
+    """A finished model of each kind, its folder and its logits."""
+    root, made = tmp_path_factory.mktemp("folders"), {}
+    for name in MAKERS:
+        model = finished(name)
+        model.save_pretrained(root / name)
+        made[name] = (model, root / name, logits(model, batch(name)))
+    return made
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_folder_comes_back_here_in_full(folders, name):
-    model, folder, expected, _ = folders[name]
+    model, folder, expected = folders[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = factory(name).from_pretrained(folder)
@@ -484,9 +349,9 @@ def test_the_folder_comes_back_here_in_full(folders, name):
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
     # Convolutions may add in another order where the memory of a tensor is aligned otherwise.
-    torch.testing.assert_close(logits(again, batch(name)), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(again, batch(name)), expected, rtol=1e-5, atol=1e-5)
     losses = [each(**batch(name), labels=LABELS).loss for each in (model, again)]
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     for head in head_modules(again).values():
         assert isinstance(head, ETFHead) and not any(p.requires_grad for p in head.parameters())
     assert again.config.id2label == NAMES
@@ -495,7 +360,7 @@ def test_the_folder_comes_back_here_in_full(folders, name):
 
 @pytest.mark.parametrize("name", ["vit", "micro"])
 def test_saving_what_was_loaded_changes_nothing(folders, name, tmp_path):
-    _, folder, _, _ = folders[name]
+    _, folder, _ = folders[name]
     ETFForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
     first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -503,7 +368,7 @@ def test_saving_what_was_loaded_changes_nothing(folders, name, tmp_path):
 
 
 def test_what_is_asked_for_by_name_overrides_what_was_saved(folders):
-    _, folder, expected, _ = folders["vit"]
+    _, folder, expected = folders["vit"]
     again = ETFForImageClassification.from_pretrained(
         folder, head="etf", trainable=True, loss="logit_adjusted", id2label=NAMES
     )
@@ -515,7 +380,7 @@ def test_what_is_asked_for_by_name_overrides_what_was_saved(folders):
 @pytest.mark.parametrize("settings", [{"num_labels": 4}, {"head": "linear"}, {"id2label": {0: "x", 1: "y", 2: "z"}}])
 @pytest.mark.parametrize("name", ["vit", "micro"])
 def test_other_labels_or_another_head_give_a_new_head(folders, name, settings):
-    _, folder, _, _ = folders[name]
+    _, folder, _ = folders[name]
     with pytest.warns(UserWarning, match=r"replaced by a new one"):
         again = ETFForImageClassification.from_pretrained(folder, **settings)
     found = again.etf_settings
@@ -524,41 +389,9 @@ def test_other_labels_or_another_head_give_a_new_head(folders, name, settings):
     assert logits(again, batch(name)).shape == (4, settings.get("num_labels", 3))
 
 
-@pytest.mark.parametrize("name", ["vit", "micro", "llama"])
-def test_a_layer_that_a_stock_tool_changed_is_recognised(folders, name, tmp_path):
-    _, folder, _, _ = folders[name]
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    key = next(
-        key
-        for key in ("classifier.weight", "score.weight", "fc.weight", "head.fc.weight", "head.weight")
-        if key in weights
-    )
-    weights[key] = 2.0 * weights[key]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match="another tool has changed"):
-        again = factory(name).from_pretrained(tmp_path)
-    settings = again.etf_settings
-    assert settings["head"]["frame"] == "changed" and settings["temperature"] == 1.0
-    head = next(iter(head_modules(again).values()))
-    assert torch.equal(head.weight.flatten(1), weights[key].flatten(1)) and not head.weight.requires_grad
-    again.save_pretrained(tmp_path / "again")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert factory(name).from_pretrained(tmp_path / "again").etf_settings == settings
-
-
-def test_stock_tools_that_save_the_folder_again_keep_our_settings(folders, tmp_path):
-    model, folder, expected, _ = folders["vit"]
-    AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
-    again = ETFForImageClassification.from_pretrained(tmp_path)
-    assert again.etf_settings == model.etf_settings and torch.equal(logits(again, batch("vit")), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_folder_in_half_precision_is_no_changed_layer(folders, tmp_path, dtype):
-    model, folder, _, _ = folders["vit"]
+    model, folder, _ = folders["vit"]
     half = ETFForImageClassification.from_pretrained(folder, dtype=dtype)
     half.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -671,7 +504,7 @@ def test_the_head_alone_is_loaded():
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_files_in_the_names_of_the_disk_are_loaded(folders, name):
-    _, folder, expected, _ = folders[name]
+    _, folder, expected = folders[name]
     other = MAKERS[name]()
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter.data)
