@@ -298,7 +298,8 @@ class ETFModel(_Base):
         if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
             self.processor.save_pretrained(save_directory)
         is_pooled = fold and isinstance(self, PooledEncoder)
-        if not is_pooled and not isinstance(self, TimmWrapperForImageClassification):
+        is_timm = isinstance(self, TimmWrapperForImageClassification) and getattr(self, "hf_quantizer", None) is None
+        if not is_pooled and not is_timm:  # timm's layout cannot tell how weights are quantized
             super().save_pretrained(
                 cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
             )

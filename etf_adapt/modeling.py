@@ -33,6 +33,7 @@ from etf_adapt.folders import (
 )
 from etf_adapt.made_class import factory_of, made_class
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
+from etf_adapt.quantization import spare_heads
 from etf_adapt.state_dict import load_noting_new
 from etf_adapt.swap import find_heads, head_modules, require_plain_weight, swap_head
 
@@ -105,7 +106,7 @@ class _Factory(ETFModel):
         factory = factory_of(cls)
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        dtype = kwargs.pop("dtype", "auto" if kwargs.get("quantization_config") else torch.float32)
+        dtype = kwargs.pop("dtype", torch.float32)
         location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
         if config is None:
@@ -131,8 +132,9 @@ class _Factory(ETFModel):
                 options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_checkpoint(location, config, saved, **options)
             else:
+                path = head_path or (saved["head"]["paths"] if saved is not None else None)
                 options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
-                model = factory._load_stock(location, config, count, **options)
+                model = factory._load_stock(location, config, count, head_path=path, **options)
         info = vars(model).pop("_loading_info", None)
         before = cast(int, model.config.num_labels)
         lacks_layer = getattr(model, "lacks_layer", False)
@@ -179,6 +181,7 @@ class _Factory(ETFModel):
         *,
         pretrained: bool,
         encoder_class: type[PooledEncoder] | None = None,
+        head_path: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
@@ -192,6 +195,10 @@ class _Factory(ETFModel):
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
             config.num_labels = num_labels
         if pretrained:
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = spare_heads(
+                    kwargs["quantization_config"], cls._auto_model, config, head_path=head_path
+                )
             return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = cast(PreTrainedModel, cls._auto_model.from_config(config, dtype=dtype, **options)).eval()

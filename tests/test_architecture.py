@@ -31,6 +31,7 @@ LAYERS = (
         "sentence_folders",
         "folders",
         "fingerprint",
+        "quantization",
         "state_dict",
         "image_size",
         "model_names",
