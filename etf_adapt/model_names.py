@@ -142,7 +142,8 @@ def resolve_model_name(name: str) -> str:
         return str(folder)
     if name.startswith(("./", "../", "/", "~")) or name.count("/") > 1 or folder.suffix in (".safetensors", ".bin"):
         raise FileNotFoundError(
-            f"`model` (={name!r}) is not a folder: give the folder that holds the model's config.json."
+            f"`model` (={name!r}) is not a folder: give the folder that holds the model's config.json; or, of a file of "
+            "weights with nothing beside it, the name of its architecture, and the file as checkpoint_path."
         )
     if name.count("/") == 1 and all(name.split("/")):
         return name

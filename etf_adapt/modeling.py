@@ -36,6 +36,7 @@ from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooli
 from etf_adapt.quantization import spare_heads
 from etf_adapt.state_dict import load_noting_new
 from etf_adapt.swap import find_heads, head_modules, require_plain_weight, swap_head
+from etf_adapt.weight_file import load_weight_file
 
 __all__ = ["ETFForImageClassification", "ETFForSequenceClassification", "adapt", "load_processor"]
 
@@ -66,6 +67,7 @@ class _Factory(ETFModel):
         head_path: str | Sequence[str] | None = None,
         pooling: str | None = None,
         pretrained: bool = True,
+        checkpoint_path: str | Path | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> ETFModel:
@@ -92,6 +94,9 @@ class _Factory(ETFModel):
                 elsewhere the model is a ``etf_adapt.pooling.MeanPoolingForSequenceClassification`` and is saved as
                 sentence-transformers reads it. As saved, or ``"stock"``, where None.
             pretrained: Whether to load weights; otherwise they are random, in the same architecture.
+            checkpoint_path: File of weights with nothing beside it, such as timm's own training leaves, as ``.safetensors`` or
+                as torch saves it. ``name_or_path`` then names the architecture alone, and a classifier in the file is passed
+                over, whatever its number of classes.
             seed: Seed of the random frame and of weights that are not in the file.
             kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
 
@@ -107,6 +112,11 @@ class _Factory(ETFModel):
         if "torch_dtype" in kwargs:
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         dtype = kwargs.pop("dtype", torch.float32)
+        if checkpoint_path is not None and not pretrained:
+            raise ValueError(
+                f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one of them."
+            )
+        pretrained = pretrained and checkpoint_path is None
         location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
         if config is None:
@@ -135,6 +145,8 @@ class _Factory(ETFModel):
                 path = head_path or (saved["head"]["paths"] if saved is not None else None)
                 options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_stock(location, config, count, head_path=path, **options)
+            if checkpoint_path is not None:
+                load_weight_file(model, checkpoint_path, head_path=head_path)
         info = vars(model).pop("_loading_info", None)
         before = cast(int, model.config.num_labels)
         lacks_layer = getattr(model, "lacks_layer", False)

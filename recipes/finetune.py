@@ -4,6 +4,7 @@
     accelerate launch recipes/finetune.py --model vit_base --head etf        # any timm or transformers model
     accelerate launch recipes/finetune.py --model vit_base --dataset path/to/images --imbalance_factor 100
     accelerate launch recipes/finetune.py --model path/to/all-MiniLM-L6-v2 --dataset path/to/csv_folder
+    accelerate launch recipes/finetune.py --model resnet50 --checkpoint_path weights.safetensors  # as timm leaves them
     accelerate launch recipes/finetune.py --head linear --loss cross_entropy # what to compare with
     accelerate launch recipes/finetune.py --paper                            # the method as it was published
     accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # What can be known wrong is known before the imports that take seconds, and before any data are prepared.
         model_args, data_args, output_args, training_argv = read_arguments(argv)
         location = resolve_model_name(model_args.model)
-        if model_args.pretrained or not location.startswith("timm/"):
+        is_complete = model_args.pretrained and model_args.checkpoint_path is None
+        if is_complete or not location.startswith("timm/"):
             location = locate_model(location)
         finetune(model_args, data_args, output_args, parse_training(training_argv), location, argv)
 
@@ -195,6 +197,7 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
         head_path=model_args.head_path,
         pooling=model_args.pooling,
         pretrained=model_args.pretrained,
+        checkpoint_path=model_args.checkpoint_path,
         loss=loss,
         class_counts=data.class_counts.tolist(),
         seed=seed,

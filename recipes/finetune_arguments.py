@@ -49,6 +49,9 @@ class ModelArguments:
     )
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
+    checkpoint_path: str | None = field(
+        default=None, metadata={"help": "File of weights (.safetensors, .pth) for the architecture that --model names."}
+    )
 
 
 @dataclass
@@ -132,6 +135,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
         raise ValueError(
             f"`peft` (={model_args.peft!r}) is neither 'lora' nor a JSON file with a configuration of peft."
         )
+    if model_args.checkpoint_path is not None and not Path(model_args.checkpoint_path).is_file():
+        raise ValueError(f"`checkpoint_path` (={model_args.checkpoint_path!r}) is no file: give a file of weights.")
     if model_args.pooling is not None:
         check_choice("pooling", model_args.pooling, POOLINGS)
     check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))

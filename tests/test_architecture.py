@@ -32,6 +32,7 @@ LAYERS = (
         "folders",
         "fingerprint",
         "quantization",
+        "weight_file",
         "state_dict",
         "image_size",
         "model_names",

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Features, Value
 from PIL import Image
 
 from etf_adapt import report
+from etf_adapt.model_names import micro_folder
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -145,6 +146,10 @@ ARGUMENT_CASES = {
     "unknown adjustment": (["--prior_adjustment", "fitt"], ["fitt", "fit"]),
     "unknown pooling": (["--pooling", "meen"], ["meen", "mean"]),
     "no adapters": (["--peft", "loar"], ["loar", "JSON"]),
+    "missing weights": (
+        ["--model", "resnet18", "--checkpoint_path", "no.pth"],
+        ["checkpoint_path", "no.pth", "no file"],
+    ),
     "missing settings": (["nowhere.yaml"], ["nowhere.yaml"]),
 }
 
@@ -174,6 +179,10 @@ LATER_CASES = {
         ["cache_features", "mixup"],
     ),
     "adapters of a frozen backbone": (["--peft", "lora", "--freeze", "backbone"], ["freeze", "peft"]),
+    "weights of another model": (
+        ["--model", "resnet18", "--checkpoint_path", str(Path(micro_folder(), "model.safetensors"))],
+        ["checkpoint_path", "resnet18", "lacks", "has beside"],
+    ),
     "publishing": (["--push_to_hub"], ["push_to_hub"]),
     "nothing to resume": (["--resume_from_checkpoint", "last"], ["no complete checkpoint"]),
 }
