@@ -16,7 +16,7 @@ import timm
 import torch
 from datasets import Dataset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
     DINOv3ViTConfig,
@@ -484,3 +484,15 @@ def test_an_image_encoder_without_a_classification_class(tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     Image.new("RGB", (8, 8)).save("photo.jpg")
     exec(Path("run/README.md").read_text().split("```python\n")[1].split("```")[0], {})
+
+
+@pytest.mark.slow
+def test_a_file_of_weights_is_trained_on(tmp_path, monkeypatch):
+    """The recipe asks nobody for the weights of the architecture, and the finished folder is the file's backbone, trained."""
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model("test_resnet", num_classes=7).state_dict()
+    save_file(weights, "weights.safetensors")
+    model = ["--model", "timm/test_resnet.r160_in1k", "--checkpoint_path", "weights.safetensors", "--head", "linear"]
+    run(*model, "--freeze", "backbone", "--batch_norm", "frozen", "--image_size", "32", "--output_dir", "out")
+    saved = load_file("out/model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items() if not name.startswith("fc."))

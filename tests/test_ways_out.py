@@ -235,7 +235,9 @@ def test_timms_note_is_written_once_and_not_read_where_the_classifier_is_gone(fo
     assert json.loads(note.removeprefix("etf_adapt: ")) == config["etf_adapt"]
     bare = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     save_for_hf(bare, str(tmp_path / "bare"), safe_serialization=True)
-    model = ETFForImageClassification.from_pretrained(tmp_path / "bare", num_labels=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ETFForImageClassification.from_pretrained(tmp_path / "bare", num_labels=4)
     assert model.config.num_labels == 4 and model.etf_settings["temperature"] == 1.0
     restore_head(ETFForImageClassification.from_pretrained(folder)).save_pretrained(tmp_path / "restored")
     assert "etf_adapt" not in (tmp_path / "restored" / "config.json").read_text()
