@@ -19,12 +19,15 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from etf_adapt.model_names import locate_model, resolve_model_name
+from etf_adapt.model_names import UnavailableError, is_timm_elsewhere, locate_model, resolve_model_name, timm_location
 
 ENTRY = "etf_adapt"
 """Name of our one entry in a model's ``config.json``. Stock readers pass over it, and transformers keeps it when it saves."""
 
 _NOTE = f"{ENTRY}: "
+
+_ARGS_OF_WEIGHTS = {"fbnetc_100": {"bn_eps": 1e-3}}
+"""Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it."""
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
@@ -61,7 +64,7 @@ def _resolve(name_or_path: str | Path, options: Mapping[str, Any] | None = None)
     name = location.removeprefix("timm/")
     if name == location or "." in name or Path(location).is_dir() or not timm.is_model(name):
         return location
-    return timm.get_pretrained_cfg_value(name, "hf_hub_id") or location
+    return timm_location(name)
 
 
 def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -75,15 +78,16 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
     Returns:
         The configuration, and those of the options that it has not taken up.
     """
-    if not fetch and location.startswith("timm/") and not Path(location).is_dir():
+    if is_timm_elsewhere(location) or (not fetch and location.startswith("timm/") and not Path(location).is_dir()):
         return _timm_config(location.removeprefix("timm/")), options
     hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
     loaded = AutoConfig.from_pretrained(location, return_unused_kwargs=True, **options)
     config, unused = loaded
     model_args = getattr(config, "model_args", None)
-    if isinstance(config, TimmWrapperConfig) and model_args:
+    if isinstance(config, TimmWrapperConfig):
         # timm's own exports hold it here too, and TimmWrapper then passes it twice
-        config.model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
+        kept = {name: value for name, value in (model_args or {}).items() if name != "num_classes"}
+        config.model_args = _ARGS_OF_WEIGHTS.get(config.architecture, {}) | kept or None
     notes = (getattr(config, "pretrained_cfg", None) or {}).get("notes") or ()
     ours = [note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)]
     if ours and config.num_labels and getattr(config, ENTRY, None) is None:
@@ -103,7 +107,8 @@ def _timm_config(name: str) -> TimmWrapperConfig:
     settings.pop("architecture", None)
     labels = [f"LABEL_{index}" for index in range(known.num_classes)]
     config = {"architecture": name.split(".")[0], "num_classes": known.num_classes, "label_names": labels}
-    return TimmWrapperConfig.from_dict({**config, "pretrained_cfg": settings})
+    model_args = _ARGS_OF_WEIGHTS.get(str(config["architecture"]))
+    return TimmWrapperConfig.from_dict({**config, "pretrained_cfg": settings, "model_args": model_args})
 
 
 def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
@@ -253,6 +258,33 @@ def resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> 
     chosen = getattr(config, "dtype", None) if dtype in (None, "auto") else dtype
     named = getattr(torch, chosen) if isinstance(chosen, str) else chosen
     return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> dict[str, Tensor]:
+    """Return the weights that timm itself draws or fetches for one of its models.
+
+    Args:
+        name: Name in timm's registry, with the tag of weights that are fetched.
+        config: The wrapper's configuration.
+        pretrained: Whether to fetch them, from wherever timm knows that they are.
+
+    Returns:
+        Tensors under timm's names.
+
+    Raises:
+        UnavailableError: They cannot be fetched.
+    """
+    arguments = {"num_classes": config.num_labels, **(config.model_args or {})}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments).state_dict()
+    except Exception as error:  # of its downloads, by one library or another
+        if not pretrained:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UnavailableError(
+            f"`pretrained_model_name_or_path` (='timm/{name}'): timm could not fetch its weights ({reason}): take another "
+            "model or a folder."
+        ) from error
 
 
 def write_timm_folder(

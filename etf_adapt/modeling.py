@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import timm
 import torch
 from torch import Tensor
 from transformers import (
@@ -30,8 +29,10 @@ from etf_adapt.folders import (
     locate,
     read_weights,
     resolve_dtype,
+    timm_weights,
 )
 from etf_adapt.made_class import factory_of, made_class
+from etf_adapt.model_names import is_timm_elsewhere
 from etf_adapt.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.quantization import spare_heads
 from etf_adapt.state_dict import load_noting_new
@@ -95,7 +96,7 @@ class _Factory(ETFModel):
                 sentence-transformers reads it. As saved, or ``"stock"``, where None.
             pretrained: Whether to load weights; otherwise they are random, in the same architecture.
             checkpoint_path: File of weights with nothing beside it, such as timm's own training leaves, as ``.safetensors`` or
-                as torch saves it. ``name_or_path`` then names the architecture alone, and a classifier in the file is passed
+                as torch saves it. ``pretrained_model_name_or_path`` then names the architecture alone, and a classifier in the file is passed
                 over, whatever its number of classes.
             seed: Seed of the random frame and of weights that are not in the file.
             kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
@@ -206,7 +207,8 @@ class _Factory(ETFModel):
             if num_labels is None:
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
             config.num_labels = num_labels
-        if pretrained:
+        is_by_timm = pretrained and is_timm_elsewhere(location)
+        if pretrained and not is_by_timm:
             if kwargs.get("quantization_config") is not None:
                 kwargs["quantization_config"] = spare_heads(
                     kwargs["quantization_config"], cls._auto_model, config, head_path=head_path
@@ -215,8 +217,8 @@ class _Factory(ETFModel):
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         model = cast(PreTrainedModel, cls._auto_model.from_config(config, dtype=dtype, **options)).eval()
         if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better
-            fresh = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
-            model.timm_model.load_state_dict(fresh.state_dict())
+            name = location.removeprefix("timm/") if is_by_timm else config.architecture
+            model.timm_model.load_state_dict(timm_weights(name, config, pretrained=is_by_timm))
         return model
 
     @classmethod

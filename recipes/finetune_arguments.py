@@ -185,7 +185,9 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     if args.push_to_hub:
         from etf_adapt.upload import check_name_and_token
 
-        check_name_and_token(args.hub_model_id or "")
+        if args.hub_model_id is None:
+            raise ValueError("`push_to_hub` (=True) needs the name of a repository: add --hub_model_id user/name.")
+        check_name_and_token(args.hub_model_id)
     return args
 
 

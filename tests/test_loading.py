@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+from safetensors.torch import save
 from timm.models import save_for_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -64,6 +65,33 @@ def save_tokenizer(folder, **tokens):
 @pytest.mark.parametrize("name", ["resnet50", "timm/resnet50", "timm/resnet50.a1_in1k", "resnet50.a1_in1k"])
 def test_a_timm_name_leads_to_its_weights_on_the_hub(name):
     assert locate(name, fetch=False) == "timm/resnet50.a1_in1k"
+
+
+@pytest.mark.parametrize("name", ["cspnext_tiny", "timm/cspnext_tiny", "timm/cspnext_tiny.rsb_a1_in1k"])
+def test_weights_that_lie_elsewhere_are_fetched_by_timm(hub, online, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert locate(name, fetch=True) == "timm/cspnext_tiny.rsb_a1_in1k"
+    torch.manual_seed(3)
+    stock = timm.create_model("cspnext_tiny")
+    hub.seed("munehiro-k/cspnext_tiny.rsb_a1_in1k", {"model.safetensors": save(stock.state_dict())})
+    model = ETFForImageClassification.from_pretrained(name, num_labels=3)
+    found = model.timm_model.state_dict()
+    backbone = {key: value for key, value in stock.state_dict().items() if not key.startswith("head.fc.")}
+    assert backbone and all(torch.equal(found[key], value) for key, value in backbone.items())
+
+
+def test_weights_that_timm_cannot_fetch_are_never_replaced_by_random_ones():
+    with pytest.raises(OSError, match=r"'timm/cspnext_tiny.rsb_a1_in1k'.*timm could not fetch its weights"):
+        ETFForImageClassification.from_pretrained("cspnext_tiny", num_labels=3)
+
+
+def test_a_model_that_timm_builds_otherwise_for_weights_is_built_so(tmp_path):
+    model = ETFForImageClassification.from_pretrained("timm/fbnetc_100", num_labels=3, pretrained=False)
+    assert {norm.eps for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)} == {1e-3}
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 64, 64)
+    read = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(read(pixels), model(pixels).logits)
 
 
 def test_a_folder_stands_before_a_timm_name(tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_a_run_that_cannot_be_published_is_finished_and_one_command_carries_on(h
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--push_to_hub"], "`repo_id` .=''. must be user/name"),
+        (["--push_to_hub"], "needs the name of a repository: add --hub_model_id user/name"),
         (["--push_to_hub", "--hub_model_id", "net"], "`repo_id` .='net'. must be user/name"),
         ([*PUBLISH, "--hub_token", "hf_x"], "`hub_token`"),
     ],
