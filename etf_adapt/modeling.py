@@ -96,8 +96,8 @@ class _Factory(ETFModel):
                 sentence-transformers reads it. As saved, or ``"stock"``, where None.
             pretrained: Whether to load weights; otherwise they are random, in the same architecture.
             checkpoint_path: File of weights with nothing beside it, such as timm's own training leaves, as ``.safetensors`` or
-                as torch saves it. ``pretrained_model_name_or_path`` then names the architecture alone, and a classifier in the file is passed
-                over, whatever its number of classes.
+                as torch saves it. The name of the model then stands for the architecture alone, and a classifier in the file is
+                passed over, whatever its number of classes.
             seed: Seed of the random frame and of weights that are not in the file.
             kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
 
