@@ -1,4 +1,4 @@
-"""Which models can be adapted: every name of timm and every classification class of transformers, tried out.
+"""Which models can be adapted: every name of timm, every classification class and image encoder of transformers, tried out.
 
     python recipes/support.py                                     # all: hours on a CPU; after a stop it goes on
     python recipes/support.py --only BertForSequenceClassification vit_tiny_patch16_224
@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ from transformers.models.auto import modeling_auto
 
 from etf_adapt import report
 from etf_adapt.comparison import format_markdown
+from etf_adapt.evaluation import load_stock
 from etf_adapt.export import example_inputs
 from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
+from etf_adapt.pooling import pooled_features
 from etf_adapt.swap import HeadError, find_heads, head_modules, logits_of, restore_head, swap_head
 
 RESULTS = Path(__file__).with_name("results") / "support"
 TABLE = Path(__file__).with_name("SUPPORT.md")
-KINDS = {"image": "transformers' image classes", "text": "transformers' sequence classes", "timm": "timm's names"}
+KINDS = {
+    "image": "transformers' image classes",
+    "text": "transformers' sequence classes",
+    "encoder": "transformers' image encoders without a class",
+    "timm": "timm's names",
+}
 CLASSES, SIZE, TOLERANCE = 5, 224, 1e-5
 
 
@@ -90,6 +98,17 @@ def names(kind: str) -> Iterator[tuple[str, str]]:
     if kind == "timm":
         yield from ((name, "") for name in timm.list_models())
         return
+    if kind == "encoder":
+        with_class, seen = {*modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}, set()
+        for model_type, classes in modeling_auto.MODEL_MAPPING_NAMES.items():
+            name = classes if isinstance(classes, str) else classes[0]
+            is_image = False
+            with suppress(ImportError):  # of a package of its own
+                is_image = getattr(getattr(transformers, name, None), "main_input_name", None) == "pixel_values"
+            if is_image and model_type not in with_class and not name.startswith("Timm") and name not in seen:
+                seen.add(name)
+                yield name, model_type
+        return
     task = {"image": "IMAGE", "text": "SEQUENCE"}[kind]
     mapping: dict[str, Any] = getattr(modeling_auto, f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING_NAMES")
     seen = set()
@@ -112,6 +131,8 @@ def try_one(task: tuple[str, str, str, float, int]) -> dict[str, Any]:
     try:
         if kind == "timm":
             try_timm(name, record, stages.append, most_parameters, most_pixels)
+        elif kind == "encoder":
+            try_encoder(name, model_type, record, stages.append)
         else:
             try_class(kind, name, model_type, record, stages.append)
         record["outcome"] = "works"
@@ -139,6 +160,20 @@ def try_class(kind: str, name: str, model_type: str, record: dict[str, Any], at:
     ):  # the class that its configuration stands for
         again.append(factory.from_pretrained)
     go_through(model, batch, again, record, at)
+
+
+def try_encoder(name: str, model_type: str, record: dict[str, Any], at: Callable[[str], None]) -> None:
+    """Try an image encoder of transformers, built small: its pooled output is read, or there is none."""
+    config = small_config(model_type, num_labels=CLASSES)
+    if pooled_features(config) is None:
+        raise HeadError("It makes no pooled output of images alone.")
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(transformers, name)(config).save_pretrained(folder)
+        at("load")
+        model: Any = ETFForImageClassification.from_pretrained(folder, num_labels=CLASSES)
+    restore_head(model)
+    loaders = [ETFForImageClassification.from_pretrained, lambda place: load_stock(place, "image")]
+    go_through(model.eval(), inputs_of(model), loaders, record, at)
 
 
 def try_timm(name: str, record: dict[str, Any], at: Callable[[str], None], parameters: float, pixels: int) -> None:
@@ -268,12 +303,16 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         several = sum(len(record["heads"]) > 1 for record in records)
         told = [str(number) for number in (len(records), *(counts[outcome] for outcome in outcomes), saved, several)]
         cells.append([KINDS[kind], *told])
-        apart += [[record["name"], record["outcome"], record["said"].replace("|", "\\|")]
-                  for record in sorted(records, key=lambda record: record["name"]) if record["outcome"] != "works"]  # fmt: skip
+        alike: dict[tuple[str, str], list[str]] = {}
+        for record in sorted(records, key=lambda record: record["name"]):
+            if record["outcome"] != "works":
+                alike.setdefault((record["outcome"], record["said"].replace("|", "\\|")), []).append(record["name"])
+        apart += [[", ".join(names), outcome, said] for (outcome, said), names in alike.items()]
     kinds = " ".join(kind for kind, records in found.items() if records)
+    told = "" if all(found.values()) else f" --kinds {kinds}"
     parts = [
         "# Which models can be adapted",
-        f"By `python recipes/support.py --kinds {kinds}`, which says what *works* means; random weights. *Saved* ones were "
+        f"By `python recipes/support.py{told}`, which says what *works* means; random weights. *Saved* ones were "
         "also read again with equal logits by their stock library; the others were too large and stayed on the meta device.",
         format_markdown(["", "tried", *outcomes, "saved and read again", "with several heads"], cells),
         format_markdown(["not", "", "why"], apart) if apart else "",

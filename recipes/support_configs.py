@@ -34,6 +34,7 @@ MORE: dict[str, dict[str, Any]] = {
     **{key: {"num_key_value_heads": 4} for key in ("axk1", "axk2", "deepseek_v3", "minicpm3", "esmc")},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "efficientnet": {"image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
+    "efficientloftr": {"hidden_size": 256},
     "esm": {"vocab_size": 99, "mask_token_id": 3},
     **{key: {"head_dim": 8} for key in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     **{key: {"num_hidden_layers": 8} for key in ("jamba", "zamba")},
