@@ -500,6 +500,7 @@ KINDS = {  # and whether the head is the one that went up: ours is new where the
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_the_hub_is_the_one_that_went_up(stocked, loaded, kind):
     name, has_its_head = KINDS[kind]
@@ -508,6 +509,7 @@ def test_a_model_of_the_hub_is_the_one_that_went_up(stocked, loaded, kind):
     assert (loaded[kind]["logits"] == pytest.approx(expected["logits"], abs=1e-5)) is has_its_head
 
 
+@pytest.mark.slow
 def test_tokenizers_and_image_sizes_come_with_their_models(loaded):
     assert (loaded["tokens"], loaded["processor"]) == ([3, 3], [3, 160, 160])
 

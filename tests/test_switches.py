@@ -122,7 +122,8 @@ def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(name, he
         torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_run_ends_as_the_plain_one(backend, tmp_path):
     settings = {"realign_epochs": 2, "leave_one_out": True}
     plain = trained(tmp_path / "plain", model=make_model(dropout=0.0), **settings)

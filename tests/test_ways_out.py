@@ -107,6 +107,7 @@ def read_without_us(tmp_path_factory):
     return {case: (*entry, results[str(entry[1])]) for case, entry in made.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), STOCK_CASES)
 def test_stock_libraries_read_the_folder_without_us(read_without_us, name, form):
     model, folder, expected, result = read_without_us[name, form]
