@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from etf_adapt.adapters import has_adapters, merge_adapters
 from etf_adapt.fingerprint import describe_layers
-from etf_adapt.folders import ENTRY, is_training_checkpoint, write_timm_folder
+from etf_adapt.folders import ENTRY, is_training_checkpoint, remove_stale_weights, write_timm_folder
 from etf_adapt.frames import NEED_INTERCEPT
 from etf_adapt.head import ClassifierHead, fold_head
 from etf_adapt.losses import Loss, make_loss
@@ -303,6 +303,8 @@ class ETFModel(_Base):
             super().save_pretrained(
                 cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
             )
+            if is_main_process:
+                remove_stale_weights(save_directory)
         elif is_main_process:
             kwargs.pop("max_shard_size", None)
             if is_pooled:

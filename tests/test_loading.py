@@ -194,6 +194,15 @@ def test_a_model_is_saved_over_the_folder_that_it_was_loaded_from(name, tmp_path
         assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
 
 
+def test_shards_and_one_file_saved_over_each_other_are_not_mixed_up(tmp_path):
+    first, second = adapt(stock_vit(), 3), adapt(stock_vit(), 3)
+    for model, size in ((first, "50GB"), (second, "5KB"), (first, "50GB")):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        for read in (ETFForImageClassification, AutoModelForImageClassification):
+            found = read.from_pretrained(tmp_path).state_dict()
+            assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_model_with_its_old_head_leaves_no_entry(tmp_path):
     restore_head(adapt(stock_vit(5), 3)).save_pretrained(tmp_path)
     assert read_config(tmp_path).get("etf_adapt") is None
