@@ -8,12 +8,14 @@ import html
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from etf_adapt.card_metadata import is_finite, merged_metadata, metadata, one_line, pipeline_of
 from etf_adapt.figures import draw_class_counts, draw_recalls
@@ -177,12 +179,15 @@ class CardFacts:
     inherited: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> ModelCard:
+def write_card(folder: str | os.PathLike[str], facts: CardFacts, *, there: str | None = None) -> ModelCard:
     """Write the card, its figures and its facts beside a model; of a card that is there, our sections alone are renewed.
+
+    A card whose head is no YAML is moved to ``README.edited.md``.
 
     Args:
         folder: The model's folder.
         facts: What there is to tell.
+        there: The card to renew, as the one that the Hub has; the one in the folder where None.
 
     Returns:
         The card.
@@ -191,12 +196,21 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> ModelCard:
     draw_class_counts(Path(folder, COUNTS_FIGURE), facts.class_counts, **bounds)
     if any(recall is not None for recall in facts.recalls):
         draw_recalls(Path(folder, RECALLS_FIGURE), facts.class_counts, facts.recalls, **bounds)
-    file = Path(folder, CARD_FILE)
-    card = make_card(facts)
-    if file.is_file():
-        card = renew_card(ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True), card)
+    file, earlier = Path(folder, CARD_FILE), read_facts(folder)
+    is_edited = there is None and file.is_file() and (earlier is None or earlier[1])
+    card, text = make_card(facts), file.read_text(encoding="utf-8") if there is None and file.is_file() else there
+    if text is not None:
+        try:
+            old = ModelCard(text, ignore_metadata_errors=True)
+            card = renew_card(old, card, earlier=None if earlier is None else make_card(earlier[0]))
+        except (YAMLError, ValueError) as error:
+            Path(folder, "README.edited.md").write_text(text, encoding="utf-8")
+            warnings.warn(
+                f"The card's head is no YAML ({one_line(error)}): it was moved to README.edited.md, and a new card written.",
+                stacklevel=2,
+            )
     card.save(file)
-    write_json(Path(folder, FACTS_FILE), {"facts": dataclasses.asdict(facts), "card_sha256": _digest(file)})
+    _write_facts(folder, facts, None if is_edited else _digest(file))
     return card
 
 
@@ -207,31 +221,47 @@ def read_facts(folder: str | os.PathLike[str]) -> tuple[CardFacts, bool] | None:
         folder: The model's folder.
 
     Returns:
-        The facts, and whether the card has been edited since; None where there are none.
+        The facts, and whether a person has edited the card since it was last published; None where there are no facts, or
+        those of another version.
     """
-    file = Path(folder, FACTS_FILE)
-    if not file.is_file():
+    try:
+        written = json.loads(Path(folder, FACTS_FILE).read_text(encoding="utf-8"))
+        known = {name.name for name in dataclasses.fields(CardFacts)}
+        facts = CardFacts(**{name: value for name, value in written["facts"].items() if name in known})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    written = json.loads(file.read_text(encoding="utf-8"))
-    return CardFacts(**written["facts"]), _digest(Path(folder, CARD_FILE)) != written["card_sha256"]
+    return facts, _digest(Path(folder, CARD_FILE)) != written.get("card_sha256")
 
 
-def renew_card(old: ModelCard, new: ModelCard) -> ModelCard:
+def note_published(folder: str | os.PathLike[str]) -> None:
+    """Note that the card is now on the Hub as it is here, so that edits of either are known from now on."""
+    if (found := read_facts(folder)) is not None:
+        _write_facts(folder, found[0], _digest(Path(folder, CARD_FILE)))
+
+
+def _write_facts(folder: str | os.PathLike[str], facts: CardFacts, digest: str | None) -> None:
+    write_json(Path(folder, FACTS_FILE), {"facts": dataclasses.asdict(facts), "card_sha256": digest})
+
+
+def renew_card(old: ModelCard, new: ModelCard, *, earlier: ModelCard | None = None) -> ModelCard:
     """Put the sections of a new card into the places that they have in an old one, and keep all else of that.
 
     Args:
         old: A card that a person may have edited. A section of ours that was taken out stays out.
         new: The run's card.
+        earlier: The card that the old one was before a person edited it, if that is known.
 
     Returns:
-        The old card with our sections and what the run knows of itself in its metadata renewed; the new card where the old one
-        has none of our sections and no other text.
+        The old card with our sections, and what no person changed of its metadata, renewed; the new card where the old one has
+        no text.
     """
     sections = {match[1]: match[0] for match in _SECTION.finditer(new.text)}
     if not old.text.strip():
         return new
+    sections["short"] = new.text.strip()  # of a model that was published without a run's card
     text = _SECTION.sub(lambda match: sections.get(match[1], match[0]), old.text)
-    return ModelCard(f"---\n{merged_metadata(old.data, new.data)}\n---\n{text}", ignore_metadata_errors=True)
+    data = merged_metadata(old.data, new.data, {} if earlier is None else earlier.data.to_dict())
+    return ModelCard(f"---\n{data}\n---\n{text}", ignore_metadata_errors=True)
 
 
 def make_card(facts: CardFacts) -> ModelCard:

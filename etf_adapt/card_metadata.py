@@ -77,19 +77,20 @@ def metadata(facts: Any, *, inherited: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def merged_metadata(old: CardData, new: CardData) -> ModelCardData:
+def merged_metadata(old: CardData, new: CardData, earlier: Mapping[str, Any]) -> ModelCardData:
     """Renew the metadata of a card that a person may have edited: what the run knows is new, all else stays.
 
     Args:
         old: Metadata of the card that is there.
         new: Metadata of the run.
+        earlier: What ``old`` was before a person edited it; empty where that is not known.
 
     Returns:
-        The results and what the run knows of itself from ``new``; any other key, such as a licence, from ``old`` where it has
-        it; the tags of both.
+        ``new``, with what a person changed or added in ``old``, and the tags of both. Results are those of ``new`` alone.
     """
     before, after = old.to_dict(), new.to_dict()
-    kept = {key: value for key, value in before.items() if key not in _OWNED or key not in after}
+    ours = {"model-index", *(() if earlier else _OWNED)}
+    kept = {key: value for key, value in before.items() if key not in ours and value != earlier.get(key)}
     tags = [*(before.get("tags") or []), *(after.get("tags") or [])]
     return ModelCardData(**{**after, **kept, "tags": list(dict.fromkeys(tags))}, ignore_metadata_errors=True)
 

@@ -344,8 +344,7 @@ class ETFModel(_Base):
         check_name_and_token(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, fold=True, max_shard_size=max_shard_size)
-            library, is_image = self.etf_settings["library"], self.main_input_name == "pixel_values"
-            write_short_card(folder, repo_id, library=library, task="image" if is_image else "text")
+            write_short_card(folder, repo_id, library=self.etf_settings["library"], task=factory_of(type(self))._task)
             return send_folder(
                 folder,
                 repo_id,

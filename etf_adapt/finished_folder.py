@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (
     *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "spm.model",
+    "bpe.codes", "dict.txt", "entity_vocab.json",
     "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json",
     "*_Dense/model.safetensors",
@@ -36,11 +39,12 @@ class UnfinishedFolderError(ValueError):
         super().__init__(f"`folder` (={str(folder)!r}) {fault}")
 
 
-def check_folder(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
+def check_folder(folder: str | os.PathLike[str], *, there: Collection[str] = ()) -> dict[str, tuple[int, int]]:
     """Make sure that a folder holds a complete model, and list what of it is published. Nothing is changed.
 
     Args:
         folder: A folder that ``save_pretrained`` or a finished run left.
+        there: Names of files that the repository has already, which the card may show.
 
     Returns:
         Size and time of change of each file to be sent, by its name in the folder.
@@ -61,10 +65,13 @@ def check_folder(folder: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
     _check_weights(path, sent)
     if "modules.json" in sent:
         for module in _read_json(path, "modules.json"):
-            if module.get("path") and f"{module['path']}/config.json" not in sent:
-                raise UnfinishedFolderError(folder, f"lacks {module['path']}/config.json, which modules.json names.")
+            parts = ["config.json", *(["model.safetensors"] if str(module.get("type")).endswith("Dense") else [])]
+            lost = [f"{module['path']}/{part}" for part in parts if module.get("path")]
+            for part in lost:
+                if part not in sent:
+                    raise UnfinishedFolderError(folder, f"lacks {part}, which modules.json names.")
     if "README.md" in sent:
-        sent += [name for name in _check_card(path) if name not in sent]
+        sent += [name for name in _check_card(path, there) if name not in sent]
     for name in sent:
         _check_privacy(path, name)
     return {name: file_state(path / name) for name in sorted(sent)}
@@ -127,7 +134,7 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         raise UnfinishedFolderError(folder, f"lacks {missing[0]}: only finished safetensors weights are published.")
 
 
-def _check_card(folder: Path) -> list[str]:
+def _check_card(folder: Path, there: Collection[str]) -> list[str]:
     """Return the pictures of the folder that its card shows."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
@@ -139,7 +146,8 @@ def _check_card(folder: Path) -> list[str]:
         fault = f"holds a README.md whose head is no YAML ({' '.join(str(error).split())}): mend it."
         raise UnfinishedFolderError(folder, fault) from error
     found = [first or second for first, second in _PICTURE.findall(card.read_text(encoding="utf-8"))]
-    names = [name for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
+    names = [unquote(name) for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
+    names = [name for name in names if name not in there or (folder / name).is_file()]
     for name in names:
         inside = (folder / name).resolve().is_relative_to(folder.resolve())
         if not inside or not (folder / name).is_file():
@@ -149,11 +157,16 @@ def _check_card(folder: Path) -> list[str]:
 
 def _check_privacy(folder: Path, name: str) -> None:
     """Refuse a text that holds a token, or says where on this machine things are."""
-    if Path(name).suffix not in (".json", ".md", ".txt", ".jinja", ""):
+    is_vocabulary = name.startswith(("tokenizer.json", "vocab", "merges")) and not name.startswith("tokenizer_")
+    if (
+        Path(name).suffix not in (".json", ".md", ".txt", ".jinja", "") or is_vocabulary
+    ):  # whose words may be like paths
         return
     text = (folder / name).read_bytes()
     if _TOKEN.search(text):
         raise UnfinishedFolderError(folder, f"holds what looks like a token of the Hub, in {name}: remove it.")
     for place in (Path.home(), Path.cwd(), folder.resolve()):
-        if len(place.parts) > 1 and re.search(rb"(?<![\w.])" + re.escape(os.fsencode(place)) + rb"(?![\w.-])", text):
+        forms = {os.fsencode(place), place.as_posix().encode(), json.dumps(str(place))[1:-1].encode()}
+        found = [form for form in forms if re.search(rb"(?<![\w.])" + re.escape(form) + rb"(?![\w.-])", text)]
+        if len(place.parts) > 1 and found:
             raise UnfinishedFolderError(folder, f"holds {str(place)!r}, a path of this machine, in {name}: remove it.")

@@ -9,14 +9,10 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-from etf_adapt.card import CARD_FILE, read_facts, write_card
+from etf_adapt.card import note_published, read_facts, write_card
 from etf_adapt.report import one_line_errors
-from etf_adapt.upload import send_folder
+from etf_adapt.upload import carry_on_command, check_name_and_token, read_repository, send_folder, telling
 
 
 def publish(
@@ -47,26 +43,30 @@ def publish(
     Raises:
         HubError: The folder is not complete, or the Hub has not taken it; names the command that carries on.
     """
+    command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
     found = read_facts(folder)
-    if found is not None and repo_id.count("/") == 1:
+    names: list[str] = []
+    if found is not None:
         facts, is_edited = found
-        if not is_edited and (there := _card_there(repo_id, revision, token)) is not None:
-            Path(folder, CARD_FILE).write_text(there, encoding="utf-8")  # whose sections of ours are then renewed
-        write_card(folder, dataclasses.replace(facts, model_id=repo_id, on_hub=True))
-    return send_folder(folder, repo_id, private=private, revision=revision, commit_message=commit_message, token=token)
-
-
-def _card_there(repo_id: str, revision: str | None, token: str | None) -> str | None:
-    """Return the card that the repository has, which a person may have edited there; None where it has none yet."""
-    from huggingface_hub import hf_hub_download
-
-    with (
-        tempfile.TemporaryDirectory() as place,
-        suppress(Exception),
-    ):  # whatever is wrong is said when the folder is sent
-        options: dict[str, Any] = {"revision": revision, "token": token, "local_dir": place, "etag_timeout": 5.0}
-        return Path(hf_hub_download(repo_id, CARD_FILE, **options)).read_text(encoding="utf-8")
-    return None
+        with telling(repo_id, command):
+            check_name_and_token(repo_id, token)
+            card, names = read_repository(repo_id, revision=revision, token=token)
+            write_card(
+                folder,
+                dataclasses.replace(facts, model_id=repo_id, on_hub=True),
+                there=None if is_edited else card,
+            )
+    url = send_folder(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        token=token,
+        there=names,
+    )
+    note_published(folder)
+    return url
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,8 @@ class PublishingTrainer(ResumableTrainer):
         """
         if not self.args.hub_model_id:
             raise HubError("`hub_model_id` (=None) is needed to publish: user/name.")
-        check_name_and_token(self.args.hub_model_id, token)
+        if self.is_world_process_zero():
+            check_name_and_token(self.args.hub_model_id, token)
         self.hub_model_id: Any = self.args.hub_model_id
         self.push_in_progress = None
 
@@ -59,14 +60,16 @@ class PublishingTrainer(ResumableTrainer):
         self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         url = None
-        if self.is_world_process_zero():
-            url = publish(
-                str(self.args.output_dir),
-                str(self.hub_model_id),
-                private=self.args.hub_private_repo if private is None else private,
-                revision=revision or self.args.hub_revision,
-                commit_message=commit_message,
-                token=token,
-            )
-        self.accelerator.wait_for_everyone()
+        try:
+            if self.is_world_process_zero():
+                url = publish(
+                    str(self.args.output_dir),
+                    str(self.hub_model_id),
+                    private=self.args.hub_private_repo if private is None else private,
+                    revision=revision or self.args.hub_revision,
+                    commit_message=commit_message,
+                    token=token,
+                )
+        finally:  # the others wait here, also for what fails
+            self.accelerator.wait_for_everyone()
         return url

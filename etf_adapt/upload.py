@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ def send_folder(
     token: str | None = None,
     command: str | None = None,
     kept: Collection[str] = (),
+    there: Collection[str] = (),
 ) -> str:
     """Send a finished folder as one commit of a repository on the Hub, which is made where it does not exist.
 
@@ -64,6 +66,7 @@ def send_folder(
         token: None takes the one of the environment (HF_TOKEN) or of the login.
         command: What carries on after a failure; the one of ``carry_on_command`` where None.
         kept: Files that are not sent where the repository has some of that name.
+        there: Names of files that the repository is known to have, which the card may show.
 
     Returns:
         Address of the commit. Where the repository held exactly these files already, that of its last commit.
@@ -73,16 +76,59 @@ def send_folder(
     """
     if command is None:
         command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
-    try:
-        sent = check_folder(folder)
+    with telling(repo_id, command):
+        sent = check_folder(folder, there=there)
         with _limited():
             return _send(Path(folder), repo_id, sent, kept, private, revision, commit_message, token)
+
+
+@contextmanager
+def telling(repo_id: str, command: str) -> Iterator[None]:
+    """Say of what goes wrong the value, the rule and the command that carries on.
+
+    Args:
+        repo_id: The repository.
+        command: The command.
+
+    Raises:
+        HubError: Whatever the user or time can mend; a bug stays what it is.
+    """
+    try:
+        yield
     except Exception as error:
         if not (isinstance(error, (OSError, ValueError, RuntimeError)) or _is_transport(error)):
-            raise  # a bug
-        told = isinstance(error, (HubError, UnfinishedFolderError))
-        reason = str(error) if told else f"`repo_id` (={repo_id!r}): {_explain(error, repo_id)}"
+            raise
+        if isinstance(error, UnfinishedFolderError):
+            raise HubError(f"{error}\nThen: {command}") from error
+        reason = str(error) if isinstance(error, HubError) else f"`repo_id` (={repo_id!r}): {_explain(error, repo_id)}"
         raise HubError(f"{reason}\nThe folder is whole. To carry on: {command}") from error
+
+
+def read_repository(repo_id: str, *, revision: str | None, token: str | None) -> tuple[str | None, list[str]]:
+    """Return the card of a repository, which a person may have edited there, and the names of its files.
+
+    Args:
+        repo_id: The repository.
+        revision: Branch; the main one where None.
+        token: None takes the one of the environment or of the login.
+
+    Returns:
+        The card, None where it has none, and the names; none where there is no such repository or branch yet.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    with _limited(), tempfile.TemporaryDirectory() as place:
+        try:
+            siblings = _try(lambda: HfApi(token=token).model_info(repo_id, revision=revision)).siblings or ()
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None, []
+        names = [file.rfilename for file in siblings]
+        if "README.md" not in names:
+            return None, names
+        options: dict[str, Any] = {"revision": revision, "token": token, "local_dir": place}
+        card = Path(_try(lambda: hf_hub_download(repo_id, "README.md", **options)))
+        return card.read_text(encoding="utf-8"), names
 
 
 def carry_on_command(
@@ -160,7 +206,10 @@ def write_short_card(folder: str | os.PathLike[str], repo_id: str, *, library: s
     data = ModelCardData(library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"])
     reader = {"sentence_transformers": "sentence-transformers", "timm": "transformers and timm"}.get(library, library)
     factory = "ETFForImageClassification" if task == "image" else "ETFForSequenceClassification"
-    text = f"# {repo_id.split('/')[-1]}\n\nRead by {reader}; with its head and loss by `etf_adapt.{factory}.from_pretrained`.\n"
+    text = (
+        f"<!-- etf_adapt: short (renewed by etf_adapt) -->\n\n# {repo_id.split('/')[-1]}\n\nRead by {reader}; with its head "
+        f"and loss by `etf_adapt.{factory}.from_pretrained`.\n\n<!-- /etf_adapt: short -->\n"
+    )
     ModelCard(f"---\n{data}\n---\n{text}").save(Path(folder, "README.md"))
 
 

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     place[chosen] = np.arange(options.classes)
     options.output.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        labels = place[np.asarray(rows["label"])]
+        old = np.asarray(rows["label"])
+        labels = np.where(old >= 0, place[old], -1)  # rows without a label are left out
         kept = rows.select(np.flatnonzero(labels >= 0)).remove_columns("label")
         kept = kept.add_column(
             "label", labels[labels >= 0], feature=ClassLabel(names=[names[label] for label in chosen])

@@ -13,7 +13,8 @@
 All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
 finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with
 one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where. A run that is finished and saved, but not published as
---push_to_hub --hub_model_id user/name asks, ends with exit code 3 and the command that publishes it.
+--push_to_hub --hub_model_id user/name asks, ends with exit code 3 and the command that publishes it. These are the codes of
+`python recipes/finetune.py`; `accelerate launch` makes 1 of each.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import transformers
 from finetune_arguments import DataArguments, ModelArguments, OutputArguments, parse_training, read_arguments
 
 from etf_adapt import report
-from etf_adapt.model_names import MODEL_NAMES, locate_model, model_task, resolve_model_name
+from etf_adapt.model_names import locate_model, model_task, resolve_model_name
 
 if TYPE_CHECKING:
     from etf_adapt.arguments import ETFTrainingArguments
@@ -143,11 +144,10 @@ def finetune(
     # Report.
     if state.is_main_process:
         leave_report(trainer, outcome.metrics, scored, settings, data, model_args, location, repo_id, argv)
-    failure = None
-    if state.is_main_process and repo_id is not None:
-        failure = publish_run(args, repo_id)
+    is_main = state.is_main_process
     state.wait_for_everyone()  # none leaves while another still works
-    state.destroy_process_group()
+    state.destroy_process_group()  # none waits for an upload
+    failure = publish_run(args, repo_id) if is_main and repo_id is not None else None
     if failure is not None:
         print(f"trained and saved, but not published: {failure}", file=sys.stderr)
         raise SystemExit(3)
@@ -355,7 +355,7 @@ def leave_report(
             on_hub=repo_id is not None,
             task=data.task,
             library=settings["library"],
-            base_model=MODEL_NAMES.get(model_args.model, public["model"]),
+            base_model=name_base(model_args, location, public["model"]),
             dataset=data.description | {"name": report.public_value(data.description["name"])},
             label_names=data.label_names,
             class_counts=data.class_counts.tolist(),
@@ -375,11 +375,24 @@ def leave_report(
             temperature=trainer.accelerator.unwrap_model(trainer.model).etf_settings["temperature"],
             alignment=trainer.alignment or {},
             collapse=last_collapse(trainer.state.log_history),
-            inherited=read_base_card(location),
+            inherited=read_base_card(location) if is_base(model_args) else {},
         ),
     )
     lines = report.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
     print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
+
+
+def is_base(model_args: ModelArguments) -> bool:
+    """Return whether the run started from the weights that go by the model's name."""
+    return model_args.pretrained and model_args.checkpoint_path is None
+
+
+def name_base(model_args: ModelArguments, location: str, public: str) -> str:
+    """Return what the run started from, as it may be published: a Hub id where its weights were those."""
+    if not is_base(model_args):
+        origin = "random weights" if model_args.checkpoint_path is None else "a file of weights"
+        return f"{public} from {origin}"
+    return public if Path(location).is_dir() else location
 
 
 def class_recalls(rows: RowPredictions, num_classes: int) -> list[float | None]:

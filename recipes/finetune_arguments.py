@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -187,7 +188,8 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
 
         if args.hub_model_id is None:
             raise ValueError("`push_to_hub` (=True) needs the name of a repository: add --hub_model_id user/name.")
-        check_name_and_token(args.hub_model_id)
+        if os.environ.get("RANK", "0") == "0":  # which publishes
+            check_name_and_token(args.hub_model_id)
     return args
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,7 +77,7 @@ def refusal(folder, repo_id="me/net", **options):
     with pytest.raises(HubError) as caught:
         publish(folder, repo_id, **options)
     assert snapshot(folder) == before if before else True
-    message, _, command = str(caught.value).partition("\nThe folder is whole. To carry on: ")
+    message, command = re.split(r"\n(?:The folder is whole\. To carry on|Then): ", str(caught.value))
     program, *words = shlex.split(command)
     assert [program, *words[:2]] == ["python", "-m", "etf_adapt.hub"] and words[2:4] == [str(folder), repo_id]
     return message, words[2:]
@@ -172,6 +174,13 @@ SPOILED = {
         lambda folder: write(folder, "config.json", json.dumps({"model_type": "x", "a": str(folder.resolve())}).encode()),
         "a path of this machine, in config.json",
     ),
+    "a lost head": (
+        lambda folder: [
+            write(folder, "modules.json", b'[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]'),
+            write(folder, "2_Dense/config.json", b"{}"),
+        ],
+        "lacks 2_Dense/model.safetensors",
+    ),
     "a lost module": (lambda folder: write(folder, "modules.json", b'[{"path": "1_Pooling"}]'), "lacks 1_Pooling/config.json"),
 }  # fmt: skip
 
@@ -211,6 +220,18 @@ def test_a_folder_that_changes_while_it_goes_up_is_told_of(hub, folder, monkeypa
     monkeypatch.setattr(HfApi, "create_commit", late)
     with pytest.raises(HubError, match=r"model\.safetensors was changed while the folder went up"):
         publish(folder, "me/net")
+
+
+def test_a_path_is_found_as_json_writes_it(hub, folder, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("/home/josé"))
+    write(folder, "config.json", json.dumps({"model_type": "x", "a": "/home/josé/m"}).encode())
+    assert "a path of this machine, in config.json" in refusal(folder)[0] and hub.requests == []
+
+
+def test_a_word_of_a_tokenizer_is_no_path_of_this_machine(hub, folder):
+    write(folder, "tokenizer.json", json.dumps({"model": {"vocab": {str(folder.resolve().parent): 7}}}).encode())
+    publish(folder, "me/net")
+    assert "tokenizer.json" in hub.pushed("me/net")[-1].files
 
 
 # Faults that pass

@@ -16,8 +16,10 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from small_run import make_model, make_trainer
+from test_report import card_facts
 
 from etf_adapt import upload
+from etf_adapt.card import write_card
 from etf_adapt.hub import main, publish
 from etf_adapt.modeling import ETFForImageClassification
 from etf_adapt.upload import HubError
@@ -150,6 +152,63 @@ def test_a_run_is_published_under_its_name_with_its_card(hub, tmp_path, monkeypa
     )
     publish("run", "me/net", revision="v1")
     assert "More." in text(hub) and "Ask Ada." not in text(hub), "within a section of ours"
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """The folder of a run, with its card."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("run")
+    write_card("run", card_facts(recalls=[0.5, 0.1], row_counts=[10, 10]))
+    return Path("run")
+
+
+def edit(hub, change, **files):
+    """Do what a person does on the Hub's page."""
+    card = change(text(hub)).encode()
+    for name, content in {"README.md": card, **files}.items():
+        HfApi(token=hub.token).upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="me/net")
+
+
+def test_what_a_person_wrote_here_survives_a_failure_and_what_is_carried_on(hub, finished):
+    publish(finished, "me/net")
+    with open(finished / "README.md", "a") as file:
+        file.write("\n## My notes\n")
+    hub.fail("POST", "/commit/", status=500, times=math.inf)
+    with pytest.raises(HubError):
+        publish(finished, "me/net")
+    hub.heal()
+    publish(finished, "me/net")
+    assert "## My notes" in text(hub) and "## My notes" in (finished / "README.md").read_text()
+    edit(hub, lambda card: card + "\n## There\n")
+    publish(finished, "me/net")
+    assert "## My notes" in text(hub) and "## There" in text(hub)
+
+
+@pytest.mark.parametrize("pattern", ["/api/models/me/net", "/resolve/.*README"])
+def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, finished, pattern):
+    publish(finished, "me/net")
+    edit(hub, lambda card: card + "\n## There\n")
+    for method in ("GET", "HEAD"):
+        hub.fail(method, pattern, status=503, times=math.inf)
+    with pytest.raises(HubError, match=r"To carry on: python -m etf_adapt\.hub run me/net"):
+        publish(finished, "me/net")
+    hub.heal()
+    publish(finished, "me/net")
+    assert "## There" in text(hub)
+
+
+def test_a_run_gives_its_card_to_a_model_that_was_published_without_one(hub, finished):
+    make_model().push_to_hub("me/net")
+    publish(finished, "me/net")
+    assert "## Results" in text(hub) and "etf_adapt: short" not in text(hub)
+
+
+def test_a_picture_that_a_person_added_there_is_no_fault(hub, finished):
+    publish(finished, "me/net")
+    edit(hub, lambda card: card + "\n![demo](images/my%20demo.png)\n", **{"images/my demo.png": b"x"})
+    publish(finished, "me/net")
+    assert "images/my demo.png" in hub.pushed("me/net")[-1].files and "my%20demo" in text(hub)
 
 
 def test_a_run_that_cannot_be_published_is_finished_and_one_command_carries_on(hub, tmp_path, monkeypatch, capsys):

@@ -258,6 +258,33 @@ class TestCard:
         assert "etf_adapt: limits" not in card.text and "**25.0 %**" not in card.text and "```sh\nother" in card.text
         assert str(write_card(tmp_path, card_facts())).count("## How it was made") == 1
 
+    def test_nothing_of_an_earlier_run_is_taken_for_a_persons(self, tmp_path):
+        write_card(tmp_path, card_facts(base_model="google/vit", inherited={"license": "apache-2.0"}))
+        new = card_facts(base_model="./local", inherited={"license": "cc-by-nc-4.0"}, scores={}, table=[])
+        data = write_card(tmp_path, new).data.to_dict()
+        assert data["license"] == "cc-by-nc-4.0" and not {"base_model", "model-index"} & set(data)
+
+    def test_a_card_that_is_no_yaml_is_kept_beside_the_new_one(self, tmp_path):
+        write_card(tmp_path, card_facts())
+        broken = (tmp_path / "README.md").read_text().replace("library_name:", "license: [mit\nlibrary_name:")
+        (tmp_path / "README.md").write_text(broken)
+        with pytest.warns(UserWarning, match=r"README\.edited\.md"):
+            write_card(tmp_path, card_facts())
+        assert (tmp_path / "README.edited.md").read_text() == broken
+        assert (tmp_path / "README.md").read_text() == str(make_card(card_facts()))
+
+    def test_facts_of_another_version_are_read_as_far_as_they_are_known(self, tmp_path):
+        write_card(tmp_path, card_facts())
+        written = json.loads((tmp_path / "card.json").read_text())
+        for change, is_known in (({"new": 1}, True), ({"split": None}, True)):
+            (tmp_path / "card.json").write_text(json.dumps(written | {"facts": written["facts"] | change}))
+            assert (read_facts(tmp_path) is not None) == is_known
+        del written["facts"]["split"]
+        (tmp_path / "card.json").write_text(json.dumps(written))
+        assert read_facts(tmp_path) is None
+        (tmp_path / "card.json").write_text("{")
+        assert read_facts(tmp_path) is None
+
     def test_a_card_of_ones_own_is_left_as_it_is(self, tmp_path):
         (tmp_path / "README.md").write_text("# Birds\n\nby Ada\n")
         card = write_card(tmp_path, card_facts())
