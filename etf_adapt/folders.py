@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg
@@ -230,14 +232,25 @@ def read_weights(location: str | Path, **options: Any) -> dict[str, Tensor]:
     return {key: tensor for file in files.values() for key, tensor in load_file(cast(Path, file)).items()}
 
 
-def find_file(location: str | Path, name: str, **options: Any) -> Path | None:
+def find_file(location: str | Path, name: str, *, is_needed: bool = False, **options: Any) -> Path | None:
     """Return a file of a folder or of a repository on the Hub, as it lies here; None where there is none.
 
     Args:
         location: Folder or Hub id.
         name: Its path inside.
+        is_needed: Whether it is an error that nobody can say whether there is one.
         options: Where on the Hub and in its cache files are.
+
+    Raises:
+        OSError: The file is needed, is not cached, and the Hub cannot be asked.
     """
+    if is_needed and not Path(location).exists():
+        try:
+            return Path(hf_hub_download(str(location), name, **options))
+        except LocalEntryNotFoundError:  # the Hub could not be asked
+            raise
+        except EntryNotFoundError:
+            return None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if Path(location).is_absolute() and not Path(location).exists():  # which would be taken for a malformed Hub id
         return None

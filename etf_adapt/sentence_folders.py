@@ -95,8 +95,11 @@ def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, 
 
     Returns:
         ``weight`` (num_classes, in_features) and ``bias`` (num_classes,); None where another tool has saved the encoder alone.
+
+    Raises:
+        OSError: The Hub cannot be asked, and the layer is not cached.
     """
-    file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", **options)
+    file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", is_needed=True, **options)
     if file is None:
         return None
     return {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -190,6 +191,19 @@ def test_what_cannot_be_is_refused(tmp_path):
         load(save_encoder(tmp_path), num_labels=3, pooling="meen")
     with pytest.raises(ValueError, match=r"`pooling` \(='mean'\) is for texts"):
         ETFForImageClassification.from_pretrained("timm/test_vit.r160_in1k", pretrained=False, pooling="mean")
+
+
+def test_a_lost_connection_is_not_taken_for_a_lost_layer(hub, online, tmp_path, monkeypatch):
+    load(save_encoder(tmp_path / "encoder"), num_labels=3, pooling="mean").save_pretrained(tmp_path / "out")
+    files = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    hub.seed("me/net", {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in files})
+    hub.fail("HEAD", "2_Dense/model", status=503, times=math.inf)
+    with pytest.raises(OSError):
+        load("me/net", cache_dir=tmp_path / "cache")
+    hub.heal()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("me/net", cache_dir=tmp_path / "cache").etf_settings["pooling"] == "mean"
 
 
 class Rows(Dataset):

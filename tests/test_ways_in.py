@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from small_models import KINDS, LABELS, NAMES, SIZES, batch, factory, finished, logits, stock_bert, stock_vit, the_head
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, QuantoConfig
 
+from etf_adapt import folders
 from etf_adapt.adapters import add_adapters
 from etf_adapt.modeling import ETFForImageClassification, load_processor
 from etf_adapt.quantization import spare_heads
@@ -291,6 +292,7 @@ def test_the_token_goes_with_every_request_and_into_no_file(repositories, name, 
 
     for function in ("cached_files", "hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(transformers.utils.hub, function, recorded(getattr(transformers.utils.hub, function)))
+    monkeypatch.setattr(folders, "hf_hub_download", recorded(folders.hf_hub_download))
     model = load(name, f"me/{name}", token="hf_very_secret")
     assert "config.json" in asked and set(asked.values()) == {"hf_very_secret"}
     parts = {"vit": "preprocessor_config.json", "resnet": "model.safetensors", "pooled": "2_Dense/model.safetensors"}
