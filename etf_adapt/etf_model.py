@@ -312,6 +312,7 @@ class ETFModel(_Base):
             else:
                 names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
                 write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
+            remove_stale_weights(save_directory, is_single=True)
 
     def push_to_hub(  # type: ignore[override]
         self,

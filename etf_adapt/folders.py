@@ -273,19 +273,24 @@ def resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> 
     return named if isinstance(named, torch.dtype) else torch.float32
 
 
-def remove_stale_weights(folder: str | Path) -> None:
+def remove_stale_weights(folder: str | Path, *, is_single: bool = False) -> None:
     """Remove what an earlier model left where one file was saved over shards, or shards over one file.
 
     transformers takes away old shards alone, reads a file before shards, and fails at an index without its shards.
 
     Args:
-        folder: Where transformers has just saved a model.
+        folder: Where a model has just been saved.
+        is_single: Whether its weights are known to be one file; found by the shards that are there otherwise.
     """
     index, single = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
-    if index.is_file() and single.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        stale = single if all(Path(folder, name).is_file() for name in shards) else index
-        stale.unlink()
+    if not (index.is_file() and single.is_file()):
+        return
+    shards = [Path(folder, name) for name in {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}]
+    if is_single or not all(shard.is_file() for shard in shards):
+        for stale in (index, *shards):
+            stale.unlink(missing_ok=True)
+    else:
+        single.unlink()
 
 
 def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> dict[str, Tensor]:

@@ -203,6 +203,15 @@ def test_shards_and_one_file_saved_over_each_other_are_not_mixed_up(tmp_path):
             assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
 
 
+def test_timms_layout_over_shards_leaves_none(tmp_path):
+    adapt(stock_vit(), 3).save_pretrained(tmp_path, max_shard_size="5KB")
+    model = ETFForImageClassification.from_pretrained(TIMM, num_labels=3, pretrained=False)
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    found = ETFForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_model_with_its_old_head_leaves_no_entry(tmp_path):
     restore_head(adapt(stock_vit(5), 3)).save_pretrained(tmp_path)
     assert read_config(tmp_path).get("etf_adapt") is None
