@@ -143,7 +143,7 @@ class CardFacts:
         command: The command line, free of private paths.
         seeds: Seed by name.
         environment: Versions and hardware.
-        recalls: Recall of each class on that split; None where it has no row. Empty where there is no split.
+        recalls: Recall of each class on that split; None or NaN where it has no row. Empty where there is no split.
         row_counts: Rows of each class in that split.
         shot_bounds: Training rows (at least, at most) of a medium class.
         temperature: What the logits were multiplied by after training.
@@ -194,7 +194,7 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts, *, there: str |
     """
     bounds = {"shot_bounds": facts.shot_bounds}
     draw_class_counts(Path(folder, COUNTS_FIGURE), facts.class_counts, **bounds)
-    if any(recall is not None for recall in facts.recalls):
+    if any(is_finite(recall) for recall in facts.recalls):
         draw_recalls(Path(folder, RECALLS_FIGURE), facts.class_counts, facts.recalls, **bounds)
     file, earlier = Path(folder, CARD_FILE), read_facts(folder)
     is_edited = there is None and file.is_file() and (earlier is None or earlier[1])
@@ -291,7 +291,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         table=rows,
         split=facts.split,
         confidence=_confidence(facts),
-        recalls_figure=RECALLS_FIGURE if any(recall is not None for recall in facts.recalls) else None,
+        recalls_figure=RECALLS_FIGURE if any(is_finite(recall) for recall in facts.recalls) else None,
         worst=_worst(facts),
         collapse=", ".join(f"{key} {value:.3g}" for key, value in facts.collapse.items() if is_finite(value)),
         data_facts=_data_facts(facts),
@@ -375,7 +375,7 @@ def _confidence(facts: CardFacts) -> str:
 def _worst(facts: CardFacts) -> list[tuple[str, str, str, str]]:
     """Return the classes of the lowest recall, of equals those with the most evaluated rows first."""
     known = [
-        (recall, -facts.row_counts[index], index) for index, recall in enumerate(facts.recalls) if recall is not None
+        (recall, -facts.row_counts[index], index) for index, recall in enumerate(facts.recalls) if is_finite(recall)
     ]
     return [
         (escape_markdown(facts.label_names[index]), f"{facts.class_counts[index]:,}", f"{-rows:,}", percent(recall))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
@@ -138,6 +138,6 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> TypeGuard[float]:
     """Return whether a value is a number that is finite."""
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -19,7 +19,7 @@ from timm.models import filter_pretrained_cfg
 from torch import Tensor, contiguous_format
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, TimmWrapperConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from etf_adapt.model_names import UnavailableError, is_timm_elsewhere, locate_model, resolve_model_name, timm_location
 
@@ -244,18 +244,17 @@ def find_file(location: str | Path, name: str, *, is_needed: bool = False, **opt
     Raises:
         OSError: The file is needed, is not cached, and the Hub cannot be asked.
     """
-    if is_needed and not Path(location).exists():
-        try:
-            return Path(hf_hub_download(str(location), name, **options))
-        except LocalEntryNotFoundError:  # the Hub could not be asked
+    if Path(location).is_dir() or Path(location).is_absolute():
+        file = Path(location, options.get("subfolder") or "", name)
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(str(location), name, **options))
+    except LocalEntryNotFoundError:  # the Hub could not be asked
+        if is_needed:
             raise
-        except EntryNotFoundError:
-            return None
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if Path(location).is_absolute() and not Path(location).exists():  # which would be taken for a malformed Hub id
-        return None
-    file = cached_file(str(location), name, **quiet, **options)
-    return None if file is None else Path(file)
+    except EntryNotFoundError:
+        pass
+    return None
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, config: PreTrainedConfig) -> torch.dtype:

@@ -321,6 +321,7 @@ def leave_report(
 ) -> None:
     """Write results, predictions and the model card beside the model, and show them."""
     import numpy as np
+    from sklearn.metrics import recall_score
 
     from etf_adapt.card import CardFacts, write_card
     from etf_adapt.card_metadata import read_base_card
@@ -335,7 +336,10 @@ def leave_report(
     if split in scored:
         rows = scored[split][1]
         evaluated = np.bincount(rows.labels, minlength=len(data.label_names))
-        recalls = class_recalls(rows, len(data.label_names))
+        classes = range(len(data.label_names))
+        recalls = recall_score(
+            rows.labels, rows.predictions, labels=classes, average=None, zero_division=np.nan
+        ).tolist()
         table = report.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
         print(f"\n{split} accuracy, by the training rows of the classes:\n{report.format_table(table)}")
     if "test" in scored:
@@ -393,15 +397,6 @@ def name_base(model_args: ModelArguments, location: str, public: str) -> str:
         origin = "random weights" if model_args.checkpoint_path is None else "a file of weights"
         return f"{public} from {origin}"
     return public if Path(location).is_dir() else location
-
-
-def class_recalls(rows: RowPredictions, num_classes: int) -> list[float | None]:
-    """Return the recall of each class, None where it has no row."""
-    import numpy as np
-
-    of = np.bincount(rows.labels, minlength=num_classes).tolist()
-    right = np.bincount(rows.labels[rows.predictions == rows.labels], minlength=num_classes).tolist()
-    return [hits / total if total else None for hits, total in zip(right, of, strict=True)]
 
 
 def last_collapse(history: Sequence[dict[str, Any]]) -> dict[str, float]:
