@@ -4,6 +4,7 @@
     python recipes/published_setting.py --dataset uoft-cs/cifar100 --label_column fine_label --method linear_ce
     python recipes/published_setting.py --dataset $DATA/cifar100 --method etf_dr --num_train_epochs 2     # a look, on a CPU
     python recipes/published_setting.py --dataset $DATA/cifar100 --method etf_dr --seed 0 --resume true   # after a stop
+    python recipes/published_setting.py --table out                # of the finished runs in a folder; runs nothing
 
 From Yang et al. (2022, https://arxiv.org/abs/2203.09081) and their published code: 200 epochs of batches of 128, SGD
 with momentum 0.9, weight decay 2e-4, learning rate 0.1 after 5 epochs of warm-up, a tenth of it after epoch 160 and a
@@ -20,15 +21,18 @@ where the whole data set has 500: say so beside every figure.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import HfArgumentParser
 
 from etf_adapt import report
+from etf_adapt.comparison import format_markdown, format_spread
 from etf_adapt.model_names import check_choice
 
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -37,13 +41,14 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "linear_ce": ("linear", {"name": "cross_entropy"}),
 }
 EPOCHS, WARM_UP, DROPS = 200, 5, (160, 180)
+SCORES = ("accuracy", "macro_f1", "head_third", "middle_third", "tail_third", "ece")
 
 
 @dataclass
 class Arguments:
     """What is run; all else is the published setting."""
 
-    dataset: str = field(metadata={"help": "CIFAR-100: a Hub id, file or folder."})
+    dataset: str | None = field(default=None, metadata={"help": "CIFAR-100: a Hub id, file or folder."})
     method: str = field(default="etf_dr", metadata={"help": f"One of {', '.join(METHODS)}."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
     imbalance_factor: float = field(default=100.0, metadata={"help": "The paper's are 200, 100 and 50."})
@@ -57,6 +62,7 @@ class Arguments:
     bf16: bool = field(default=False, metadata={"help": "Mixed precision."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
     torch_threads: int | None = field(default=None, metadata={"help": "CPU threads."})
+    table: str | None = field(default=None, metadata={"help": "Only print the table of the runs in this folder."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser = HfArgumentParser([Arguments], description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
         (args,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
         check_choice("method", args.method, METHODS)
+        if args.table is not None:
+            print(table(Path(args.table)))
+            return
+        if args.dataset is None:
+            raise ValueError("`dataset` (=None) must name CIFAR-100: a Hub id, file or folder.")
         name = f"published-{args.method}-{args.imbalance_factor:g}-{args.seed}"
         args.output_dir = args.output_dir or str(Path("out", name))
         report.check_output_dir(args.output_dir, resume=args.resume)
@@ -120,6 +131,7 @@ def run(args: Arguments) -> None:
         seed=args.seed,
         bf16=args.bf16,
         dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_persistent_workers=args.dataloader_num_workers > 0,  # the epochs are short
         torch_threads=args.torch_threads,
     )
     report.write_json(Path(args.output_dir, report.ARGUMENTS_FILE), report.public_arguments(args))
@@ -137,6 +149,25 @@ def run(args: Arguments) -> None:
         named = ("accuracy", "balanced_accuracy", "head_third", "middle_third", "tail_third")
         said = ", ".join(f"{name.replace('_', ' ')} {report.percent(scores[f'test_{name}'])}" for name in named)
         print(f"\n{args.method}, {len(rows):,} training rows: {said}\n{args.output_dir}")
+
+
+def table(folder: Path) -> str:
+    """Set the test scores of the finished runs in a folder: mean and standard deviation over seeds, in per cent."""
+    groups: dict[tuple[str, float, float, int], list[dict[str, Any]]] = {}
+    for results in sorted(folder.glob(f"*/{report.RESULTS_FILE}")):
+        found = json.loads(results.read_text())
+        made = json.loads(results.with_name(report.ARGUMENTS_FILE).read_text())
+        row = made["method"], made["imbalance_factor"], made["num_train_epochs"], found["train_rows"]
+        groups.setdefault(row, []).append(found)
+    if not groups:
+        raise FileNotFoundError(f"`table` (={str(folder)!r}) holds no finished run: give the folder of their folders.")
+    rows = []
+    for (method, factor, epochs, train_rows), runs in sorted(groups.items()):
+        scores = [np.array([run[f"test_{name}"] for run in runs]) for name in SCORES]
+        spreads = [format_spread((score.mean(), score.std(ddof=1) if len(runs) > 1 else None)) for score in scores]
+        rows.append([method, f"{factor:g}", f"{train_rows:,}", f"{epochs:g}", str(len(runs)), *spreads])
+    named = [name.replace("_", " ") for name in SCORES]
+    return format_markdown(["method", "imbalance", "training rows", "epochs", "runs", *named], rows)
 
 
 def published_transforms() -> tuple[Any, Any]:

@@ -59,6 +59,29 @@ def test_each_method_runs_and_goes_on_after_a_stop(method, tmp_path, monkeypatch
     assert json.loads(Path("run/all_results.json").read_text())["test_accuracy"] == found["test_accuracy"]
 
 
+def test_the_table_is_of_the_finished_runs_by_method_and_factor(tmp_path, capsys):
+    for name, method, accuracy in (("a", "etf_dr", 0.5), ("b", "etf_dr", 0.7), ("c", "linear_ce", 0.25)):
+        scores = {f"test_{score}": 0.1 for score in published_setting.SCORES}
+        found = {**scores, "test_accuracy": accuracy, "train_rows": 1234}
+        arguments = {"method": method, "imbalance_factor": 100.0, "num_train_epochs": 200.0}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "all_results.json").write_text(json.dumps(found))
+        (tmp_path / name / "arguments.json").write_text(json.dumps(arguments))
+    (tmp_path / "unfinished").mkdir()
+    published_setting.main(["--table", str(tmp_path)])
+    _, _, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("| etf_dr | 100 | 1,234 | 200 | 2 | 60.0 ± 14.1 | 10.0 ± 0.0 |")
+    assert second.startswith("| linear_ce | 100 | 1,234 | 200 | 1 | 25.0 | 10.0 |")
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["--table", "."], "no finished run"), ([], "must name CIFAR-100")])
+def test_what_is_missing_is_told(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        published_setting.main(flags)
+    assert said in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_told_at_once(capsys):
     with pytest.raises(SystemExit) as stop:
         published_setting.main(["--dataset", "digits", "--method", "etf_rd"])
