@@ -172,7 +172,7 @@ class ETFTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Score each training row by the head that would have been set without it."}
     )
     feature_lengths: bool = field(
-        default=True,
+        default=False,
         metadata={"help": "Divide the logits by the feature's length in training, in frames that allow it."},
     )
     final_frame: str | None = field(

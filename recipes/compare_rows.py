@@ -49,7 +49,7 @@ BASELINES = {
 FAMILY = {
     "etf": ("ETF (default)", "--head etf"),
     "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
-    "etf_lengths_free": ("ETF, feature lengths free", "--head etf --feature_lengths false"),
+    "etf_unit": ("ETF, features of unit length", "--head etf --feature_lengths true"),
     "etf_once": ("ETF, aligned once", "--head etf --realign_epochs 0"),
     "etf_discriminant": ("ETF, discriminant frame", "--head etf --frame discriminant"),
     "etf_means": ("ETF, class means", "--head etf --frame means"),
