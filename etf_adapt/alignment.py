@@ -52,8 +52,8 @@ class AlignmentResult:
         length: Mean length of the centred logits in training mode before they were scaled to one.
         left_out: Of each head how it changes for a training row that is left out (``etf_adapt.training_logits``); None for
             frames without such rows, and where the batches have no ``row_id``.
-        lengths: Of each head the lengths of features in the metric in which its rows have one length; None where there is
-            no such metric.
+        lengths: Of each head the lengths of features in the metric in which its rows have one length; None where that was
+            not asked for or there is no such metric.
     """
 
     frame: str
@@ -73,6 +73,7 @@ def align_head(
     class_counts: Sequence[int] | np.ndarray | None = None,
     frame: str = "whitened",
     penalty: float | None = None,
+    feature_lengths: bool = False,
     max_sampled_rows: int = MAX_SAMPLED_ROWS,
     seed: int = 0,
 ) -> AlignmentResult:
@@ -91,6 +92,7 @@ def align_head(
         class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
         frame: One of ``etf_adapt.frames.FRAMES``; a cosine head has means only.
         penalty: Penalty of the frames that have one, in mean eigenvalues; chosen on the data where None.
+        feature_lengths: Whether to return the lengths of features in the frame's metric, where it has one.
         max_sampled_rows: Most rows whose features are kept for that choice.
         seed: Seed of the sample and of a random frame.
 
@@ -123,7 +125,7 @@ def align_head(
     with evaluation_mode(model):
         gathered = _gather(model, data, counts, heads, max_sampled_rows, seed)
     found = [
-        _set_head(head, statistics, features, labels, gathered.row_ids, frame, penalty, seed)
+        _set_head(head, statistics, features, labels, gathered.row_ids, frame, penalty, feature_lengths, seed)
         for head, (statistics, features, labels) in zip(heads.values(), gathered.parts, strict=True)
     ]
     if hasattr(model, "reset_temperature"):  # an adapted model: a calibration was of the rows that are gone
@@ -167,6 +169,7 @@ def _set_head(
     row_ids: Tensor | None,
     frame: str,
     penalty: float | None,
+    feature_lengths: bool,
     seed: int,
 ) -> _SetHead:
     """Set a head from the statistics of what it reads, and from sampled features with their labels and numbers."""
@@ -187,7 +190,7 @@ def _set_head(
         own = features[kept], labels[kept]
         changes = left_out_rows(statistics, *own, frame, penalty=penalty, intercept=intercept)
         left_out = LeftOutRows.of(row_ids[kept], *changes)
-    if frame in UNIT:
+    if feature_lengths and frame in UNIT:
         center = statistics.center if intercept else torch.zeros_like(statistics.center)
         root = metric_root(statistics, frame, penalty=penalty, intercept=intercept)
         lengths = FeatureLengths(center, root, 1.0).to(head.weight.device)

@@ -58,10 +58,10 @@ class ETFTrainer(PublishingTrainer):
 
     What differs from the stock class: rows are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned on
     the training rows before the first step, and a fixed one again after each epoch; each training row is scored by the head
-    that would have been set without it, for a feature of unit length; a fixed head stays out of the optimizer whatever was
-    unfrozen; mixup, CutMix and smoothing give soft labels to the model's own loss; evaluation streams and counts each row
-    once; a loss or weight that is not finite ends the run before it is saved; a checkpoint is complete or known not to be,
-    holds no ``training_args.bin``, and is resumed bit for bit on the CPU.
+    that would have been set without it; a fixed head stays out of the optimizer whatever was unfrozen; mixup, CutMix and
+    smoothing give soft labels to the model's own loss; evaluation streams and counts each row once; a loss or weight that
+    is not finite ends the run before it is saved; a checkpoint is complete or known not to be, holds no
+    ``training_args.bin``, and is resumed bit for bit on the CPU.
 
     Args:
         model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; what is trained of it is float32.
@@ -241,6 +241,7 @@ class ETFTrainer(PublishingTrainer):
             class_counts=self.class_counts,
             frame=frame or self.args.frame,
             penalty=self.args.frame_penalty,
+            feature_lengths=self.args.feature_lengths,
             seed=self.args.seed,
         )
         for head in self.heads.values():
@@ -255,7 +256,7 @@ class ETFTrainer(PublishingTrainer):
         ):
             if rows_left_out is not None and self.args.leave_one_out and not head.trainable:
                 logits.left_out[path] = rows_left_out.to(self.args.device)
-            if lengths is not None and self.args.feature_lengths and not head.trainable:
+            if lengths is not None and not head.trainable:
                 logits.lengths[path] = lengths.to(self.args.device)
 
     def _set_class_weights(self, on: bool) -> None:

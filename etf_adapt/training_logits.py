@@ -1,4 +1,4 @@
-"""What the logits of a training row are, where a head was set from the training rows: without the row, for a unit feature.
+"""What the logits of a training row are, where a head was set from the training rows: without the row, or for a unit feature.
 
 The head itself stays an ordinary linear layer; hooks change its logits in the steps of training alone.
 """

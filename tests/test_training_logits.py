@@ -125,14 +125,17 @@ def test_a_head_scores_as_it_is_but_for_a_batch_that_is_named():
     assert torch.equal(copy.deepcopy(head)(features), plain)
 
 
-def test_what_is_written_into_a_checkpoint_comes_back():
+@pytest.mark.parametrize("root", [None, 2.0 * torch.eye(5)], ids=["means", "whitened"])
+def test_what_is_written_into_a_checkpoint_comes_back(root):
     heads, again = (TrainingLogits({"a.b": torch.nn.Linear(5, 3)}) for _ in range(2))
     heads.left_out["a.b"], ids = held()
+    heads.lengths["a.b"] = FeatureLengths(torch.ones(5), root, 0.3)
     again.load_tensors(heads.tensors(), torch.device("cpu"))
     features = torch.randn(3, 5)
     assert torch.equal(again.left_out["a.b"].changes(features, ids), heads.left_out["a.b"].changes(features, ids))
+    assert torch.equal(again.lengths["a.b"].relative(features), heads.lengths["a.b"].relative(features))
     again.load_tensors({}, torch.device("cpu"))
-    assert again.left_out == {}
+    assert again.left_out == again.lengths == {}
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -183,9 +186,11 @@ class TestTrainer:
     def batch(self, trainer):
         return trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
 
-    def test_the_loss_of_training_is_that_of_the_rows_left_out(self, tmp_path):
+    @pytest.mark.parametrize("over_lengths", [False, True])
+    def test_the_loss_of_training_is_that_of_the_rows_left_out(self, tmp_path, over_lengths):
         loss = {"name": "margin_dot_regression", "margin": 3.0}  # more than any row has
-        trainer = make_trainer(tmp_path / "run", model=make_model(head="etf", loss=loss))
+        model = make_model(head="etf", loss=loss)
+        trainer = make_trainer(tmp_path / "run", model=model, feature_lengths=over_lengths)
         trainer.align()
         batch = self.batch(trainer)
         ((path, head),) = trainer.heads.items()
@@ -196,15 +201,17 @@ class TestTrainer:
         hook.remove()
         scores = trainer._training_logits
         left = scores.left_out[path].logits(logits, features[0], batch["row_id"], batch["labels"])
-        left = left / scores.lengths[path].relative(features[0]).unsqueeze(1)
-        logits = logits / scores.lengths[path].relative(features[0]).unsqueeze(1)
+        assert bool(scores.lengths) == over_lengths
+        if over_lengths:
+            left = left / scores.lengths[path].relative(features[0]).unsqueeze(1)
+            logits = logits / scores.lengths[path].relative(features[0]).unsqueeze(1)
         expected = trainer.model.compute_loss_from_logits(left, batch["labels"]).item()
         assert self.loss(trainer, batch) == pytest.approx(expected, rel=1e-6)
         assert expected > trainer.model.compute_loss_from_logits(logits, batch["labels"]).item()
 
     @pytest.mark.parametrize("settings", [{"leave_one_out": False}, {"mixup": 0.2}, {"frame": "random"}])
     def test_it_can_be_had_without(self, tmp_path, settings):
-        trainer = make_trainer(tmp_path / "run", feature_lengths=False, **settings)
+        trainer = make_trainer(tmp_path / "run", **settings)
         trainer.align()
         batch = self.batch(trainer)
         if "mixup" in settings:  # rows of two classes: neither is left out
@@ -226,7 +233,8 @@ class TestTrainer:
 
     @pytest.mark.parametrize("frame", ["whitened", "means", "ridge"])
     def test_the_mean_length_of_the_centred_logits_is_one(self, tmp_path, frame):
-        trainer = make_trainer(tmp_path / "run", frame=frame, dropout=0.0, leave_one_out=False)
+        options = {"frame": frame, "leave_one_out": False, "feature_lengths": True}
+        trainer = make_trainer(tmp_path / "run", dropout=0.0, **options)
         trainer.align()
         batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(trainer.train_dataset))])
         for labels in (None, batch["labels"]):  # as the layer is, and as training sees it
@@ -236,12 +244,13 @@ class TestTrainer:
             assert centred.norm(dim=1).mean().item() == pytest.approx(1.0, rel=1e-3)
 
     def test_a_head_that_was_aligned_before_is_set_as_this_run_would(self, tmp_path, capsys):
-        trainer = make_trainer(tmp_path / "run", num_train_epochs=1)
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1, feature_lengths=True)
         align_head(trainer.model, trainer._alignment_loader(mixed=False), frame="discriminant")
         trainer.train()
         assert "discriminant frame is set anew" in capsys.readouterr().out
         assert trainer._training_logits.left_out and trainer._training_logits.lengths
-        kept = make_trainer(tmp_path / "kept", model=trainer.model, num_train_epochs=1, realign_epochs=0)
+        settings = {"num_train_epochs": 1, "realign_epochs": 0, "feature_lengths": True}
+        kept = make_trainer(tmp_path / "kept", model=trainer.model, **settings)
         before = next(iter(kept.heads.values())).weight.clone()
         kept.train()
         assert torch.equal(next(iter(kept.heads.values())).weight, before)
