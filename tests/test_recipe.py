@@ -373,7 +373,7 @@ def test_a_hundred_threes_and_five_eights(frame, tmp_path, monkeypatch):
     settings = ["--frame", frame, "--learning_rate", "1e-3", "--sampler", "balanced", "--torch_threads", "1"]
     finetune.main(["--dataset", "pair", "--output_dir", "run", *settings])
     results = json.loads((tmp_path / "run" / report.RESULTS_FILE).read_text())
-    assert results["test_balanced_accuracy"] > 0.9 and results["test_tail_third"] > 0.8
+    assert results["test_balanced_accuracy"] > 0.85 and results["test_tail_third"] > 0.8
     log = [json.loads(line) for line in (tmp_path / "run" / report.LOG_FILE).read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert frame == "whitened" or losses[-1] < 0.5 * losses[0]  # the aligned head begins with most margins reached
