@@ -63,6 +63,10 @@ FAMILY = {
 }
 OTHERS = {
     "etf_la": ("ETF, logit-adjusted", "--head etf --loss logit_adjusted"),
+    "etf_unit_la": (
+        "ETF, features of unit length, logit-adjusted",
+        "--head etf --loss logit_adjusted --feature_lengths true",
+    ),
     "etf_ce": ("ETF, cross-entropy", "--head etf --loss cross_entropy"),
 }
 TRAINED = {

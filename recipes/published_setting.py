@@ -28,11 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import HfArgumentParser
 
 from etf_adapt import report
-from etf_adapt.comparison import format_markdown, format_spread
+from etf_adapt.comparison import format_markdown, format_spread, mean_and_deviation
 from etf_adapt.model_names import check_choice
 
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -163,8 +162,7 @@ def table(folder: Path) -> str:
         raise FileNotFoundError(f"`table` (={str(folder)!r}) holds no finished run: give the folder of their folders.")
     rows = []
     for (method, factor, epochs, train_rows), runs in sorted(groups.items()):
-        scores = [np.array([run[f"test_{name}"] for run in runs]) for name in SCORES]
-        spreads = [format_spread((score.mean(), score.std(ddof=1) if len(runs) > 1 else None)) for score in scores]
+        spreads = [format_spread(mean_and_deviation([run[f"test_{name}"] for run in runs])) for name in SCORES]
         rows.append([method, f"{factor:g}", f"{train_rows:,}", f"{epochs:g}", str(len(runs)), *spreads])
     named = [name.replace("_", " ") for name in SCORES]
     return format_markdown(["method", "imbalance", "training rows", "epochs", "runs", *named], rows)
