@@ -156,6 +156,8 @@ def table(folder: Path) -> str:
     for results in sorted(folder.glob(f"*/{report.RESULTS_FILE}")):
         found = json.loads(results.read_text())
         made = json.loads(results.with_name(report.ARGUMENTS_FILE).read_text())
+        if "method" not in made:  # a run of finetune.py
+            continue
         row = made["method"], made["imbalance_factor"], made["num_train_epochs"], found["train_rows"]
         groups.setdefault(row, []).append(found)
     if not groups:
