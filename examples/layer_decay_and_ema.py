@@ -14,9 +14,9 @@ from timm.utils import ModelEmaV3
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
 
 from etf_adapt import ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.modeling import adapt
-from etf_adapt.rows import ImageCollator, TransformedRows
-from etf_adapt.transforms import image_transforms
+from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.transforms import image_transforms
+from etf_adapt.models.auto import adapt
 
 
 class AveragedWeights(TrainerCallback):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from etf_adapt import ClassBalancedSampler, ETFHead, class_counts, dot_regression_loss
-from etf_adapt.long_tail import long_tailed_indices
+from etf_adapt.data.long_tail import long_tailed_indices
 
 EPOCHS, BATCH_SIZE = 20, 32  # rows per process
 

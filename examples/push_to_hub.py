@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.rows import ImageCollator, TransformedRows
-from etf_adapt.transforms import image_transforms
+from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.transforms import image_transforms
 
 if len(sys.argv) != 2:
     raise SystemExit(__doc__)

@@ -15,9 +15,9 @@ import numpy as np
 from transformers import AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
 from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.model_names import micro_folder
-from etf_adapt.modeling import load_processor
-from etf_adapt.transforms import image_transforms
+from etf_adapt.data.transforms import image_transforms
+from etf_adapt.models.folders import load_processor
+from etf_adapt.models.names import micro_folder
 
 folder = micro_folder()  # a pretrained image model inside the package; any Hub id would do
 data = load_data("digits", imbalance_factor=20)

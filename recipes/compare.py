@@ -40,12 +40,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import comparison
 import numpy as np
 from compare_rows import ROWS, Row
 from compare_table import caption, collapse_table, command, cost_table, number, score_table, validation_table
 
-from etf_adapt import comparison, report
-from etf_adapt.model_names import check_choice
+from etf_adapt import errors
+from etf_adapt.errors import check_choice
+from etf_adapt.results import run_folder, tables
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 SETTINGS_FILE, LABELS_FILE = "settings.json", "test_labels.json"
@@ -133,7 +135,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
-    with report.one_line_errors():
+    with errors.one_line_errors():
         try:
             options = read_arguments(list(sys.argv[1:] if argv is None else argv))
             if not options.table_only:
@@ -160,9 +162,9 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
         for run, found in finish_all(unfinished, options, children):
             done += 1
             left, seconds = tuned + tested - done, found["seconds"]
-            said = f"balanced accuracy {report.percent(validation_score(found))} in validation"
+            said = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
             if run.stage == "final":
-                said += f", {report.percent(found['all_results']['test_balanced_accuracy'])} in test"
+                said += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
             print(f"[{done}/{tuned + tested}] {run}: {said}; {duration(seconds)}", flush=True)
             if left and not timed and not found["resumed"]:
                 print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
@@ -223,7 +225,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     if code != 0:
         raise ChildProcessError(why_it_failed(run, code, lines, failed))
     failed.unlink(missing_ok=True)
-    log = [json.loads(line) for line in (folder / report.LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    log = [json.loads(line) for line in (folder / run_folder.LOG_FILE).read_text(encoding="utf-8").splitlines()]
     scored = [entry for entry in log if entry.get("eval_balanced_accuracy") is not None]
     with children.alone:
         versions = environment()
@@ -231,7 +233,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
         "row": run.row.name,
         **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},
         "flags": options.flags | by_name(run.flags),
-        "all_results": read_json(folder / report.RESULTS_FILE),
+        "all_results": read_json(folder / run_folder.RESULTS_FILE),
         "history": [[entry["epoch"], entry["eval_balanced_accuracy"]] for entry in scored],
         "collapse": last_collapse(log),
         "seconds": time.monotonic() - start,
@@ -245,7 +247,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     if run.stage == "final":
         with children.alone:
             found |= test_rows(run, folder, options.results)
-    report.write_json(options.results / "runs" / f"{run.name}.json", found)
+    run_folder.write_json(options.results / "runs" / f"{run.name}.json", found)
     if not options.keep_models:
         shutil.rmtree(folder)
     return found
@@ -269,15 +271,15 @@ def last_collapse(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
     """Return which test rows a run had right; their labels are kept once, and must be those of all other runs."""
-    if not (folder / report.PREDICTIONS_FILE).is_file():
+    if not (folder / run_folder.PREDICTIONS_FILE).is_file():
         raise ValueError(f"{run} left no predictions of test rows: the data set must have a test split.")
-    with open(folder / report.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
+    with open(folder / run_folder.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
         rows = sorted(csv.DictReader(stream), key=lambda row: int(row["row_id"]))
     labels = [row["label"] for row in rows]
     digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:12]
     file = results / LABELS_FILE
     if not file.is_file():
-        report.write_json(file, {"hash": digest, "labels": labels})
+        run_folder.write_json(file, {"hash": digest, "labels": labels})
     elif (known := read_json(file))["hash"] != digest:
         raise ValueError(
             f"{run} has {len(rows)} test rows with labels of hash {digest}, and the runs before it {len(known['labels'])} with "
@@ -291,7 +293,7 @@ def has_checkpoint(folder: Path) -> bool:
     """Return whether an interrupted run can go on."""
     if not folder.is_dir():
         return False
-    from etf_adapt.checkpoints import find_last_complete_checkpoint  # imports torch
+    from etf_adapt.training.checkpoints import find_last_complete_checkpoint
 
     return find_last_complete_checkpoint(folder) is not None
 
@@ -299,7 +301,9 @@ def has_checkpoint(folder: Path) -> bool:
 @functools.cache
 def environment() -> dict[str, Any]:
     """Return versions and hardware, asked by another process: one that asks for a device keeps part of it in use."""
-    program = "import json; from etf_adapt import report; print(json.dumps(report.describe_environment()))"
+    program = (
+        "import json; from etf_adapt.results import run_folder; print(json.dumps(run_folder.describe_environment()))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return {name: value for name, value in json.loads(done.stdout).items() if name != "processes"}  # of that process
 
@@ -325,7 +329,7 @@ def leave_table(options: argparse.Namespace) -> None:
     if not validated:
         raise ValueError(f"`results` (={str(options.results)!r}) holds no finished row: run it without --table_only.")
     lists = {name: vars(options)[name] for name in LISTS}
-    results = report.public_value(str(options.results))
+    results = run_folder.public_value(str(options.results))
     told = command(results, lists, options.flags, public_launcher(options))
     first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
     versions = versions_of([run for _, runs in validated for run in runs])
@@ -338,7 +342,7 @@ def leave_table(options: argparse.Namespace) -> None:
     summary |= {"unfinished": unfinished, "versions": versions_of([run for row in rows for run in row["runs"]])}
     below = caption(summary, lists, told)
     table = "\n\n".join([score_table(summary), cost_table(summary), *collapse_table(summary), below]) + "\n"
-    report.write_json(options.results / "table.json", summary)
+    run_folder.write_json(options.results / "table.json", summary)
     (options.results / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}")
 
@@ -408,7 +412,7 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
             values.append(word)
         else:
             raise ValueError(f"{word!r} after `--` belongs to no flag: write out the flags of a file of settings.")
-    return {name: shlex.join(values) for name, values in report.public_value(flags).items()}
+    return {name: shlex.join(values) for name, values in run_folder.public_value(flags).items()}
 
 
 def chosen_rows(options: argparse.Namespace) -> list[Row]:
@@ -448,12 +452,12 @@ def claim(options: argparse.Namespace) -> None:
     elif any(options.results.iterdir()):
         raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")
     kept = {name: vars(options)[name] for name in (*LISTS, "flags")}
-    report.write_json(file, kept | {"launcher": public_launcher(options)})
+    run_folder.write_json(file, kept | {"launcher": public_launcher(options)})
 
 
 def public_launcher(options: argparse.Namespace) -> str:
     """Return the launcher as it may be published; nothing where it is python."""
-    return shlex.join(map(report.public_value, shlex.split(options.launcher or "")))
+    return shlex.join(map(run_folder.public_value, shlex.split(options.launcher or "")))
 
 
 def read_run(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import comparison
 import numpy as np
 from compare_rows import Row
+from comparison import format_difference, format_markdown, format_spread
 
-from etf_adapt import comparison, report
-from etf_adapt.comparison import format_difference, format_markdown, format_spread
+from etf_adapt.results import tables
 
 
 def score_table(summary: Mapping[str, Any]) -> str:
@@ -35,7 +36,7 @@ def cost_table(summary: Mapping[str, Any]) -> str:
         some = f" ({len(reached)} of {len(row['epochs'])} seeds)" if len(reached) < len(row["epochs"]) else ""
         head_rate = "-" if row["head_rate"] is None else f"x {number(row['head_rate'])}"
         cells.append([row["title"], row["kind"], f"`{shlex.join(row['flags'])}`", number(row["learning_rate"]), head_rate,
-                      str(row["tuning_runs"]), report.percent(row["tuning_validation"]), format_spread(row["validation"]),
+                      str(row["tuning_runs"]), tables.percent(row["tuning_validation"]), format_spread(row["validation"]),
                       f"{np.mean(reached):.1f}{some}" if reached else "-",
                       format_spread(row["train_seconds"], scale=1.0)])  # fmt: skip
     return format_markdown(head, cells)
@@ -67,7 +68,7 @@ def validation_table(
     """
     cells = []
     for row, runs in rows:
-        scores = [report.percent(run["all_results"]["eval_balanced_accuracy"]) for run in runs]
+        scores = [tables.percent(run["all_results"]["eval_balanced_accuracy"]) for run in runs]
         rates = [(number(run["learning_rate"]), run["head_rate"]) for run in runs]
         names = [rate if head is None else f"{rate} (head x {number(head)})" for rate, head in rates]
         best = max(range(len(runs)), key=lambda run: float(runs[run]["all_results"]["eval_balanced_accuracy"]))
@@ -118,7 +119,7 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], told
     """Say below the table how it came about.
 
     Args:
-        summary: What ``etf_adapt.comparison.summarize`` returned, with the unfinished rows and the versions.
+        summary: What ``comparison.summarize`` returned, with the unfinished rows and the versions.
         lists: Rows, seeds and rates.
         told: The command.
     """
@@ -140,7 +141,7 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], told
         "that had the machine to themselves in the same number (`jobs` in their files)."
     )
     if summary["target"] is not None:
-        target = report.percent(summary["target"])
+        target = tables.percent(summary["target"])
         parts.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
     if summary["unfinished"]:
         parts.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")

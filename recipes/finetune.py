@@ -11,8 +11,8 @@
     accelerate launch recipes/finetune.py --push_to_hub --hub_model_id me/digits --hub_private_repo
 
 All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
-finetune_arguments.py and etf_adapt/arguments.py. A mistake ends the run with one line and exit code 2, a run that fails with
-one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where. A run that is finished and saved, but not published as
+finetune_arguments.py and etf_adapt/training/arguments.py. A mistake ends the run with one line and exit code 2, a run that
+fails with one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where. A run that is finished and saved, but not published as
 --push_to_hub --hub_model_id user/name asks, ends with exit code 3 and the command that publishes it. These are the codes of
 `python recipes/finetune.py`; `accelerate launch` makes 1 of each.
 """
@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from finetune_arguments import DataArguments, ModelArguments, OutputArguments, parse_training, read_arguments
 
-from etf_adapt import report
-from etf_adapt.model_names import locate_model, model_task, resolve_model_name
+from etf_adapt import errors
+from etf_adapt.models.names import locate_model, model_task, resolve_model_name
+from etf_adapt.results import run_folder, tables
 
 if TYPE_CHECKING:
-    from etf_adapt.arguments import ETFTrainingArguments
-    from etf_adapt.data import ClassificationData
-    from etf_adapt.evaluation import RowPredictions
-    from etf_adapt.training import ETFTrainer
+    from etf_adapt.data.load import ClassificationData
+    from etf_adapt.training.arguments import ETFTrainingArguments
+    from etf_adapt.training.evaluation import RowPredictions
+    from etf_adapt.training.trainer import ETFTrainer
 
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
 READ_AGAIN = ("alignment", "validation")  # splits read once an epoch, each time the same
@@ -45,7 +46,7 @@ NEWEST = ("last", "latest", "auto", "true", "yes")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with report.one_line_errors():
+    with errors.one_line_errors():
         # What can be known wrong is known before the imports that take seconds, and before any data are prepared.
         model_args, data_args, output_args, training_argv = read_arguments(argv)
         location = resolve_model_name(model_args.model)
@@ -67,10 +68,10 @@ def finetune(
     import datasets
     from accelerate.state import PartialState
 
-    from etf_adapt.adapters import add_adapters, merge_adapters
-    from etf_adapt.callbacks import keep_freed_memory, set_threads
-    from etf_adapt.evaluation import calibrate, tau_normalize
-    from etf_adapt.training import ETFTrainer
+    from etf_adapt.models.adapters import add_adapters, merge_adapters
+    from etf_adapt.training.evaluation import calibrate, tau_normalize
+    from etf_adapt.training.launch import keep_freed_memory, set_threads
+    from etf_adapt.training.trainer import ETFTrainer
 
     state = PartialState()
     set_threads(args.torch_threads)
@@ -108,7 +109,7 @@ def finetune(
     if data.validation is None:
         args.eval_strategy, args.load_best_model_at_end = "no", False
     if state.is_main_process:
-        arguments = report.public_arguments(model_args, data_args, args)
+        arguments = run_folder.public_arguments(model_args, data_args, args)
         claim_output_dir(args.output_dir, arguments, overwrite=output_args.overwrite_output_dir)
     state.wait_for_everyone()
     repo_id, args.push_to_hub = args.hub_model_id if args.push_to_hub else None, False  # once, when all is written
@@ -155,7 +156,7 @@ def finetune(
 
 def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
     """Load the data set, with the long tail that was asked for."""
-    from etf_adapt.data import load_data
+    from etf_adapt.data.load import load_data
 
     return load_data(
         data_args.dataset,
@@ -175,8 +176,8 @@ def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
 
 def load_model(location: str, model_args: ModelArguments, data: ClassificationData, *, seed: int) -> Any:
     """Load the pretrained model, with a new head and the loss that goes with it."""
-    from etf_adapt.etf_model import DEFAULT_LOSSES
-    from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification
+    from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
+    from etf_adapt.models.etf_model import DEFAULT_LOSSES
 
     known = model_task(model_args.model)
     if known is not None and known != data.task:
@@ -221,11 +222,11 @@ def prepare_rows(
     """Turn each split into rows as the model takes them; return these, what makes batches of them, and the processor."""
     from accelerate.state import PartialState
 
-    from etf_adapt.image_size import set_image_size
-    from etf_adapt.modeling import load_processor
-    from etf_adapt.rows import ImageCollator, TransformedRows
-    from etf_adapt.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
-    from etf_adapt.transforms import image_transforms
+    from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+    from etf_adapt.data.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
+    from etf_adapt.data.transforms import image_transforms
+    from etf_adapt.models.folders import load_processor
+    from etf_adapt.models.image_size import set_image_size
 
     processor = load_processor(location, data.task) if model.processor is None else model.processor
     splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
@@ -270,7 +271,7 @@ def read_features_once(
     model: Any, rows: dict[str, Any], collator: Any, views: int, args: ETFTrainingArguments
 ) -> tuple[dict[str, Any], Any]:
     """Put what the head reads in place of the rows of each split that is trained or chosen on."""
-    from etf_adapt.feature_cache import FeatureCollator, cache_features
+    from etf_adapt.training.feature_cache import FeatureCollator, cache_features
 
     options: dict[str, Any] = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
     cached = dict(rows)
@@ -285,18 +286,18 @@ def read_features_once(
 
 def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool) -> None:
     """Mark the output folder as this run's, after removing an earlier run where that was asked for."""
-    from etf_adapt.checkpoints import remove_checkpoints
+    from etf_adapt.training.checkpoints import remove_checkpoints
 
     if overwrite:
         remove_checkpoints(folder)
-        report.remove_run_files(folder)
-    report.write_json(Path(folder, report.ARGUMENTS_FILE), arguments)
+        run_folder.remove_run_files(folder)
+    run_folder.write_json(Path(folder, run_folder.ARGUMENTS_FILE), arguments)
 
 
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
     """Score the saved folder as its users will load it: without this library."""
-    from etf_adapt.evaluation import load_stock, predict_rows
-    from etf_adapt.metrics import ShotAccuracy
+    from etf_adapt.metrics.shots import ShotAccuracy
+    from etf_adapt.training.evaluation import load_stock, predict_rows
 
     args, settings = trainer.args, trainer.accelerator.unwrap_model(trainer.model).etf_settings
     model, offsets = load_stock(args.output_dir, task).to(args.device), settings["prior_adjustment"]
@@ -305,7 +306,7 @@ def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, fl
     details = {"confidences": predicted.confidences, "losses": predicted.losses}
     scores = metric.compute(predictions=predicted.predictions, references=predicted.labels, **details)
     before = metric.compute(predictions=predicted.unadjusted, references=predicted.labels)
-    return scores | {f"{name}_unadjusted": before[name] for name in report.UNADJUSTED}, predicted
+    return scores | {f"{name}_unadjusted": before[name] for name in tables.UNADJUSTED}, predicted
 
 
 def leave_report(
@@ -323,13 +324,13 @@ def leave_report(
     import numpy as np
     from sklearn.metrics import recall_score
 
-    from etf_adapt.card import CardFacts, write_card
-    from etf_adapt.card_metadata import read_base_card
+    from etf_adapt.results.card import CardFacts, write_card
+    from etf_adapt.results.card_metadata import read_base_card
 
     args, folder = trainer.args, Path(trainer.args.output_dir)
     scores = {split: scored[split][0] for split in scored}
-    report.write_json(
-        folder / report.RESULTS_FILE, report.flat_results(training, scores.get("validation"), scores.get("test"))
+    run_folder.write_json(
+        folder / run_folder.RESULTS_FILE, tables.flat_results(training, scores.get("validation"), scores.get("test"))
     )
     split = "test" if "test" in scored else "validation"
     table, recalls, evaluated = [], [], np.zeros(0, dtype=int)
@@ -340,18 +341,18 @@ def leave_report(
         recalls = recall_score(
             rows.labels, rows.predictions, labels=classes, average=None, zero_division=np.nan
         ).tolist()
-        table = report.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
-        print(f"\n{split} accuracy, by the training rows of the classes:\n{report.format_table(table)}")
+        table = tables.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
+        print(f"\n{split} accuracy, by the training rows of the classes:\n{tables.format_table(table)}")
     if "test" in scored:
-        report.write_predictions(
-            folder / report.PREDICTIONS_FILE,
+        run_folder.write_predictions(
+            folder / run_folder.PREDICTIONS_FILE,
             row_ids=rows.row_ids,
             labels=rows.labels,
             predictions=rows.predictions,
             confidences=rows.confidences,
             label_names=data.label_names,
         )
-    public = report.public_arguments(model_args, args)
+    public = run_folder.public_arguments(model_args, args)
     write_card(
         folder,
         CardFacts(
@@ -360,7 +361,7 @@ def leave_report(
             task=data.task,
             library=settings["library"],
             base_model=name_base(model_args, location, public["model"]),
-            dataset=data.description | {"name": report.public_value(data.description["name"])},
+            dataset=data.description | {"name": run_folder.public_value(data.description["name"])},
             label_names=data.label_names,
             class_counts=data.class_counts.tolist(),
             head=settings["head"],
@@ -370,9 +371,9 @@ def leave_report(
             table=table,
             is_adjusted=trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"] is not None,
             calibrated_rows=len(scored["validation"][1].labels) if "validation" in scored else 0,
-            command=report.public_command(argv),
+            command=run_folder.public_command(argv),
             seeds={"seed": args.seed, "data_seed": args.data_seed},
-            environment=report.describe_environment(),
+            environment=run_folder.describe_environment(),
             recalls=recalls,
             row_counts=evaluated.tolist(),
             shot_bounds=args.shot_bounds,
@@ -382,8 +383,8 @@ def leave_report(
             inherited=read_base_card(location) if is_base(model_args) else {},
         ),
     )
-    lines = report.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
-    print(f"\nmodel, card (README.md), {report.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
+    lines = run_folder.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
+    print(f"\nmodel, card (README.md), {run_folder.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
 
 
 def is_base(model_args: ModelArguments) -> bool:
@@ -410,8 +411,8 @@ def last_collapse(history: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def publish_run(args: ETFTrainingArguments, repo_id: str) -> str | None:
     """Publish the finished folder; return what went wrong, if anything did."""
-    from etf_adapt.hub import publish
-    from etf_adapt.upload import HubError
+    from etf_adapt.hub.publish import publish
+    from etf_adapt.hub.send import HubError
 
     try:
         print(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from etf_adapt import report
-from etf_adapt.model_names import check_choice, model_task, nearest_names
+from etf_adapt.errors import check_choice, nearest_names
+from etf_adapt.models.names import model_task
+from etf_adapt.results import run_folder
 
 if TYPE_CHECKING:
-    from etf_adapt.arguments import ETFTrainingArguments
+    from etf_adapt.training.arguments import ETFTrainingArguments
 
 HEADS = ("etf", "linear", "cosine", "paper")
 POOLINGS = ("stock", "mean")
@@ -31,7 +32,7 @@ class ModelArguments:
     head: str = field(default="etf", metadata={"help": f"One of {', '.join(HEADS)}."})
     loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}; by default the head's own."})
     loss_options: str | None = field(
-        default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.make_loss)."}
+        default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.registry.make_loss)."}
     )
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
@@ -149,7 +150,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
 
     output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args)))
     resume = shared.resume_from_checkpoint
-    report.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
+    run_folder.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
     rest += ["--output_dir", output_dir, *(["--resume_from_checkpoint", resume] if resume else [])]
     return model_args, data_args, output_args, rest
 
@@ -171,7 +172,7 @@ def check_loss_options(text: str | None) -> None:
 
 def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     """Parse the remaining flags, with transformers' own; torch is imported here."""
-    from etf_adapt.arguments import ETFTrainingArguments
+    from etf_adapt.training.arguments import ETFTrainingArguments
 
     if "--help" in argv:
         everything = Parser([*OWN_ARGUMENTS, ETFTrainingArguments], description=DESCRIPTION)
@@ -184,7 +185,7 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
         raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
     if args.push_to_hub:
-        from etf_adapt.upload import check_name_and_token
+        from etf_adapt.hub.send import check_name_and_token
 
         if args.hub_model_id is None:
             raise ValueError("`push_to_hub` (=True) needs the name of a repository: add --hub_model_id user/name.")

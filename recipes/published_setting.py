@@ -28,11 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comparison import format_markdown, format_spread, mean_and_deviation
 from transformers import HfArgumentParser
 
-from etf_adapt import report
-from etf_adapt.comparison import format_markdown, format_spread, mean_and_deviation
-from etf_adapt.model_names import check_choice
+from etf_adapt import errors
+from etf_adapt.errors import check_choice
+from etf_adapt.results import run_folder, tables
 
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "etf_dr": ("paper", None),  # the head's own loss
@@ -66,7 +67,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
-    with report.one_line_errors():
+    with errors.one_line_errors():
         parser = HfArgumentParser([Arguments], description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
         (args,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
         check_choice("method", args.method, METHODS)
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("`dataset` (=None) must name CIFAR-100: a Hub id, file or folder.")
         name = f"published-{args.method}-{args.imbalance_factor:g}-{args.seed}"
         args.output_dir = args.output_dir or str(Path("out", name))
-        report.check_output_dir(args.output_dir, resume=args.resume)
+        run_folder.check_output_dir(args.output_dir, resume=args.resume)
         run(args)
 
 
@@ -87,10 +88,10 @@ def run(args: Arguments) -> None:
     import torch
     import transformers
 
-    from etf_adapt.arguments import ETFTrainingArguments
-    from etf_adapt.data import load_data
-    from etf_adapt.modeling import ETFForImageClassification
-    from etf_adapt.rows import ImageCollator, TransformedRows
+    from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+    from etf_adapt.data.load import load_data
+    from etf_adapt.models.auto import ETFForImageClassification
+    from etf_adapt.training.arguments import ETFTrainingArguments
 
     # Data: the long tail of the field, no validation rows, the published augmentation.
     data = load_data(
@@ -133,7 +134,7 @@ def run(args: Arguments) -> None:
         dataloader_persistent_workers=args.dataloader_num_workers > 0,  # the epochs are short
         torch_threads=args.torch_threads,
     )
-    report.write_json(Path(args.output_dir, report.ARGUMENTS_FILE), report.public_arguments(args))
+    run_folder.write_json(Path(args.output_dir, run_folder.ARGUMENTS_FILE), run_folder.public_arguments(args))
     rows = TransformedRows(data.train, train, seed=args.seed)
     trainer = trainer_class()(
         model, settings, train_dataset=rows, data_collator=ImageCollator(), labels=data.train["label"]
@@ -144,18 +145,18 @@ def run(args: Arguments) -> None:
     # Report.
     if trainer.is_world_process_zero():
         found = {**outcome.metrics, **scores, "train_rows": len(rows), "torch": torch.__version__}
-        report.write_json(Path(args.output_dir, report.RESULTS_FILE), found)
+        run_folder.write_json(Path(args.output_dir, run_folder.RESULTS_FILE), found)
         named = ("accuracy", "balanced_accuracy", "head_third", "middle_third", "tail_third")
-        said = ", ".join(f"{name.replace('_', ' ')} {report.percent(scores[f'test_{name}'])}" for name in named)
+        said = ", ".join(f"{name.replace('_', ' ')} {tables.percent(scores[f'test_{name}'])}" for name in named)
         print(f"\n{args.method}, {len(rows):,} training rows: {said}\n{args.output_dir}")
 
 
 def table(folder: Path) -> str:
     """Set the test scores of the finished runs in a folder: mean and standard deviation over seeds, in per cent."""
     groups: dict[tuple[str, float, float, int], list[dict[str, Any]]] = {}
-    for results in sorted(folder.glob(f"*/{report.RESULTS_FILE}")):
+    for results in sorted(folder.glob(f"*/{run_folder.RESULTS_FILE}")):
         found = json.loads(results.read_text())
-        made = json.loads(results.with_name(report.ARGUMENTS_FILE).read_text())
+        made = json.loads(results.with_name(run_folder.ARGUMENTS_FILE).read_text())
         if "method" not in made:  # a run of finetune.py
             continue
         row = made["method"], made["imbalance_factor"], made["num_train_epochs"], found["train_rows"]
@@ -195,7 +196,7 @@ def trainer_class() -> type:
     """Return the trainer with the published optimizer and schedule."""
     import torch
 
-    from etf_adapt.training import ETFTrainer
+    from etf_adapt.training.trainer import ETFTrainer
 
     class PublishedTrainer(ETFTrainer):
         """Train by SGD with weight decay on all that learns, and the published schedule."""

@@ -28,17 +28,18 @@ from typing import Any
 import timm
 import torch
 import transformers
+from comparison import format_markdown
+from export_onnx import example_inputs
 from support_configs import small_config
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
-from etf_adapt import report
-from etf_adapt.comparison import format_markdown
-from etf_adapt.evaluation import load_stock
-from etf_adapt.export import example_inputs
-from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
-from etf_adapt.pooling import pooled_features
-from etf_adapt.swap import HeadError, find_heads, head_modules, logits_of, restore_head, swap_head
+from etf_adapt.heads.in_model import HeadError, head_modules, logits_of
+from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
+from etf_adapt.models.pooling import pooled_features
+from etf_adapt.models.swap import find_heads, restore_head, swap_head
+from etf_adapt.results import run_folder
+from etf_adapt.training.evaluation import load_stock
 
 RESULTS = Path(__file__).with_name("results") / "support"
 TABLE = Path(__file__).with_name("SUPPORT.md")
@@ -281,7 +282,7 @@ def require(holds: bool, otherwise: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the beginning of what an error says, without this machine's paths."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return str(report.public_value(said))[:200]
+    return str(run_folder.public_value(said))[:200]
 
 
 def read(results: Path, kind: str) -> dict[str, dict[str, Any]]:
@@ -316,7 +317,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         "also read again with equal logits by their stock library; the others were too large and stayed on the meta device.",
         format_markdown(["", "tried", *outcomes, "saved and read again", "with several heads"], cells),
         format_markdown(["not", "", "why"], apart) if apart else "",
-        ", ".join(f"{name} {value}" for name, value in report.describe_environment().items() if name != "processes"),
+        ", ".join(
+            f"{name} {value}" for name, value in run_folder.describe_environment().items() if name != "processes"
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

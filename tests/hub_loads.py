@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForImageClassification, AutoTokenizer
 
 from etf_adapt import ETFForImageClassification
-from etf_adapt.folders import load_processor
+from etf_adapt.models.folders import load_processor
 
 
 def describe(model: Any) -> dict[str, list[float]]:

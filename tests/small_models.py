@@ -15,9 +15,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from etf_adapt.modeling import ETFForImageClassification, ETFForSequenceClassification, adapt
-from etf_adapt.pooling import MeanPoolingForSequenceClassification
-from etf_adapt.swap import head_modules
+from etf_adapt.heads.in_model import head_modules
+from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
+from etf_adapt.models.pooling import MeanPoolingForSequenceClassification
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 NAMES = {0: "ash", 1: "birch", 2: "cedar"}
@@ -92,6 +92,12 @@ def processor(name):
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=["input_ids"]
         )
     return None
+
+
+def save_tokenizer(folder, **tokens):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "[PAD]": 2, "tree": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **tokens).save_pretrained(folder)
 
 
 def finished(name, seed=0):

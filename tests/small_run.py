@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
-from etf_adapt.arguments import ETFTrainingArguments
-from etf_adapt.modeling import adapt
-from etf_adapt.training import ETFTrainer
+from etf_adapt.models.auto import adapt
+from etf_adapt.training.arguments import ETFTrainingArguments
+from etf_adapt.training.trainer import ETFTrainer
 
 COUNTS = (60, 21, 7)
 
@@ -85,6 +86,29 @@ def make_trainer(
 
 def weights(trainer: ETFTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def run_program(
+    settings: dict[str, Any],
+    *,
+    killed: bool = False,
+    failed: bool = False,
+    launcher: tuple[str, ...] = (sys.executable,),
+) -> str:
+    """Run this file; ``killed``: it must end by SIGKILL; ``failed``: its launcher must say that it did."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    command = [*launcher, __file__, json.dumps(settings)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == (-signal.SIGKILL if killed else 1 if failed else 0), done.stderr[-3000:]
+    return done.stdout
 
 
 class KillAt(TrainerCallback):

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import doctest
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import pytest
 
 import etf_adapt
 
-MODULES = [module.name for module in iter_modules(etf_adapt.__path__)]
+MODULES = [
+    module.name for module in walk_packages(etf_adapt.__path__, "etf_adapt.") if not module.name.endswith("__main__")
+]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*MODULES, "export_onnx", "comparison"])
 def test_examples_give_what_they_show(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = import_module(f"etf_adapt.{name}")
+    module = import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
     assert list(tmp_path.iterdir()) == [], "an example leaves files behind"
+
+
+def test_modules_of_every_folder_are_among_them():
+    folders = {name.split(".")[1] for name in MODULES if name.count(".") == 2}
+    assert folders == {"data", "geometry", "heads", "hub", "losses", "metrics", "models", "results", "training"}
 
 
 @pytest.mark.parametrize("name", etf_adapt.__all__)

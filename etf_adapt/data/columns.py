@@ -1,0 +1,304 @@
+"""Columns of a data set: which hold images, texts and labels, and what they hold."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from etf_adapt.data.sources import IMAGE_SUFFIXES, DataError
+
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "class_name", "category", "intent", "y")
+IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
+TEXT_NAMES = ("text", "sentence", "content", "utterance", "review", "comment", "question", "query", "document", "tweet")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names the input column, what it holds ("image" or "text"), and the label column."""
+
+    task: str
+    input: str
+    label: str
+
+
+def find_columns(
+    dataset: Dataset,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Columns:
+    """Find the input and the label column by their types and, where that leaves several, by their usual names.
+
+    Label: the named column, else the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only column that is
+    left. Input: the named column, else a column of images (an `Image`, image bytes, or paths of image files under a
+    usual name), else a column of strings.
+
+    Args:
+        dataset: Rows of the train split.
+        image_column: Name of the column of images.
+        text_column: Name of the column of texts.
+        label_column: Name of the column of classes.
+
+    Returns:
+        The columns.
+
+    Raises:
+        DataError: A named column is missing or of the wrong type, or there are none or several to choose from.
+    """
+    if image_column and text_column:
+        raise DataError(f"`image_column` (={image_column}) and `text_column` (={text_column}) exclude each other.")
+    for flag, name in (("image_column", image_column), ("text_column", text_column), ("label_column", label_column)):
+        if name is not None and name not in dataset.column_names:
+            near = difflib.get_close_matches(name, dataset.column_names, n=1)
+            hint = f"; nearest: `{near[0]}`" if near else ""
+            raise DataError(f"`{flag}` (={name}) is no column: there are {describe_columns(dataset)}{hint}.")
+
+    label = label_column or _choose(
+        dataset, LABEL_NAMES, lambda name: isinstance(dataset.features[name], ClassLabel), strict=False
+    )
+    free = [name for name in dataset.column_names if name != label]
+    if image_column:
+        if not (_holds_images(dataset, image_column) or is_string(dataset, image_column)):
+            raise DataError(f"`image_column` (={image_column}) holds no images: {describe_columns(dataset)}.")
+        task, chosen = "image", image_column
+    elif text_column:
+        if not is_string(dataset, text_column):
+            raise DataError(f"`text_column` (={text_column}) holds no strings: {describe_columns(dataset)}.")
+        task, chosen = "text", text_column
+    elif image := _choose(dataset.select_columns(free), IMAGE_NAMES, lambda name: _holds_images(dataset, name)):
+        task, chosen = "image", image
+    elif text := _choose(dataset.select_columns(free), TEXT_NAMES, lambda name: is_string(dataset, name)):
+        task, chosen = "text", text
+    else:
+        raise DataError(
+            "There is no or more than one column to classify by: there are "
+            f"{describe_columns(dataset)}; name it with `image_column` or `text_column`."
+        )
+    rest = [name for name in free if name != chosen]
+    if label is None and len(rest) == 1:
+        label = rest[0]
+    if label is None or label == chosen:
+        raise DataError(
+            f"No column is known to hold the classes: there are {describe_columns(dataset)}; name it with "
+            "`label_column`."
+        )
+    return Columns(task, chosen, label)
+
+
+def _choose(
+    dataset: Dataset, usual_names: Sequence[str], fits: Callable[[str], bool], *, strict: bool = True
+) -> str | None:
+    """Return the only column that fits, or of several the first by usual name; not strict: usual names alone do too."""
+    fitting = [name for name in dataset.column_names if fits(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    among = fitting if fitting or strict else dataset.column_names
+    return next((name for name in usual_names if name in among), None)
+
+
+def is_string(dataset: Dataset, name: str) -> bool:
+    """Tell whether a column holds strings."""
+    feature = dataset.features[name]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def _holds_images(dataset: Dataset, name: str) -> bool:
+    feature = dataset.features[name]
+    if isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} >= set(feature)):
+        return True
+    if isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"):
+        return True
+    if not is_string(dataset, name) or name not in IMAGE_NAMES:
+        return False
+    return Path(dataset[0][name] or "").suffix.lower() in IMAGE_SUFFIXES
+
+
+def describe_columns(dataset: Dataset) -> str:
+    """Return the names and types of the columns as one line of text."""
+    types = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+    for name, feature in dataset.features.items():
+        if not isinstance(feature, Value):
+            types[name] = type(feature).__name__
+    return ", ".join(f"`{name}` ({kind})" for name, kind in types.items())
+
+
+def require_columns(dataset: Dataset, columns: Columns, *, split: str) -> None:
+    """Raise `DataError` where a split lacks a column that train has."""
+    for name in (columns.input, columns.label):
+        if name not in dataset.column_names:
+            raise DataError(
+                f"Column `{name}` is missing in split {split}, which has {describe_columns(dataset)}: add it, or take "
+                "the split away."
+            )
+
+
+def read_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarray, list[str]]:
+    """Read a column of classes as integers, with the class names that they stand for.
+
+    The names of a `ClassLabel` keep their order; strings are sorted; integers are sorted by value and named by their
+    digits; False precedes True.
+
+    Args:
+        dataset: Rows of one split.
+        column: Of `ClassLabel`s, strings, integers or booleans.
+        split: Name of the split, for messages.
+
+    Returns:
+        Labels, (rows,) int64, and the names, to which the labels are indices.
+
+    Raises:
+        DataError: A row has no label or one outside of the names, or the column holds something else.
+    """
+    feature = dataset.features[column]
+    values = arrow_column(dataset, column)
+    kind = values.type
+    integers = pa.types.is_integer(kind)
+    if not (integers or pa.types.is_boolean(kind) or is_string(dataset, column)):
+        missing = pa.types.is_floating(kind) and pc.any(pc.is_null(values, nan_is_null=True)).as_py()
+        why = "some are missing" if missing else "a class is a string, an integer or a boolean, one for each row"
+        raise DataError(f"Label column `{column}` of split {split} holds {kind} values: {why}.")
+    absent = pc.is_null(values)
+    if isinstance(feature, ClassLabel):
+        absent = pc.or_(absent, pc.fill_null(pc.equal(values, -1), False))
+    elif not integers and not pa.types.is_boolean(kind):
+        absent = pc.or_(absent, pc.fill_null(pc.equal(values, ""), False))
+    row = first_true(absent)
+    if row is not None:
+        raise DataError(f"Row {row} of split {split} has no label in column `{column}`: fill it or remove the row.")
+
+    encoded = values.dictionary_encode()
+    unique: list[Any] = encoded.dictionary.to_pylist()
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+        outside = [value for value in unique if not 0 <= value < len(names)]
+        if outside:
+            row = first_true(pc.equal(values, outside[0]))
+            raise DataError(
+                f"Label {outside[0]} in row {row} of split {split} is outside of 0 .. {len(names) - 1}, the range of "
+                f"the {len(names)} names of column `{column}`: correct the label or the names."
+            )
+        positions = {value: value for value in unique}
+    else:
+        order = sorted(unique)
+        names = [str(value) for value in order]
+        positions = {value: position for position, value in enumerate(order)}
+    lookup = np.array([positions[value] for value in unique], dtype=np.int64)
+    return lookup[encoded.indices.to_numpy(zero_copy_only=False)], names
+
+
+def labels_are_hidden(dataset: Dataset, column: str) -> bool:
+    """Tell whether a split's labels are all -1 or missing, as benchmarks publish the test rows that they score."""
+    values = arrow_column(dataset, column)
+    if values.null_count == len(values):
+        return True
+    return pa.types.is_integer(values.type) and bool(pc.all(pc.equal(values, -1)).as_py())
+
+
+def match_labels(labels: np.ndarray, names: Sequence[str], train_names: Sequence[str], *, split: str) -> np.ndarray:
+    """Renumber the labels of a split by train's names.
+
+    Args:
+        labels: (rows,) labels of the split, indices to `names`.
+        names: Class names of the split.
+        train_names: Class names of train.
+        split: Name of the split, for messages.
+
+    Returns:
+        (rows,) int64 labels, indices to `train_names`.
+
+    Raises:
+        DataError: Rows of the split have classes that train does not know.
+    """
+    positions = {name: position for position, name in enumerate(train_names)}
+    lookup = np.array([positions.get(name, -1) for name in names], dtype=np.int64)
+    matched = lookup[labels]
+    if (matched < 0).any():
+        unknown = [names[label] for label in np.unique(labels[matched < 0])]
+        shown = ", ".join(f"`{name}`" for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        raise DataError(
+            f"Split {split} has rows of {len(unknown)} class(es) that train does not know: {shown}, first in row "
+            f"{int((matched < 0).argmax())}: add training rows of them, or remove them from {split}."
+        )
+    return matched
+
+
+def arrow_column(dataset: Dataset, column: str) -> pa.Array:
+    """Return a column as one Arrow array; nothing is decoded."""
+    values = dataset.select_columns([column]).with_format("arrow")[:].column(0)
+    return pa.concat_arrays(values.chunks) if values.num_chunks != 1 else values.chunk(0)
+
+
+def first_true(mask: pa.Array) -> int | None:
+    """Return the first row of a mask that is true."""
+    row = pc.index(mask, True).as_py()
+    return None if row < 0 else row
+
+
+def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
+    """Make the only column of a data set, "image", one of `datasets.Image`s that are decoded when read.
+
+    Args:
+        dataset: With a column "image" of ``Image``s, image bytes or paths.
+        folder: Where relative paths in a column of strings start.
+
+    Returns:
+        The rows with ``Image``s; no file is opened.
+    """
+    if is_string(dataset, "image"):
+        paths = [None if path is None else str((folder or Path()) / path) for path in dataset["image"]]
+        return Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
+    return dataset.cast_column("image", Image())
+
+
+def check_images(dataset: Dataset, *, rows: np.ndarray, split: str) -> None:
+    """Read the header of each image and raise at the first that is none.
+
+    An image that breaks off behind its header is found when it is decoded, by `etf_adapt.data.image_dataset.TransformedRows`.
+
+    Args:
+        dataset: All rows of one split, with a column "image" of ``Image``s.
+        rows: Ids of the rows to check.
+        split: Name of the split, for messages.
+
+    Raises:
+        DataError: Names the row, and the file where there is one.
+    """
+    stored = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    stored = stored.select(rows, keep_in_memory=True)
+    known_format: list[str] | None = None  # of the image before: to try every format costs five times as much
+    done = 0
+    for batch in stored.with_format("arrow").iter(1000):
+        images = pa.concat_arrays(batch.column(0).chunks)
+        paths = images.field("path").to_pylist()
+        for content, path in zip(images.field("bytes"), paths, strict=True):
+            where = f"Row {rows[done]} of split {split}" + (f" (`{path}`)" if path else "")
+            if not content.is_valid and path is None:
+                raise DataError(f"{where} has no image: fill it or remove the row.")
+            try:
+                with io.BytesIO(content.as_buffer()) if content.is_valid else open(path, "rb") as stream:
+                    known_format = [_image_format(stream, known_format)]
+            except OSError as error:
+                raise DataError(f"{where} is no image that can be read: replace it or remove the row.") from error
+            done += 1
+
+
+def _image_format(stream: BinaryIO, expected: list[str] | None) -> str:
+    """Return the format by which Pillow opens a stream; raises an `OSError` where there is none."""
+    try:
+        image = PILImage.open(stream, formats=expected)
+    except UnidentifiedImageError:
+        stream.seek(0)
+        image = PILImage.open(stream)
+    return str(image.format)

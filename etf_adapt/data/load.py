@@ -1,0 +1,254 @@
+"""A data set by name or path as checked train, validation and test splits in one form."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+from etf_adapt.data.columns import (
+    Columns,
+    arrow_column,
+    as_images,
+    check_images,
+    find_columns,
+    first_true,
+    labels_are_hidden,
+    match_labels,
+    read_labels,
+    require_columns,
+)
+from etf_adapt.data.long_tail import long_tailed_indices
+from etf_adapt.data.sources import DataError, Source, logger, open_source
+from etf_adapt.data.splits import fewer_rows, validation_rows
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Holds a data set that is ready to train on: each split has the columns `input_column` and `label_column` alone.
+
+    Args:
+        train: Training rows, long-tailed where asked.
+        validation: Validation rows, or None.
+        test: Test rows, or None.
+        task: "image" or "text".
+        input_column: "image" (a `datasets.Image`) or "text" (a string).
+        label_column: "label", a `ClassLabel` with `label_names`, the same in every split.
+        label_names: Class names; their positions are the labels.
+        class_counts: (num_classes,) int64, training rows of each class, all at least 1.
+        allow_flip: Whether a mirrored image still shows its class; pass it to `image_transforms`.
+        description: Where the rows came from and which were chosen, ready for JSON.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    task: str
+    input_column: str
+    label_column: str
+    label_names: list[str]
+    class_counts: np.ndarray
+    allow_flip: bool = True
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Return the class names by label, as transformers configurations hold them."""
+        return dict(enumerate(self.label_names))
+
+
+def load_data(
+    dataset: str,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    imbalance_factor: float | None = None,
+    imbalance_profile: str = "exponential",
+    class_order: str = "label",
+    validation_fraction: float = 0.1,
+    validation_before_long_tail: bool = False,
+    max_train_rows: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> ClassificationData:
+    """Load a data set for classification, check it, and bring it into one form; no image is decoded.
+
+    The order of the steps: the columns are found; the labels of every split are read and matched to train's by *name*;
+    with `validation_before_long_tail`, a missing validation split is cut, balanced; train is made long-tailed; without
+    it, the validation split is cut now, stratified; train is cut down to `max_train_rows`; texts and the headers of the
+    chosen images are checked. A validation or test split whose labels are all hidden (-1) is left out.
+
+    Args:
+        dataset: "digits" (embedded), a Hub id, or a file or folder; see `etf_adapt.data.sources.open_source`.
+        image_column: Column of images, where it is not found by itself; see `etf_adapt.data.columns.find_columns`.
+        text_column: Column of texts, likewise.
+        label_column: Column of classes, likewise.
+        imbalance_factor: Largest over smallest class count that train gets, at least 1; None is the data set's own
+            default: 20 for "digits", all rows for any other.
+        imbalance_profile: "exponential" or "step"; see `etf_adapt.long_tailed_indices`.
+        class_order: "label" or "permuted": which classes are the rare ones.
+        validation_fraction: Share of the training rows that a missing validation split is cut from, in [0, 1);
+            0 cuts none.
+        validation_before_long_tail: Cut the validation split before the long tail, with the same number of rows from
+            each class, as benchmarks do; by default after it, as a user's own rows would be.
+        max_train_rows: Training rows to keep at most, each class in its proportion.
+        seed: Of every choice of rows, at least 0.
+        revision: Branch, tag or commit of a Hub data set.
+
+    Returns:
+        The splits and what is known of them.
+
+    Raises:
+        DataError: A `ValueError`: the data set or an option breaks a rule; the message says where and the way on.
+        FileNotFoundError: Nothing lies at the path.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> data.task, data.train.column_names, data.class_counts.tolist()
+        ('image', ['image', 'label'], [107, 78, 56, 40, 29, 21, 14, 10, 7, 5])
+    """
+    if not 0 <= validation_fraction < 1:
+        raise DataError(f"`validation_fraction` (={validation_fraction}) must be in [0, 1): it is a share of the rows.")
+    tail: dict[str, Any] = {"profile": imbalance_profile, "class_order": class_order, "seed": seed}
+    # Two rows stand for the data, so that a wrong option is known before anything is read.
+    long_tailed_indices([0, 1], imbalance_factor=1 if imbalance_factor is None else imbalance_factor, **tail)
+
+    source = open_source(dataset, revision=revision)
+    columns = find_columns(
+        source.splits["train"], image_column=image_column, text_column=text_column, label_column=label_column
+    )
+    splits = _visible_splits(source, columns)
+    labels, names = _read_all_labels(splits, columns)
+    rows = {split: np.arange(len(values)) for split, values in labels.items()}
+
+    def keep_train(chosen: np.ndarray) -> None:
+        rows["train"] = rows["train"][chosen]
+
+    def cut_validation(*, balanced: bool) -> None:
+        train_labels = labels["train"][rows["train"]]
+        cut = validation_rows(
+            train_labels, num_classes=len(names), fraction=validation_fraction, balanced=balanced, seed=seed
+        )
+        rows["validation"] = rows["train"][cut]
+        keep_train(np.delete(np.arange(len(train_labels)), cut))
+
+    origin = "its own split" if "validation" in splits else "none"
+    cuts = "validation" not in splits and validation_fraction > 0
+    if cuts and validation_before_long_tail:
+        cut_validation(balanced=True)
+        origin = "cut from train before the long tail, balanced"
+    if imbalance_factor is None:
+        imbalance_factor = source.imbalance_factor
+    if imbalance_factor is not None:
+        keep_train(long_tailed_indices(labels["train"][rows["train"]], imbalance_factor=imbalance_factor, **tail))
+    if cuts and not validation_before_long_tail:
+        cut_validation(balanced=False)
+        origin = "cut from train after the long tail, stratified"
+    if max_train_rows is not None:
+        train_labels = labels["train"][rows["train"]]
+        keep_train(fewer_rows(train_labels, num_classes=len(names), max_rows=max_train_rows, seed=seed))
+
+    chosen = {}
+    for split, ids in rows.items():
+        home = split if split in splits else "train"
+        form = _in_one_form(splits[home], columns, labels[home], names, source.folder)
+        if columns.task == "image":
+            check_images(form, rows=ids, split=home)
+        else:
+            _check_texts(form, split=home)
+        # In memory: `select` would otherwise write the row ids beside the data.
+        chosen[split] = form if len(ids) == len(form) else form.select(ids, keep_in_memory=True)
+
+    counts = np.bincount(labels["train"][rows["train"]], minlength=len(names))
+    description = {
+        "name": dataset,
+        "kind": source.kind,
+        "revision": revision,
+        "task": columns.task,
+        "columns": {"input": columns.input, "label": columns.label},
+        "num_classes": len(names),
+        "label_names": names,
+        "rows": {split: len(ids) for split, ids in rows.items()},
+        "rows_in_source": {split: len(values) for split, values in labels.items()},
+        "class_counts": counts.tolist(),
+        "imbalance_factor": float(counts.max() / counts.min()),
+        "long_tail": None if imbalance_factor is None else {"imbalance_factor": float(imbalance_factor), **tail},
+        "validation_origin": origin,
+        "seed": seed,
+        "row_ids_sha256": {split: _sha256(ids) for split, ids in rows.items()},
+    }
+    return ClassificationData(
+        train=chosen["train"],
+        validation=chosen.get("validation"),
+        test=chosen.get("test"),
+        task=columns.task,
+        input_column=columns.task,
+        label_column="label",
+        label_names=names,
+        class_counts=counts,
+        allow_flip=source.allow_flip,
+        description=description,
+    )
+
+
+def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
+    splits = {}
+    for split, dataset in source.splits.items():
+        require_columns(dataset, columns, split=split)
+        if split != "train" and labels_are_hidden(dataset, columns.label):
+            logger.warning("Split %s is left out: its labels are hidden.", split)
+        else:
+            splits[split] = dataset
+    return splits
+
+
+def _read_all_labels(splits: dict[str, Dataset], columns: Columns) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read the labels of every split as indices to train's class names, and those names."""
+    train, names = read_labels(splits["train"], columns.label, split="train")
+    if len(names) < 2:
+        raise DataError(
+            f"Label column `{columns.label}` has {len(names)} class ({', '.join(names)}), but a classifier needs two: "
+            "check the column."
+        )
+    counts = np.bincount(train, minlength=len(names))
+    if not counts.all():
+        empty = [names[label] for label in np.flatnonzero(counts == 0)]
+        shown = ", ".join(f"`{name}`" for name in empty[:10]) + (", ..." if len(empty) > 10 else "")
+        raise DataError(
+            f"{len(empty)} of {len(names)} classes have no training rows: {shown}. Add rows, or take the names out of "
+            f"label column `{columns.label}`."
+        )
+    labels = {"train": train}
+    for split in splits.keys() - labels.keys():
+        labels[split] = match_labels(*read_labels(splits[split], columns.label, split=split), names, split=split)
+    return {split: labels[split] for split in splits}, names
+
+
+def _in_one_form(
+    dataset: Dataset, columns: Columns, labels: np.ndarray, names: list[str], folder: Path | None
+) -> Dataset:
+    """Reduce a split to the columns "image" or "text" and "label", the latter with train's names."""
+    dataset = dataset.select_columns([columns.input])
+    if columns.input != columns.task:
+        dataset = dataset.rename_column(columns.input, columns.task)
+    if columns.task == "image":
+        dataset = as_images(dataset, folder=folder)
+    return dataset.add_column("label", labels, feature=ClassLabel(names=names))
+
+
+def _check_texts(dataset: Dataset, *, split: str) -> None:
+    texts = pc.utf8_trim_whitespace(arrow_column(dataset, "text"))
+    row = first_true(pc.equal(pc.fill_null(texts, ""), ""))
+    if row is not None:
+        raise DataError(f"Row {row} of split {split} has an empty text: fill it or remove the row.")
+
+
+def _sha256(rows: np.ndarray) -> str:
+    """Hash row ids, as little-endian 64-bit integers, so that two runs can show that they used the same rows."""
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()

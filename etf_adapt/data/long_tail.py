@@ -1,0 +1,382 @@
+"""Class counts and long-tailed subsets, taken from the label column alone: no image and no text is ever decoded."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import ClassLabel, Column, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from numpy.typing import NDArray
+
+PROFILES = ("exponential", "step")
+CLASS_ORDERS = ("label", "permuted")
+
+_ORDER_STREAM, _ROW_STREAM = 1, 2
+
+
+class Labels(NamedTuple):
+    """Hold the class ids of a data set, checked.
+
+    Attributes:
+        ids: Array (rows,) of int64 in 0 .. num_classes - 1.
+        num_classes: Number of classes.
+        names: Name of each class, or None where the source has no names.
+    """
+
+    ids: NDArray[np.int64]
+    num_classes: int
+    names: list[str] | None
+
+
+def class_counts(data: Any, *, num_classes: int | None = None, label_column: str = "label") -> NDArray[np.int64]:
+    """Count the rows of each class.
+
+    Args:
+        data: A ``datasets.Dataset``, whose label column is read through Arrow and whose other columns are not
+            touched; or the labels themselves (rows,): a list, array, tensor or data set column.
+        num_classes: Number of classes; by default the number of names of a ``ClassLabel`` column, otherwise the
+            largest label plus one.
+        label_column: Name of the label column of a data set.
+
+    Returns:
+        Array (num_classes,) of int64.
+
+    Raises:
+        ValueError: A label is missing, negative, out of range or no integer, or ``data`` is not one split.
+
+    Example:
+        >>> class_counts([0, 2, 2, 0, 2]).tolist()
+        [2, 0, 3]
+    """
+    labels = read_labels(data, num_classes=num_classes, label_column=label_column)
+    if labels.num_classes == 0:
+        raise ValueError("`data` holds no rows, so its classes are not known: pass `num_classes`.")
+    return np.bincount(labels.ids, minlength=labels.num_classes)
+
+
+def make_long_tailed(
+    dataset: Dataset,
+    *,
+    imbalance_factor: float,
+    profile: str = "exponential",
+    label_column: str = "label",
+    class_order: str = "label",
+    seed: int = 0,
+) -> Dataset:
+    """Select a long-tailed subset of the rows of a data set; for the training split only.
+
+    The selection and its arguments are those of `long_tailed_indices`. The rows keep their order, and nothing
+    is written beside the data set.
+
+    Args:
+        dataset: Any map-style data set with integer labels.
+        imbalance_factor: Largest over smallest class count, at least 1.
+        profile: ``"exponential"`` or ``"step"``.
+        label_column: Name of the label column.
+        class_order: ``"label"`` or ``"permuted"``.
+        seed: Seed of the chosen rows and of the permutation.
+
+    Returns:
+        The selected rows, as a data set.
+
+    Raises:
+        ValueError: As `long_tailed_indices`.
+
+    Example:
+        >>> dataset = Dataset.from_dict({"label": [0, 1, 2] * 100})
+        >>> class_counts(make_long_tailed(dataset, imbalance_factor=100)).tolist()
+        [100, 10, 1]
+    """
+    rows = long_tailed_indices(
+        dataset,
+        imbalance_factor=imbalance_factor,
+        profile=profile,
+        label_column=label_column,
+        class_order=class_order,
+        seed=seed,
+    )
+    return dataset.select(rows)
+
+
+def long_tailed_indices(
+    data: Any,
+    *,
+    imbalance_factor: float,
+    profile: str = "exponential",
+    class_order: str = "label",
+    seed: int = 0,
+    num_classes: int | None = None,
+    label_column: str = "label",
+) -> NDArray[np.int64]:
+    r"""Choose the rows of a long-tailed subset.
+
+    The class of rank r (from 0) of K keeps, out of its :math:`n_r` rows and with f the imbalance factor,
+
+    .. math:: \min\bigl(n_r, \max(1, \lfloor n_{\max}\, f^{-r/(K-1)} \rfloor)\bigr)
+
+    with the exponential profile (Cao et al.: the long-tailed CIFAR of the field). With the step profile the first
+    half of the ranks (the larger half for odd K) keeps all its rows and the others keep
+    :math:`\lfloor n_{\max} / f \rfloor`, within the same limits.
+
+    Which rows of a class stay is a seeded draw. For one seed and class order the subsets are nested: a larger factor
+    keeps a part of what a smaller one keeps.
+
+    Args:
+        data: A data set or labels, as for `class_counts`.
+        imbalance_factor: Largest over smallest class count, finite and at least 1 (100, not 0.01).
+        profile: ``"exponential"`` or ``"step"``.
+        class_order: ``"label"``: the rank of a class is its label; ``"permuted"``: a seeded permutation.
+        seed: Seed of the chosen rows and of the permutation, at least 0.
+        num_classes: Number of classes, as for `class_counts`.
+        label_column: Name of the label column of a data set.
+
+    Returns:
+        Array of int64: the ids of the rows that stay, ascending.
+
+    Raises:
+        ValueError: The imbalance factor is below 1, an option is unknown, there is only one class, a class has no
+            rows, or the labels are not those of `class_counts`.
+
+    References:
+        Cao, Wei, Gaidon, Arechiga, Ma (2019). Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss.
+        https://arxiv.org/abs/1906.07413
+
+    Example:
+        >>> rows = long_tailed_indices([0] * 8 + [1] * 8, imbalance_factor=4, profile="step")
+        >>> len(rows), (rows >= 8).sum().item()
+        (10, 2)
+    """
+    _check_choice("profile", profile, PROFILES)
+    _check_choice("class_order", class_order, CLASS_ORDERS)
+    _check_imbalance_factor(imbalance_factor)
+    labels = read_labels(data, num_classes=num_classes, label_column=label_column)
+    counts = np.bincount(labels.ids, minlength=labels.num_classes)
+    _check_filled(counts, labels.names)
+
+    by_rank = np.arange(labels.num_classes)
+    if class_order == "permuted":
+        by_rank = seeded_generator(seed, _ORDER_STREAM).permutation(by_rank)
+    kept = np.empty_like(counts)
+    kept[by_rank] = _kept_counts(counts[by_rank], float(imbalance_factor), profile)
+
+    rows, starts = rows_by_class(labels, seeded_generator(seed, _ROW_STREAM))
+    classes = labels.ids[rows]
+    place_in_class = np.arange(len(rows)) - starts[classes]
+    return np.sort(rows[place_in_class < kept[classes]])
+
+
+def read_labels(data: Any, *, num_classes: int | None = None, label_column: str = "label") -> Labels:
+    """Read and check the labels of a data set, list, array or tensor; arguments and errors as `class_counts`.
+
+    Example:
+        >>> from datasets import Features
+        >>> features = Features({"label": ClassLabel(names=["no", "yes"])})
+        >>> read_labels(Dataset.from_dict({"label": [1, 1]}, features=features)).names
+        ['no', 'yes']
+    """
+    if num_classes is not None and (not isinstance(num_classes, Integral) or num_classes < 1):
+        raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1.")
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise ValueError(f"`data` is a {type(data).__name__} of splits {list(data)}: pass one of them.")
+    if isinstance(data, IterableDataset):
+        raise ValueError(
+            "`data` is an IterableDataset, whose rows cannot be counted or chosen beforehand: load it with "
+            "`streaming=False`."
+        )
+    if isinstance(data, Column) and isinstance(data.source, Dataset):
+        data, label_column = data.source, data.column_name
+
+    names = None
+    if isinstance(data, Dataset):
+        ids = _read_column(data, label_column)
+        feature = data.features[label_column]
+        if isinstance(feature, ClassLabel):
+            names = list(feature.names)
+            num_classes = feature.num_classes if num_classes is None else num_classes
+        ids = check_labels(ids, name=label_column, num_classes=num_classes)
+    else:
+        ids = check_labels(data, num_classes=num_classes)
+    if num_classes is None:
+        num_classes = int(ids.max(initial=-1)) + 1
+    return Labels(ids, int(num_classes), names)
+
+
+def check_labels(values: Any, *, name: str = "labels", num_classes: int | None = None) -> NDArray[np.int64]:
+    """Convert class ids to int64 and check that each lies in 0 .. num_classes - 1.
+
+    Args:
+        values: List, array or tensor (rows,) of integers or booleans.
+        name: What the error messages call it.
+        num_classes: Number of classes; no upper bound where None.
+
+    Returns:
+        Array (rows,) of int64.
+
+    Raises:
+        ValueError: A value is missing, no integer or out of range; the message names it and its row.
+
+    Example:
+        >>> check_labels([True, False]).tolist()
+        [1, 0]
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"`{name}` has shape {array.shape}, but must hold one class id a row: (rows,).")
+    if array.dtype.kind not in "iub":
+        plain = values.tolist() if hasattr(values, "tolist") else values
+        for row, value in enumerate(plain):
+            if not isinstance(value, Integral):
+                raise ValueError(
+                    f"`{name}` (={value!r} at row {row}) must be class ids, integers from 0: map names to ids, and drop "
+                    "rows without a label."
+                )
+    ids = array.astype(np.int64)
+    outside = ids < 0
+    if num_classes is not None:
+        outside |= ids >= num_classes
+    if outside.any():
+        row = int(outside.argmax())
+        law = "be at least 0" if num_classes is None else f"lie in 0..{num_classes - 1}"
+        raise ValueError(
+            f"`{name}` (={array[row]} at row {row}) must {law}: check the number of classes, and drop rows that have no "
+            "label (often -1 or -100)."
+        )
+    return ids
+
+
+def rows_by_class(labels: Labels, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Group the row ids by class, in random order within each class.
+
+    Args:
+        labels: The labels (rows,).
+        generator: Source of the order.
+
+    Returns:
+        Row ids (rows,), class after class, and the start of each class in them (num_classes,).
+
+    Example:
+        >>> rows, starts = rows_by_class(read_labels([1, 0, 1, 0]), np.random.default_rng(0))
+        >>> sorted(rows[starts[1] :].tolist())
+        [0, 2]
+    """
+    shuffled = generator.permutation(len(labels.ids))
+    # numpy sorts 16-bit integers by radix, eight times as fast as wider ones.
+    sortable = labels.ids.astype(np.uint16) if labels.num_classes <= 2**16 else labels.ids
+    rows = shuffled[np.argsort(sortable[shuffled], kind="stable")]
+    counts = np.bincount(labels.ids, minlength=labels.num_classes)
+    return rows, np.cumsum(counts) - counts
+
+
+def seeded_generator(seed: int, *stream: int) -> np.random.Generator:
+    """Make numpy's PCG64 generator for one stream of a seed; streams of one seed are independent.
+
+    Args:
+        seed: At least 0.
+        stream: What the draws are for, such as a constant and an epoch.
+
+    Raises:
+        ValueError: The seed is negative or no integer.
+
+    Example:
+        >>> first, second = seeded_generator(0, 1), seeded_generator(0, 1)
+        >>> bool(first.random() == second.random())
+        True
+    """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"`seed` (={seed!r}) must be an integer of at least 0.")
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed), spawn_key=stream)))
+
+
+def _read_column(dataset: Dataset, name: str) -> NDArray[Any]:
+    if name not in dataset.column_names:
+        raise ValueError(
+            f"`label_column` (={name!r}) is not a column of the data set, which has {dataset.column_names}."
+        )
+    column = dataset.data.column(name)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raise ValueError(
+            f"`{name}` holds text, but labels must be class ids: cast it with `dataset.class_encode_column({name!r})`."
+        )
+    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+        raise ValueError(
+            f"`{name}` holds {column.type}, but labels must be class ids: cast it with "
+            f"`dataset.cast_column({name!r}, Value('int64'))`."
+        )
+    # `_indices` is the row selection of a data set. Its public ways take 2.7 s for a million rows, this 0.01 s.
+    if dataset._indices is not None:
+        column = column.take(dataset._indices.column(0))
+    if column.null_count:
+        row = pc.index(column.is_null(), True).as_py()
+        raise ValueError(f"`{name}` (=None at row {row}) must be a class id: drop rows that have no label.")
+    return column.to_numpy()
+
+
+def _kept_counts(counts: NDArray[np.int64], imbalance_factor: float, profile: str) -> NDArray[np.int64]:
+    """Give the number of rows that each class keeps, classes in order of their rank."""
+    num_classes = len(counts)
+    ranks = np.arange(num_classes)
+    if profile == "exponential":
+        shares = imbalance_factor ** (-ranks / (num_classes - 1))
+    else:
+        shares = np.where(ranks < num_classes - num_classes // 2, 1.0, 1.0 / imbalance_factor)
+    # The factor keeps what is whole on paper, such as 96 * 32^(-2/5) = 24, from being cut to 23 by rounding.
+    wanted = np.floor(counts.max() * shares * (1.0 + 1e-12)).astype(np.int64)
+    return np.minimum(counts, np.maximum(1, wanted))
+
+
+def _check_imbalance_factor(imbalance_factor: float) -> None:
+    if not isinstance(imbalance_factor, Real) or not math.isfinite(imbalance_factor) or imbalance_factor < 1:
+        raise ValueError(
+            f"`imbalance_factor` (={imbalance_factor!r}) must be a finite number of at least 1: it is the largest "
+            "class count over the smallest (100, not 0.01)."
+        )
+
+
+def _check_filled(counts: NDArray[np.int64], names: list[str] | None) -> None:
+    if len(counts) < 2:
+        raise ValueError(
+            f"The number of classes (={len(counts)}) must be at least 2 for a long tail: check the label column."
+        )
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        first = int(empty[0])
+        called = f" ({names[first]!r})" if names is not None and first < len(names) else ""
+        others = f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else ""
+        raise ValueError(
+            f"Class {first}{called} has no rows{others}: every class needs at least one; drop the class from the "
+            "label names or add rows."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
+
+
+def labels_of(dataset: Any) -> NDArray[np.int64]:
+    """Read the label of each row of a data set without reading its other columns.
+
+    Args:
+        dataset: A ``datasets.Dataset`` with a column ``label`` or ``labels``, or a wrapper with one as ``dataset``.
+
+    Returns:
+        Array (rows,) of int64.
+
+    Raises:
+        ValueError: There is no such column, or a label is missing.
+    """
+    inner = dataset if isinstance(dataset, Dataset) else getattr(dataset, "dataset", None)
+    column = next((name for name in ("label", "labels") if name in getattr(inner, "column_names", ())), None)
+    if not isinstance(inner, Dataset) or column is None:
+        raise ValueError(
+            f"`train_dataset` (a {type(dataset).__name__}) has no column `label` that can be read: pass `labels`, the label "
+            "of each row."
+        )
+    return read_labels(inner, label_column=column).ids

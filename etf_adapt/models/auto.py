@@ -1,0 +1,492 @@
+"""Loading: any stock classification model with a new head and loss of ours, or one saved here with its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
+
+from etf_adapt.heads.in_model import head_modules
+from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
+from etf_adapt.models.folders import (
+    HUB_OPTIONS,
+    find_processor,
+    load_config,
+    locate,
+    read_weights,
+    resolve_dtype,
+)
+from etf_adapt.models.names import ENTRY, is_timm_elsewhere
+from etf_adapt.models.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
+from etf_adapt.models.quantization import spare_heads
+from etf_adapt.models.stock_subclass import factory_of, made_class
+from etf_adapt.models.swap import find_heads, require_plain_weight, swap_head
+from etf_adapt.models.timm_layout import timm_weights
+from etf_adapt.models.weights import is_changed, load_noting_new, load_weight_file
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+class _Factory(ETFModel):
+    """Loading, common to both tasks."""
+
+    _auto_model: Any
+    _task: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} is not instantiated: use {type(self).__name__}.from_pretrained(...).")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        head: str | None = None,
+        trainable: bool | None = None,
+        loss: Mapping[str, Any] | str | None = None,
+        class_counts: Sequence[int] | None = None,
+        head_path: str | Sequence[str] | None = None,
+        pooling: str | None = None,
+        pretrained: bool = True,
+        checkpoint_path: str | Path | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> ETFModel:
+        """Load a pretrained model and give it a head and a loss of ours; or load one that has them back.
+
+        A folder saved here comes back with its head, loss and settings, unless other labels or another head are asked
+        for. Any other model gets a new head. Weights are loaded as float32 whatever their file holds, since half-precision
+        weights would be trained in half precision.
+
+        Args:
+            pretrained_model_name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``);
+                a folder in transformers' or timm's layout. Of an image encoder without a classification class (DINOv3) the
+                pooled output is read, by ``etf_adapt.models.pooling.PooledOutputForImageClassification``.
+            num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
+            id2label: Names of the classes.
+            label2id: Their inverse, where that is at hand.
+            head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``. Where None: as saved, or ``"etf"``.
+            trainable: Whether the head learns; as saved, or as usual for its kind, where None.
+            loss: Arguments of ``etf_adapt.losses.registry.make_loss``, or its name; as saved, or the head's usual one,
+                where None.
+            class_counts: Training rows of each class, for the loss that needs them.
+            head_path: Module path or paths of the layer to replace, for models in which it is not found.
+            pooling: What makes one feature of a text's tokens: ``"stock"``, as the stock class has it, or ``"mean"``, their
+                mean, as most sentence encoders were trained. Where the stock class can be set to that (ModernBERT) it is;
+                elsewhere the model is a ``etf_adapt.models.pooling.MeanPoolingForSequenceClassification`` and is saved as
+                sentence-transformers reads it. As saved, or ``"stock"``, where None.
+            pretrained: Whether to load weights; otherwise they are random, in the same architecture.
+            checkpoint_path: File of weights with nothing beside it, such as timm's own training leaves, as ``.safetensors`` or
+                as torch saves it. The name of the model then stands for the architecture alone, and a classifier in the file is
+                passed over, whatever its number of classes.
+            seed: Seed of the random frame and of weights that are not in the file.
+            kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
+
+        Returns:
+            The stock model, of a class that is both the stock one and this one; with ``output_loading_info=True`` a tuple
+            of it and what the stock class missed in its file or found there too much, as in transformers.
+
+        Raises:
+            OSError: The model is not here and cannot be fetched.
+            ValueError: No model has this name, it does not do this task, or arguments do not fit each other.
+        """
+        factory = factory_of(cls)
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        dtype = kwargs.pop("dtype", torch.float32)
+        if checkpoint_path is not None and not pretrained:
+            raise ValueError(
+                f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one of them."
+            )
+        pretrained = pretrained and checkpoint_path is None
+        location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = load_config(location, fetch=pretrained, **kwargs)
+        count, names = _resolve_labels(num_labels, id2label, label2id)
+        saved = getattr(config, ENTRY, None) if pretrained else None
+        if saved is not None and saved.get("adapters"):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` (={location!r}) is a training checkpoint with adapters apart from the "
+                "backbone: go on from it with --resume_from_checkpoint, or load the finished folder, in which they are merged."
+            )
+        if pooling is None and saved is None and pretrained and factory._task == "text":
+            warn_of_pooling(location, config, kwargs)
+        encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
+        is_unfolded = saved is not None and _is_unfolded(saved)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if wants_info and (is_unfolded or encoder_class is not None or not pretrained):
+            raise ValueError(
+                "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
+            )
+        with _seeded(seed):
+            if saved is not None and is_unfolded:
+                options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
+                model = factory._load_checkpoint(location, config, saved, **options)
+            else:
+                path = head_path or (saved["head"]["paths"] if saved is not None else None)
+                options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
+                model = factory._load_stock(location, config, count, head_path=path, **options)
+            if checkpoint_path is not None:
+                load_weight_file(model, checkpoint_path, head_path=head_path)
+        info = vars(model).pop("_loading_info", None)
+        before = cast(int, model.config.num_labels)
+        lacks_layer = getattr(model, "lacks_layer", False)
+        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
+        if saved is not None and kept and not lacks_layer:
+            if not isinstance(model, ETFModel):
+                model = _restore(factory, model, saved)
+            _override(model, trainable, loss, class_counts)
+        else:
+            if saved is not None:
+                why = (
+                    "another tool has saved the encoder without it"
+                    if lacks_layer
+                    else "other labels or another head were asked for"
+                )
+                warnings.warn(
+                    f"The head saved in {location} ({saved['head']['kind']!r}, {before} classes) is replaced by a new one "
+                    f"({head or 'etf'!r}, {count or before} classes): {why}.",
+                    stacklevel=2,
+                )
+            model = _adapt(
+                factory,
+                model,
+                count or before,
+                head=head or "etf",
+                trainable=trainable,
+                loss=loss,
+                class_counts=class_counts,
+                id2label=names,
+                head_path=head_path,
+                seed=seed,
+            )
+        model.processor = find_processor(location, factory._task, model.config, kwargs)
+        if factory._task == "text":
+            _set_padding(model)
+        return cast(ETFModel, (model, info) if wants_info else model)
+
+    @classmethod
+    def _load_stock(
+        cls,
+        location: str,
+        config: PreTrainedConfig,
+        num_labels: int | None,
+        *,
+        pretrained: bool,
+        encoder_class: type[PooledEncoder] | None = None,
+        head_path: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
+        if encoder_class is not None and pretrained:
+            return encoder_class.from_folder(location, config=config, **kwargs)
+        dtype = kwargs.pop("dtype") if pretrained else resolve_dtype(kwargs.pop("dtype"), config)
+        if encoder_class is not None:
+            return cast(Any, encoder_class(config)).to(dtype).eval()
+        if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
+            if num_labels is None:
+                raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
+            config.num_labels = num_labels
+        is_by_timm = pretrained and is_timm_elsewhere(location)
+        if pretrained and not is_by_timm:
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = spare_heads(
+                    kwargs["quantization_config"], cls._auto_model, config, head_path=head_path
+                )
+            return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        model = cast(PreTrainedModel, cls._auto_model.from_config(config, dtype=dtype, **options)).eval()
+        if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better
+            name = location.removeprefix("timm/") if is_by_timm else config.architecture
+            model.timm_model.load_state_dict(timm_weights(name, config, pretrained=is_by_timm))
+        return model
+
+    @classmethod
+    def _load_checkpoint(
+        cls,
+        location: str,
+        config: PreTrainedConfig,
+        saved: Mapping[str, Any],
+        *,
+        encoder_class: type[PooledEncoder] | None,
+        dtype: Any,
+        **options: Any,
+    ) -> Any:
+        """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
+        model = cls._load_stock(location, config, None, pretrained=False, encoder_class=encoder_class, dtype=dtype)
+        model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
+        model.load_state_dict(read_weights(location, **options), strict=False)
+        model._require_complete()
+        return model
+
+
+class ETFForImageClassification(_Factory):
+    """Factory of image classification models with a head and a loss of ours.
+
+    ``from_pretrained`` returns the stock model of transformers, or timm's in transformers' wrapper, with its last layer
+    replaced. What it returns is an instance of its stock class and of this one.
+
+    Example:
+        >>> model = ETFForImageClassification.from_pretrained("timm/test_vit.r160_in1k", num_labels=3, pretrained=False)
+        >>> model(pixel_values=torch.randn(2, 3, 160, 160), labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
+        >>> type(model).__name__, isinstance(model, ETFForImageClassification)
+        ('TimmWrapperForImageClassification', True)
+    """
+
+    _auto_model = AutoModelForImageClassification
+    _task = "image"
+
+
+class ETFForSequenceClassification(_Factory):
+    """Factory of text classification models with a head and a loss of ours; as ``ETFForImageClassification``.
+
+    Decoders need ``config.pad_token_id``: it is taken from the tokenizer beside the model.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> folder = tempfile.mkdtemp()  # any Hub id would do
+        >>> BertForSequenceClassification(BertConfig(**sizes, vocab_size=20)).save_pretrained(folder)
+        >>> model = ETFForSequenceClassification.from_pretrained(folder, num_labels=3)
+        >>> model(input_ids=torch.tensor([[1, 2], [3, 4]]), labels=torch.tensor([0, 2])).logits.shape
+        torch.Size([2, 3])
+    """
+
+    _auto_model = AutoModelForSequenceClassification
+    _task = "text"
+
+
+def adapt(
+    model: _Model,
+    num_labels: int,
+    *,
+    head: str = "etf",
+    trainable: bool | None = None,
+    loss: Mapping[str, Any] | str | None = None,
+    class_counts: Sequence[int] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    label2id: Mapping[str, int] | None = None,
+    head_path: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> _Model:
+    """Give a stock classification model a head and a loss of ours, in place.
+
+    Args:
+        model: A classification model of transformers; timm's in transformers' TimmWrapper.
+        num_labels: Number of classes.
+        head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
+        trainable: Whether the head learns; as usual for its kind where None.
+        loss: Arguments of ``etf_adapt.losses.registry.make_loss``, or its name; the head's usual one where None.
+        class_counts: Training rows of each class, for the loss that needs them.
+        id2label: Names of the classes.
+        label2id: Their inverse, where that is at hand.
+        head_path: Module path or paths of the layer to replace, where it is not found.
+        seed: Seed of the random frame.
+
+    Returns:
+        The same object, now of a class that is a subclass of its own and of ``ETFForImageClassification`` or
+        ``ETFForSequenceClassification``.
+
+    Raises:
+        TypeError: The model is not one of transformers.
+        ValueError: Arguments do not fit each other or the model.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        >>> model = adapt(ViTForImageClassification(ViTConfig(**sizes)), 3)
+        >>> model.etf_settings["head"]["kind"], model.classifier.weight.requires_grad
+        ('etf', False)
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
+            "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
+        )
+    count, names = _resolve_labels(num_labels, id2label, label2id)
+    is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
+    return cast(
+        _Model,
+        _adapt(
+            ETFForImageClassification if is_image else ETFForSequenceClassification,
+            model,
+            cast(int, count),
+            head=head,
+            trainable=trainable,
+            loss=loss,
+            class_counts=class_counts,
+            id2label=names,
+            head_path=head_path,
+            seed=seed,
+        ),
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, and give it its state back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def _adapt(
+    factory: type[_Factory],
+    model: PreTrainedModel,
+    num_labels: int,
+    *,
+    head: str,
+    trainable: bool | None,
+    loss: Mapping[str, Any] | str | None,
+    class_counts: Sequence[int] | None,
+    id2label: Mapping[int, str] | None,
+    head_path: str | Sequence[str] | None,
+    seed: int,
+) -> Any:
+    if isinstance(model, ETFModel):
+        model.fold_heads()  # so that the new layer has the bias of the stock one
+    elif "forward" in vars(model):
+        raise ValueError(
+            f"The forward of this {type(model).__name__} was replaced on the object, as `device_map` over several devices "
+            "does, and would pass by our loss: load the model on one device."
+        )
+    paths = find_heads(model, head=head_path)
+    has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}
+    with _seeded(seed):
+        generator = torch.Generator().manual_seed(seed)
+        swap_head(model, num_labels, head=paths, kind=head, trainable=trainable, id2label=id2label, generator=generator)
+    if not isinstance(model, ETFModel):
+        model.__class__ = made_class(factory, type(model))
+    made = cast(ETFModel, model)
+    made._has_bias = {**has_bias, **made._has_bias}
+    made._class_counts, made._has_trained = None, False
+    made.reset_temperature()
+    made.set_loss(loss, class_counts)
+    return made
+
+
+def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str, Any]) -> Any:
+    """Give a model that was loaded with its saved layer the head, loss and settings that it was saved with."""
+    if saved.get("version") != 1:
+        raise ValueError(
+            f"The folder was written by a newer etf_adapt (entry version {saved.get('version')}): upgrade it."
+        )
+    entry, paths = saved["head"], saved["head"]["paths"]
+    layers = {path: model.get_submodule(path) for path in paths}
+    for path, layer in layers.items():
+        require_plain_weight(layer, path)
+    tensors = [(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)) for layer in layers.values()]
+    was_changed = entry.get("sha256") is not None and is_changed(tensors, entry)
+    counts = saved["class_counts"]
+    has_counts = counts is not None and len(counts) == model.config.num_labels
+    model = _adapt(
+        factory,
+        model,
+        cast(int, model.config.num_labels),
+        head="linear" if entry["folded"] else entry["kind"],
+        trainable=entry["trainable"],
+        loss=saved["loss"] if has_counts or saved["loss"]["name"] != "logit_adjusted" else None,
+        class_counts=counts if has_counts else None,
+        id2label=None,
+        head_path=paths,
+        seed=0,
+    )
+    for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
+        if not _is_unfolded(saved):
+            head.set_rows(weight, bias)
+        head.frame = "changed" if was_changed else entry["frame"]
+        if entry["folded"]:
+            head.folded_from = entry["kind"]
+    if was_changed:
+        warnings.warn(
+            f"The head's layer is not the one that etf_adapt saved: another tool has changed it since. It is loaded as it "
+            f"stands, without its calibration, and is {'trained' if entry['trainable'] else 'fixed'}.",
+            stacklevel=3,
+        )
+    else:
+        model._temperature, model._prior_adjustment = saved["temperature"], saved["prior_adjustment"]
+    return model
+
+
+def _is_kept(
+    saved: Mapping[str, Any],
+    config: PreTrainedConfig,
+    num_labels: int | None,
+    id2label: Mapping[int, str] | None,
+    head: str | None,
+    head_path: str | Sequence[str] | None,
+    encoder_class: type[PooledEncoder] | None,
+) -> bool:
+    """Return whether what was asked for is the head that was saved."""
+    entry = saved["head"]
+    paths = [head_path] if isinstance(head_path, str) else head_path
+    return (
+        num_labels in (None, config.num_labels)
+        and (id2label is None or id2label == dict(config.id2label or {}))
+        and (head is None or (head == entry["kind"] and not entry["folded"]))
+        and (paths is None or list(paths) == entry["paths"])
+        and saved.get("pooling", "stock") == getattr(encoder_class, "pooling", "stock")
+    )
+
+
+def _is_unfolded(saved: Mapping[str, Any]) -> bool:
+    return saved["head"]["kind"] not in STOCK_SHAPED and not saved["head"]["folded"]
+
+
+def _override(
+    model: ETFModel,
+    trainable: bool | None,
+    loss: Mapping[str, Any] | str | None,
+    class_counts: Sequence[int] | None,
+) -> None:
+    """Change what was asked for by name in a model that was restored."""
+    if trainable is not None:
+        for head in head_modules(model).values():
+            head.trainable = trainable
+            head.fix()
+    if loss is not None or class_counts is not None:
+        model.set_loss(model._loss_settings if loss is None else loss, class_counts)
+
+
+def _resolve_labels(
+    num_labels: int | None, id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None
+) -> tuple[int | None, dict[int, str] | None]:
+    if id2label is None and label2id is not None:
+        id2label = {index: name for name, index in label2id.items()}
+    names = None if id2label is None else {int(index): str(name) for index, name in sorted(id2label.items())}
+    if names is not None and num_labels is not None and len(names) != num_labels:
+        raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
+    return (len(names) if num_labels is None and names is not None else num_labels), names
+
+
+def _set_padding(model: ETFModel) -> None:
+    """Give a decoder the padding token that it needs to find the last token of each text."""
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "pad_token_id", None) is not None:
+        return
+    pad_token_id = getattr(model.processor, "pad_token_id", None)
+    if pad_token_id is None:
+        warnings.warn(
+            "`config.pad_token_id` (=None) is needed by decoders for batches of more than one text, and no tokenizer with a "
+            "padding token lies beside the model: set model.config.pad_token_id to your tokenizer's.",
+            stacklevel=3,
+        )
+    text_config.pad_token_id = model.config.pad_token_id = pad_token_id

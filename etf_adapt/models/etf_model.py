@@ -1,0 +1,469 @@
+"""The class of the models: a stock classification class with our loss in its forward, and folders that read back exactly."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
+
+from etf_adapt.geometry.frames import NEED_INTERCEPT
+from etf_adapt.geometry.simplex import reachable_cosine
+from etf_adapt.heads.in_model import head_modules, replace_module
+from etf_adapt.heads.layers import ClassifierHead, fold_head
+from etf_adapt.hub.send import carry_on_command, check_name_and_token, send_folder, write_short_card
+from etf_adapt.losses.registry import Loss, make_loss
+from etf_adapt.models.adapters import has_adapters, merge_adapters
+from etf_adapt.models.folders import is_training_checkpoint, remove_stale_weights
+from etf_adapt.models.names import ENTRY
+from etf_adapt.models.pooling import PooledEncoder, write_sentence_folder
+from etf_adapt.models.stock_subclass import blank, factory_of
+from etf_adapt.models.timm_layout import write_timm_folder
+from etf_adapt.models.weights import ConvertedState, convert_state_dict, describe_layers, find_missing
+
+DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
+    "etf": {"name": "margin_dot_regression"},
+    "linear": {"name": "cross_entropy"},
+    "cosine": {"name": "cross_entropy"},
+    # As in the published code: on the sphere, by the length of the feature, the classes of a batch weighted equally.
+    "paper": {"name": "dot_regression", "form": "sphere", "balance": "in_batch", "unit_features": True},
+}
+"""Settings of the loss that goes with each kind of head."""
+
+STOCK_SHAPED = ("etf", "linear")
+"""Kinds of head that are saved as they are; the others are folded."""
+
+_TIMM_PREFIX = "timm_model."
+
+
+if TYPE_CHECKING:
+    _Base = PreTrainedModel
+else:
+    _Base = object  # A base of transformers' own would hide the attributes of the stock class.
+
+
+class ETFModel(_Base):
+    """What a stock classification model gains: our loss in its forward, and folders and checkpoints that read back exactly.
+
+    Classes with these methods are made on the fly, as subclasses of the stock class with its name; see ``adapt``.
+
+    Attributes:
+        accepts_loss_kwargs: False, so that ``Trainer`` averages the loss over accumulated batches. (True by a ``**kwargs``
+            in the signature would multiply the gradients by their number.)
+        processor: Tokenizer or image processor that ``save_pretrained`` writes beside the model; None where there is none.
+    """
+
+    accepts_loss_kwargs = False
+    processor: Any = None
+    _stock_class: type[PreTrainedModel]
+    _loss: Loss | None = None
+    _loss_settings: Mapping[str, Any] = MappingProxyType({})
+    _class_counts: list[int] | None = None
+    _temperature: float = 1.0
+    _prior_adjustment: list[float] | None = None
+    _shards: dict[str, Tensor] | None = None
+    _unlabelled_steps: int = 0
+    _has_trained: bool = False
+    _has_bias: Mapping[str, bool] = MappingProxyType({})
+    _new_weights: tuple[str, ...] = ()
+
+    # Settings and loss
+
+    @property
+    def etf_settings(self) -> dict[str, Any]:
+        """Head, loss and calibration of the model, as they stand in ``config.json``.
+
+        ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
+        ``paths``; ``loss``: arguments of ``etf_adapt.losses.registry.make_loss``; ``class_counts``; ``temperature`` and
+        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"stock"``, or what is
+        read of an encoder (``etf_adapt.models.pooling.ENCODER_CLASSES``);
+        ``adapters``: whether it holds adapters that are not merged.
+        """
+        heads = head_modules(self)
+        first = next(iter(heads.values()), None)
+        head = {
+            "kind": getattr(first, "folded_from", getattr(first, "kind", None)),
+            "frame": getattr(first, "frame", None),
+            "trainable": getattr(first, "trainable", None),
+            "folded": hasattr(first, "folded_from"),
+            "paths": list(heads),
+        }
+        library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"
+        return {
+            "version": 1,
+            "library": "sentence_transformers" if isinstance(self, PooledEncoder) else library,
+            "pooling": self.pooling if isinstance(self, PooledEncoder) else "stock",
+            "adapters": has_adapters(self),
+            "head": head,
+            "loss": dict(self._loss_settings),
+            "class_counts": None if self._class_counts is None else list(self._class_counts),
+            "temperature": self._temperature,
+            "prior_adjustment": self._prior_adjustment,
+        }
+
+    def set_loss(
+        self, settings: Mapping[str, Any] | str | None = None, class_counts: Sequence[int] | None = None
+    ) -> None:
+        """Choose the loss that ``forward`` returns.
+
+        Args:
+            settings: Arguments of ``etf_adapt.losses.registry.make_loss``, or the loss's name; the default of the head's
+                kind where None. With an ETF head, dot regression on vertices that cannot all be reached regresses to the
+                cosine that can (``etf_adapt.geometry.simplex.reachable_cosine``), unless it is given a ``target``.
+            class_counts: Training rows of each class (num_classes,); those known so far where None.
+
+        Raises:
+            ValueError: The settings are not those of a loss, or class counts are missing or of another number.
+        """
+        heads = list(head_modules(self).values())
+        chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
+        chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+        reachable = min(reachable_cosine(head.num_classes, head.weight.shape[1]) for head in heads)
+        if chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0:
+            chosen.setdefault("target", reachable)
+        counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
+        if counts is not None and len(counts) != heads[0].num_classes:
+            raise ValueError(
+                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes: give one a class."
+            )
+        self._loss = make_loss(chosen, class_counts=counts)
+        self._loss_settings, self._class_counts = chosen, counts
+
+    def set_temperature(self, temperature: float, prior_adjustment: Sequence[float] | None = None) -> None:
+        r"""Fold a factor s of the logits, and offsets a, into the head, in place of those folded before.
+
+        .. math:: W \leftarrow s W, \qquad b \leftarrow s b + a
+
+        The stock layer then gives calibrated confidences. The loss of ``forward`` takes both out again, so that training
+        goes on as before. The factor changes no argmax; offsets do.
+
+        Args:
+            temperature: The factor s, above 0 (1 / T in the terms of temperature scaling).
+            prior_adjustment: The offsets a (num_classes,); none where None.
+
+        Raises:
+            ValueError: s is not positive, a has another length or the layer no bias, or the head is not a stock layer yet.
+        """
+        if not temperature > 0.0:
+            raise ValueError(f"`temperature` (={temperature}) must be above 0.")
+        heads = list(head_modules(self).values())
+        for head in heads:
+            if head.kind not in STOCK_SHAPED:
+                raise ValueError(
+                    f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it."
+                )
+            if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
+                raise ValueError(
+                    f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
+                )
+        if prior_adjustment is not None:
+            self.require_adjustable()
+        factor = temperature / self._temperature
+        old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
+        new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
+        for head in heads:
+            weight, bias = head.rows()
+            head.set_rows(factor * weight, None if bias is None else factor * (bias - old) + new)
+        self._temperature = float(temperature)
+        self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
+
+    @property
+    def is_adjustable(self) -> bool:
+        """Whether offsets of the logits can be folded into the classifier."""
+        return len(self._has_bias) == 1 and all(self._has_bias.values())
+
+    def require_adjustable(self) -> None:
+        """Check that offsets of the logits can be folded into the classifier, now or once its head is folded.
+
+        Raises:
+            ValueError: The classifier has no bias, or there are several.
+        """
+        if not all(self._has_bias.values()):
+            raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
+        if len(self._has_bias) > 1:
+            raise ValueError(
+                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
+            )
+
+    def require_frame(self, frame: str) -> None:
+        """Check that the classifier can be set to a frame, now or once its head is folded.
+
+        Raises:
+            ValueError: The frame needs a bias, and the classifier has none.
+        """
+        if frame in NEED_INTERCEPT and not all(self._has_bias.values()):
+            raise ValueError(
+                f"`frame` (={frame!r}) needs a layer with a bias; use 'whitened' or 'ridge' for this model."
+            )
+
+    def reset_temperature(self) -> None:
+        """Forget what was folded into the head, after its rows were set anew."""
+        self._temperature, self._prior_adjustment = 1.0, None
+
+    def fold_heads(self) -> None:
+        """Replace cosine and paper heads by the stock layer with the same argmax, as ``save_pretrained`` would.
+
+        Other heads stay. The confidences change: calibrate afterwards.
+        """
+        for path, head in head_modules(self).items():
+            folded = _folded(self, head, path)
+            if folded is not head:
+                replace_module(self, path, folded)
+                self.set_loss(without_unit_features(self._loss_settings))
+
+    def compute_loss_from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the model's loss.
+
+        Args:
+            logits: Tensor (batch, num_classes), as ``forward`` returns them.
+            labels: Tensor (batch,) of class indices, or (batch, num_classes) of probabilities.
+
+        Returns:
+            Scalar tensor, float32.
+        """
+        self._unlabelled_steps = 0
+        if self._loss is None:  # a copy: functions are not pickled
+            self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
+        if self._prior_adjustment is not None:
+            logits = logits - logits.new_tensor(self._prior_adjustment)
+        if self._temperature != 1.0:
+            logits = logits.float() / self._temperature
+        return self._loss(logits, labels.to(logits.device))
+
+    def _warn_in_training(self, labels: Tensor | None) -> None:
+        """Say once what would train on in silence: an unaligned head, and a loss that is not the model's."""
+        is_first, self._has_trained = not self._has_trained, True
+        if is_first and any(head.kind == "etf" and head.frame == "random" for head in head_modules(self).values()):
+            warnings.warn(
+                "The ETF head is a random frame, to which the features of a pretrained model have to turn first. "
+                "etf_adapt.align_head(model, dataloader) sets it from the training rows before the first step and learns the "
+                "rare classes better; ETFTrainer does so by itself.",
+                stacklevel=3,
+            )
+        if labels is None:
+            self._unlabelled_steps += 1
+            if self._unlabelled_steps == 2:  # Whoever calls compute_loss_from_logits has done so by now.
+                warnings.warn(
+                    f"This model is trained without its labels, so that its loss ({self._loss_settings['name']}) is not used. "
+                    "Trainer does that for `label_smoothing_factor` and applies a cross-entropy: set it to 0 and call "
+                    f"model.set_loss({ {**self._loss_settings, 'label_smoothing': 0.1} }).",
+                    stacklevel=3,
+                )
+
+    # Saving and loading
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        fold: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a folder that stock transformers reads, and for timm's backbones timm too, and this library in full.
+
+        Args:
+            save_directory: Folder.
+            is_main_process: Whether this process writes.
+            state_dict: The model's weights, where they have to be gathered; its own otherwise.
+            fold: Whether cosine and paper heads are folded into the stock layer with the same argmax. Where None, all
+                folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
+                and those of the two kinds are read here only.
+            kwargs: Passed on to transformers' ``save_pretrained``. The layouts of timm and sentence-transformers have one
+                weight file a module and need none of them.
+        """
+        self._require_complete()
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub` (=True) of save_pretrained sends what else is in the folder too: call "
+                "model.push_to_hub(repo_id), or publish the folder with `python -m etf_adapt.hub FOLDER user/name`."
+            )
+        fold = not is_training_checkpoint(save_directory) if fold is None else fold
+        if fold and has_adapters(self):
+            merged = deepcopy(self)
+            if state_dict is not None:
+                merged.load_state_dict(state_dict)
+            merge_adapters(merged)
+            return merged.save_pretrained(save_directory, is_main_process, fold=fold, **kwargs)
+        tensors: dict[str, Tensor] = dict(self.state_dict() if state_dict is None else state_dict)
+        setattr(self.config, ENTRY, self._entry(tensors, fold=fold))
+        if is_main_process and self.processor is not None and not is_training_checkpoint(save_directory):
+            self.processor.save_pretrained(save_directory)
+        is_pooled = fold and isinstance(self, PooledEncoder)
+        is_timm = isinstance(self, TimmWrapperForImageClassification) and getattr(self, "hf_quantizer", None) is None
+        if not is_pooled and not is_timm:  # timm's layout cannot tell how weights are quantized
+            super().save_pretrained(
+                cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
+            )
+            if is_main_process:
+                remove_stale_weights(save_directory)
+        elif is_main_process:
+            kwargs.pop("max_shard_size", None)
+            if is_pooled:
+                write_sentence_folder(save_directory, self, tensors)
+            else:
+                names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
+                write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
+            remove_stale_weights(save_directory, is_single=True)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> str:
+        """Publish the model on the Hub, in one commit: what ``save_pretrained`` writes, and a card where there is none yet.
+
+        A finished run is published with its own card by ``etf_adapt.hub.publish.publish``.
+
+        Args:
+            repo_id: ``user/name`` or ``organization/name``; made where it does not exist.
+            commit_message: Title of the commit.
+            private: Whether the repository is to be private; None leaves that to its owner's settings, or as it is.
+            token: None takes the one of the environment (HF_TOKEN) or of the login.
+            revision: Branch, made where it does not exist; None is the main one.
+            max_shard_size: Largest file of weights.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            HubError: The Hub has not taken it.
+        """
+        check_name_and_token(repo_id, token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, fold=True, max_shard_size=max_shard_size)
+            write_short_card(folder, repo_id, library=self.etf_settings["library"], task=factory_of(type(self))._task)
+            return send_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                command=f"model.push_to_hub({repo_id!r}), or model.save_pretrained(folder) and "
+                + carry_on_command("folder", repo_id, private=private, revision=revision),
+                kept=("README.md",),
+            )
+
+    def _entry(self, tensors: dict[str, Tensor], *, fold: bool) -> dict[str, Any] | None:
+        """Return the entry of ``config.json``; heads that are to be folded are folded in ``tensors``."""
+        settings = self.etf_settings
+        heads = head_modules(self)
+        for path, head in heads.items():
+            own = {name: tensors[f"{path}.{name}"] for name in head.state_dict() if f"{path}.{name}" in tensors}
+            if fold and head.kind not in STOCK_SHAPED:
+                copy = deepcopy(head)
+                copy.load_state_dict(own)
+                stock = _folded(self, copy, path)
+                for name in own:
+                    del tensors[f"{path}.{name}"]
+                tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
+                settings["head"]["folded"] = True
+                settings["loss"] = without_unit_features(settings["loss"])
+        if not heads:
+            return None
+        present = [path for path in heads if f"{path}.weight" in tensors]
+        layers = [(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")) for path in present]
+        if len(layers) == len(heads):  # Processes that do not write may hold no weights.
+            settings["head"] |= describe_layers(layers)
+        return settings
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights under the model's names or under those of its files (``etf_adapt.state_dict``).
+
+        ``Trainer`` calls this with the contents of a checkpoint's file, or of one shard after another, and
+        ``strict=False``. Nothing is loaded before all of the backbone is there, so that a half-loaded model can be neither
+        run nor saved.
+
+        Args:
+            state_dict: Tensors by name: all of them, those of the head, or those of one shard.
+            strict: Whether missing and unexpected names are an error.
+            assign: As in ``torch.nn.Module.load_state_dict``.
+
+        Returns:
+            Names that are missing and unexpected.
+
+        Raises:
+            RuntimeError: Names are missing or unexpected and ``strict`` is set, or the weights are those of another model
+                or of another kind of head.
+        """
+        if getattr(self, "hf_quantizer", None) is not None:
+            return super().load_state_dict(state_dict, strict, assign)
+        collected = {**(self._shards or {}), **state_dict}
+        converted = convert_state_dict(self, collected)
+        if strict:
+            self._shards = None
+            refused = {name: collected.get(name, torch.empty(0)) for name in (*converted.unexpected, *converted.unfit)}
+            return super().load_state_dict({**converted.tensors, **refused}, True, assign)
+        heads = head_modules(self)
+        self._refuse_another_head(converted, heads)
+        missing = find_missing(self, converted.tensors)
+        of_heads = tuple(f"{path}." for path in heads)
+        holds_head = any(name.startswith(of_heads) for name in converted.tensors)
+        holds_backbone = not all(name.startswith(of_heads) for name in (*converted.tensors, *converted.unexpected))
+        is_partial = any(holds_head if name.startswith(of_heads) else holds_backbone for name in missing)
+        if is_partial or converted.unfit:
+            self._shards = collected  # The rest may come with the next shard.
+            return _IncompatibleKeys(missing, converted.unexpected)
+        self._shards = None
+        before = [head.rows()[0] for head in heads.values()]
+        super().load_state_dict(converted.tensors, False, assign)
+        for head, rows in zip(heads.values(), before, strict=True):
+            if head.frame == "random" and not torch.equal(head.rows()[0], rows):
+                head.frame = "loaded"
+        return _IncompatibleKeys(missing, converted.unexpected)
+
+    def _refuse_another_head(self, converted: ConvertedState, heads: Mapping[str, ClassifierHead]) -> None:
+        """Refuse the weights of another kind of head, such as a folded one, or of another number of classes."""
+        of_heads = tuple(f"{path.removeprefix(_TIMM_PREFIX)}." for path in heads)
+        names = (*converted.unexpected, *converted.unfit)
+        foreign = [name for name in names if name.removeprefix(_TIMM_PREFIX).startswith(of_heads)]
+        if foreign:
+            kind = next(iter(heads.values())).kind
+            raise RuntimeError(
+                f"The weights hold another head than this model's ({kind!r}, {self.config.num_labels} classes): "
+                f"{', '.join(foreign)} does not fit. Finished folders hold cosine and paper heads folded; go on from a folder "
+                "checkpoint-<step>, or load this one with ETFFor...from_pretrained."
+            )
+
+    def _require_complete(self) -> None:
+        if self._shards is not None:
+            missing = find_missing(self, convert_state_dict(self, self._shards).tensors)
+            raise RuntimeError(
+                f"The {len(self._shards)} tensors given to load_state_dict lack {len(missing)} of this model's, such as "
+                f"{missing[0]}, and none was loaded: give all of them, or load a part of the model by "
+                "model.get_submodule(path).load_state_dict(...)."
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the stock class and the factory: a class made on the fly is found by no name."""
+        _, _, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
+        state = {name: value for name, value in state.items() if name != "_loss"}
+        return blank, (factory_of(type(self)), self._stock_class), state, *rest
+
+
+def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
+    """Fold a head into the stock layer of a model's class; the head itself where it is one."""
+    folded = fold_head(head, bias=model._has_bias.get(path, head.bias is not None))
+    if folded is not head:
+        folded.folded_from = head.kind  # type: ignore[assignment]
+    return folded
+
+
+def without_unit_features(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a loss for logits whose features have lengths again, as those of a folded head do."""
+    return {name: value for name, value in loss.items() if name != "unit_features"}

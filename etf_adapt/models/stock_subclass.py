@@ -1,0 +1,95 @@
+"""Classes made on the fly: a stock classification class with the methods of ours, under its own name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
+
+from etf_adapt.heads.in_model import logits_of, score_features
+from etf_adapt.heads.layers import ClassifierHead
+
+FEATURES = "features"
+"""Input that a model takes in place of all others: what its head reads (batch, in_features)."""
+
+_MADE: dict[tuple[type, type], type] = {}
+
+
+def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
+    """Make the subclass of a stock class that adds a factory, and ``etf_adapt.models.etf_model.ETFModel`` with it.
+
+    It bears the stock class's names, those of its module too: transformers takes a class from another module for custom
+    code, saves it as such, and converts no weights for it.
+    """
+    if (factory, stock) not in _MADE:
+        namespace = {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "__init__": stock.__init__,
+            "_stock_class": stock,
+            "forward": _with_loss(stock),
+        }
+        _MADE[factory, stock] = type(stock.__name__, (factory, stock), namespace)
+    return _MADE[factory, stock]
+
+
+def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Wrap a stock class's forward: without its labels, so that its loss is not computed; then add ours.
+
+    The signature stays, by which ``Trainer`` chooses the columns to keep.
+    """
+    stock_forward = stock.forward
+    signature = inspect.signature(stock_forward)
+    names = list(signature.parameters)[1:]  # without self
+    position = names.index("labels") if "labels" in names else None
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_complete()
+        if position is not None and len(args) > position:
+            labels, args = args[position], (*args[:position], None, *args[position + 1 :])
+        else:
+            labels = kwargs.pop("labels", None)
+        features = kwargs.pop(FEATURES, None)
+        if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
+            return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_in_training(labels)
+        if features is None:
+            output = stock_forward(self, *args, **kwargs)
+        else:
+            output = SequenceClassifierOutput(logits=score_features(self, features))
+        if labels is None:
+            return output
+        loss = self.compute_loss_from_logits(logits_of(output), labels)
+        if not isinstance(output, ModelOutput):
+            return loss, *output
+        output["loss"] = loss
+        output.move_to_end("loss", last=False)
+        return output
+
+    if position is None:  # as of LeViT and DeiT with a teacher, which have no loss
+        parameters = list(signature.parameters.values())
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        has_rest = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - has_rest, labels)
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+def factory_of(made: type) -> Any:
+    """Return the factory that a class made on the fly belongs to; a factory itself as it is."""
+    return next(base for base in made.__mro__ if not issubclass(base, PreTrainedModel))
+
+
+def blank(factory: type, stock: type[PreTrainedModel]) -> nn.Module:
+    """Make an empty instance, for unpickling."""
+    return cast(nn.Module, object.__new__(made_class(factory, stock)))

@@ -1,0 +1,147 @@
+"""timm's folder layout and what timm alone knows of its models: their configuration, data configuration and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.models import filter_pretrained_cfg
+from torch import Tensor, contiguous_format
+from transformers import TimmWrapperConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from etf_adapt.models.names import ENTRY, UnavailableError
+
+NOTE = f"{ENTRY}: "
+
+ARGS_OF_WEIGHTS = {"fbnetc_100": {"bn_eps": 1e-3}}
+"""Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it."""
+
+
+def timm_config(name: str) -> TimmWrapperConfig:
+    """Return the configuration of a model in timm's registry, as its folder on the Hub has it."""
+    try:
+        known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models()."
+        ) from error
+    settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
+    settings.pop("architecture", None)
+    labels = [f"LABEL_{index}" for index in range(known.num_classes)]
+    config = {"architecture": name.split(".")[0], "num_classes": known.num_classes, "label_names": labels}
+    model_args = ARGS_OF_WEIGHTS.get(str(config["architecture"]))
+    return TimmWrapperConfig.from_dict({**config, "pretrained_cfg": settings, "model_args": model_args})
+
+
+def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return how timm prepares the images of a model, at the size that the model was built with.
+
+    Args:
+        config: The wrapper's configuration.
+        default: The model's own ``pretrained_cfg``, for a configuration that holds none.
+
+    Returns:
+        ``input_size`` (channels, height, width), ``interpolation``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
+    """
+    settings = dict(getattr(config, "pretrained_cfg", None) or default or {})
+    size = (config.model_args or {}).get("img_size")
+    if size is not None:
+        channels = settings.get("input_size", (3,))[0]
+        settings["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+    resolved: dict[str, Any] = resolve_data_config(pretrained_cfg=settings)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in resolved.items()}
+
+
+def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> dict[str, Tensor]:
+    """Return the weights that timm itself draws or fetches for one of its models.
+
+    Args:
+        name: Name in timm's registry, with the tag of weights that are fetched.
+        config: The wrapper's configuration.
+        pretrained: Whether to fetch them, from wherever timm knows that they are.
+
+    Returns:
+        Tensors under timm's names.
+
+    Raises:
+        UnavailableError: They cannot be fetched.
+    """
+    arguments = {"num_classes": config.num_labels, **(config.model_args or {})}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments).state_dict()
+    except Exception as error:  # of its downloads, by one library or another
+        if not pretrained:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UnavailableError(
+            f"`pretrained_model_name_or_path` (='timm/{name}'): timm could not fetch its weights ({reason}): take another "
+            "model or a folder."
+        ) from error
+
+
+def write_timm_folder(
+    folder: str | Path,
+    config: TimmWrapperConfig,
+    model: Any,
+    state_dict: Mapping[str, Tensor],
+) -> None:
+    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read.
+
+    TimmWrapper's own folder is read by neither ``timm`` nor ``pipeline``; timm's own export holds ``num_classes`` among
+    ``model_args``, which TimmWrapper refuses, and names no labels, which then become ImageNet's.
+
+    Args:
+        folder: Made where it does not exist.
+        config: The wrapper's configuration, with label names and our entry.
+        model: The timm model itself.
+        state_dict: Its weights under timm's names.
+    """
+    pretrained_cfg = getattr(config, "pretrained_cfg", None)
+    if not pretrained_cfg:
+        pretrained_cfg = filter_pretrained_cfg(dict(model.pretrained_cfg), remove_source=True, remove_null=True)
+    pretrained_cfg = {
+        name: value
+        for name, value in deepcopy(dict(pretrained_cfg)).items()
+        if name not in ("architecture", "label_names", "label_descriptions", "label_offset")
+    }
+    entry = getattr(config, ENTRY, None)
+    notes = [note for note in pretrained_cfg.pop("notes", ()) if not note.startswith(NOTE)]
+    if entry is not None:  # of all the file, timm keeps this alone when it saves the folder again
+        notes.append(NOTE + json.dumps(entry))
+    pretrained_cfg |= {"notes": notes} if notes else {}
+    model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
+    contents: dict[str, Any] = {
+        "architecture": config.architecture,
+        "num_classes": config.num_labels,
+        "num_features": model.num_features,
+        "label_names": [name for _, name in sorted((config.id2label or {}).items())],
+        "model_args": model_args,
+        "pretrained_cfg": pretrained_cfg | {"num_classes": config.num_labels, "custom_load": False},
+        ENTRY: entry,
+    }
+    if isinstance(getattr(model, "global_pool", None), str):
+        contents["global_pool"] = model.global_pool
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(_unshared(state_dict), Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+    text = json.dumps({name: value for name, value in contents.items() if value not in (None, {})}, indent=2)
+    Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with another, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state_dict.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = (
+            tensor.detach().clone(memory_format=contiguous_format) if storage in seen else tensor.detach().contiguous()
+        )
+        seen.add(storage)
+    return result

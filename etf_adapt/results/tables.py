@@ -1,0 +1,127 @@
+"""Scores of a run by name, and as a table for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "many",
+    "medium",
+    "few",
+    "head_third",
+    "middle_third",
+    "tail_third",
+    "ece",
+    "loss",
+    *(f"{name}_unadjusted" for name in UNADJUSTED),
+)
+"""The scores of ``all_results.json``, each once with the prefix ``eval_`` (validation) and once with ``test_``.
+
+Those that end in ``_unadjusted`` are of the head before the prior adjustment; where there is none they are the same.
+"""
+
+
+def flat_results(
+    train: Mapping[str, Any], validation: Mapping[str, Any] | None, test: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Join the figures of a run under flat names.
+
+    Args:
+        train: Figures of the training, taken over as they are named.
+        validation: Scores of the saved model on the validation rows, without prefix.
+        test: The same on the test rows; None where there are none.
+
+    Returns:
+        ``train_*`` and ``epoch``, then ``eval_<score>`` and ``test_<score>`` for each of ``SCORES``: None where a score
+        does not exist, such as that of an empty group.
+
+    Example:
+        >>> flat_results({"epoch": 2.0}, {"accuracy": 0.5}, None)["eval_accuracy"]
+        0.5
+    """
+    results = dict(train)
+    for prefix, scores in (("eval", validation), ("test", test)):
+        for name in SCORES:
+            results[f"{prefix}_{name}"] = None if scores is None else scores.get(name)
+    return results
+
+
+def shot_table(
+    scores: Mapping[str, Any],
+    class_counts: Sequence[int] | np.ndarray,
+    row_counts: Sequence[int] | np.ndarray,
+    *,
+    shot_bounds: Sequence[int] = (20, 100),
+) -> list[tuple[str, str, int, int, float | None]]:
+    """Tabulate accuracy by the number of training rows that a class had.
+
+    Args:
+        scores: ``accuracy``, ``balanced_accuracy`` and the groups' accuracies, as in ``SCORES``.
+        class_counts: Training rows of each class.
+        row_counts: Evaluated rows of each class.
+        shot_bounds: Training rows (at least, at most) of a medium class.
+
+    Returns:
+        One tuple for each group: name, training rows a class, classes, evaluated rows, accuracy in [0, 1] or None. First the
+        shot groups, then the thirds by training count, then the mean over classes and that over rows.
+
+    Example:
+        >>> shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2]
+        ('few', '< 20', 1, 10, 0.5)
+    """
+    # Imports torch, which a check of arguments must not wait for.
+    from etf_adapt.metrics.shots import class_thirds, shot_groups
+
+    counts, rows = np.asarray(class_counts), np.asarray(row_counts)
+    low, high = shot_bounds
+    groups = shot_groups(counts, shot_bounds=(low, high))
+    bounds = {"many": f"> {high}", "medium": f"{low}..{high}", "few": f"< {low}"}
+    table = [
+        (name, bounds[name], len(classes), int(rows[classes].sum()), scores.get(name))
+        for name, classes in groups.items()
+    ]
+    thirds = {f"{name}_third": classes for name, classes in class_thirds(counts).items()}
+    every = {"balanced_accuracy": np.arange(len(counts)), "accuracy": np.arange(len(counts))}
+    titles = {"balanced_accuracy": "mean of classes", "accuracy": "mean of rows"}
+    for name, classes in (thirds | every).items():
+        span = "..".join(str(count) for count in sorted({*_extremes(counts[classes])})) or "-"
+        title = titles.get(name, name.replace("_", " "))
+        table.append((title, span, len(classes), int(rows[classes].sum()), scores.get(name)))
+    return table
+
+
+def format_table(table: Iterable[tuple[str, str, int, int, float | None]]) -> str:
+    """Set a table of ``shot_table`` in columns for a terminal.
+
+    Args:
+        table: Its rows.
+
+    Returns:
+        Lines of text, the head line first.
+    """
+    lines = [f"  {'':<16}{'training rows':>14}{'classes':>9}{'rows':>9}{'accuracy %':>12}"]
+    for name, bounds, classes, rows, accuracy in table:
+        lines.append(f"  {name:<16}{bounds:>14}{classes:>9,}{rows:>9,}{percent(accuracy):>12}")
+    return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """Write a share as per cent with one decimal, a dash where there is none.
+
+    Example:
+        >>> percent(0.1234), percent(None)
+        ('12.3', '-')
+    """
+    return "-" if share is None or not math.isfinite(share) else f"{100.0 * share:.1f}"
+
+
+def _extremes(counts: np.ndarray) -> tuple[int, ...]:
+    return (int(counts.min()), int(counts.max())) if len(counts) else ()

@@ -1,0 +1,210 @@
+"""Laws of the alignment: closed form of the features that the model's own head reads, whatever the batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTForImageClassification
+
+from etf_adapt.geometry.frames import FRAMES, LEAVABLE, closed_form_rows
+from etf_adapt.geometry.leave_one_out import left_out_rows
+from etf_adapt.geometry.simplex import vertex_products
+from etf_adapt.geometry.statistics import ClassStatistics
+from etf_adapt.heads.alignment import _keep_probability, align_head
+from etf_adapt.heads.in_model import head_modules, read_features
+from etf_adapt.models.auto import adapt
+from etf_adapt.models.swap import swap_head
+
+COUNTS = (14, 6, 3)
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 16,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    images = torch.randn(3, 3, 64, 64, generator=generator)[labels]
+    images = images + 0.7 * torch.randn(len(labels), 3, 64, 64, generator=generator)
+    order = torch.randperm(len(labels), generator=generator)
+    return images[order], labels[order]
+
+
+def batches(rows, size):
+    images, labels = rows
+    return [{"x": images[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(labels), size)]
+
+
+def model_with_head(name="test_resnet", **options):
+    torch.manual_seed(0)
+    sizes = {} if "resnet" in name else {"img_size": 64}
+    return swap_head(timm.create_model(name, num_classes=10, **sizes), 3, **options)
+
+
+def rows_of(model):
+    return [head.rows() for head in head_modules(model).values()]
+
+
+def test_a_model_that_knew_no_class_counts_knows_them_afterwards(rows):
+    images, labels = rows
+    model = adapt(ViTForImageClassification(ViTConfig(**SIZES)), 3)
+    logits = torch.randn(4, 3)
+    even = model.compute_loss_from_logits(logits, torch.tensor([0, 1, 2, 2]))
+    align_head(model, [{"pixel_values": images, "labels": labels}])
+    assert model.etf_settings["class_counts"] == [*COUNTS]
+    assert model.compute_loss_from_logits(logits, torch.tensor([0, 1, 2, 2])) != even
+
+
+def numbered(rows, size):
+    return [
+        {**batch, "row_id": 100 + torch.arange(start, start + len(batch["labels"]))}
+        for batch, start in zip(batches(rows, size), range(0, len(rows[1]), size), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("frame", LEAVABLE)
+def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
+    model = model_with_head()
+    result = align_head(model, numbered(rows, 5), frame=frame)
+    ((weight, _),) = rows_of(model)
+    with torch.no_grad():  # in the same batches: others round otherwise, and a small penalty enlarges that
+        features = torch.cat([read_features(model.eval(), {"x": batch["x"]})[0] for batch in batches(rows, 5)])
+    statistics = ClassStatistics.of(features, rows[1], 3)
+    closed, _ = closed_form_rows(statistics, frame, penalty=result.penalties[0])
+    change, bias = left_out_rows(statistics, features, rows[1], frame, penalty=result.penalties[0])
+    scale = weight.norm() / closed.norm()
+    (left_out,) = result.left_out
+    assert left_out.row_ids.tolist() == [100 + row for row in range(len(rows[1]))]
+    torch.testing.assert_close(left_out.weight.double(), scale * change, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(left_out.bias.double(), scale * bias, rtol=1e-4, atol=1e-6)
+
+
+def test_of_classes_of_one_row_nothing_is_left_out(rows):
+    images, labels = rows
+    first = [int((labels == label).nonzero()[0]) for label in range(3)]
+    model = model_with_head()
+    (batch,) = numbered((images[first], labels[first]), 3)
+    assert align_head(model, [batch]).left_out == (None,)
+    assert model.eval()(batch["x"]).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_without_numbers_of_rows_nothing_is_left_out(rows):
+    assert align_head(model_with_head(), batches(rows, 5)).left_out == (None,)
+    assert align_head(model_with_head(), numbered(rows, 5), frame="rotated").left_out == (None,)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_the_head_is_the_closed_form_of_its_features_with_length_one(rows, frame):
+    model = model_with_head()
+    result = align_head(model, batches(rows, 5), frame=frame)
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
+        _, lengths = vertex_products(model(rows[0]))
+    statistics = ClassStatistics.of(features, rows[1], 3)
+    penalty = result.penalties[0]
+    weight, bias = closed_form_rows(statistics, frame, penalty=penalty, generator=torch.Generator().manual_seed(0))
+    ours = torch.cat([rows_of(model)[0][0], rows_of(model)[0][1].unsqueeze(1)], dim=1)
+    expected = torch.cat([weight, bias.unsqueeze(1)], dim=1)
+    torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), atol=1e-5, rtol=1e-4)
+    assert lengths.mean().item() == pytest.approx(1.0, rel=1e-4)
+    assert result.rows == 23 and result.frame == frame == head_modules(model).popitem()[1].frame
+
+
+def test_batches_and_known_counts_make_no_difference(rows):
+    results = []
+    for size, counts in ((23, None), (4, COUNTS)):
+        model = model_with_head()
+        align_head(model, batches(rows, size), class_counts=counts, penalty=0.3)
+        results.append(rows_of(model)[0][0])
+    assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()
+
+
+def test_mode_gradients_running_statistics_and_random_state_are_left_alone(rows):
+    model = model_with_head().train()
+    modes = [module.training for module in model.modules()]
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    state = torch.get_rng_state()
+    align_head(model, batches(rows, 6))
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(head.weight.requires_grad for head in head_modules(model).values())
+
+
+def test_length_is_one_in_training_mode_where_dropout_lengthens_it(rows):
+    model = model_with_head("test_vit", kind="etf")
+    model.head_drop = nn.Dropout(0.5)
+    align_head(model, batches(rows, 23), frame="means")
+    model.train()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        trained = torch.stack([vertex_products(model(rows[0]))[1].mean() for _ in range(20)]).mean()
+        evaluated = vertex_products(model.eval()(rows[0]))[1].mean()
+    assert trained.item() == pytest.approx(1.0, abs=0.1)
+    assert evaluated < trained
+
+
+def test_several_heads_are_aligned_each_on_its_own_input(rows):
+    model = model_with_head("deit_tiny_distilled_patch16_224")
+    result = align_head(model, batches(rows, 23), frame="ridge")
+    first, second = rows_of(model)
+    assert len(result.penalties) == 2 and not torch.equal(first[0], second[0])
+    model.eval()
+    with torch.no_grad():
+        logits = model(rows[0])
+    assert vertex_products(logits)[1].mean().item() == pytest.approx(1.0, rel=1e-3)
+    assert (logits.argmax(dim=1) == rows[1]).float().mean() > 0.9
+
+
+def test_a_data_loader_and_its_batches_give_the_same(rows):
+    items = [{"x": image, "labels": label} for image, label in zip(*rows, strict=True)]
+    results = []
+    for data in (DataLoader(items, batch_size=6), batches(rows, 6)):
+        model = model_with_head()
+        align_head(model, data)
+        results.append(rows_of(model)[0][0])
+    assert torch.equal(results[0], results[1])
+
+
+def test_a_cosine_head_starts_from_the_class_means(rows):
+    model = model_with_head(kind="cosine")
+    align_head(model, batches(rows, 23))
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
+    means = ClassStatistics.of(features, rows[1], 3).means
+    torch.testing.assert_close(rows_of(model)[0][0], means, atol=1e-5, rtol=1e-4)
+
+
+def test_the_sample_keeps_rare_classes_whole():
+    keep = _keep_probability(np.array([1000, 500, 10, 1]), 211)
+    assert (keep * [1000, 500, 10, 1]).tolist() == pytest.approx([100, 100, 10, 1])
+    assert _keep_probability(np.array([5, 2]), 100).tolist() == [1.0, 1.0]
+
+
+def test_models_without_our_head_and_paper_heads_are_refused(rows):
+    with pytest.raises(ValueError, match="swap_head"):
+        align_head(timm.create_model("test_resnet", num_classes=3), batches(rows, 5))
+    with pytest.raises(ValueError, match="paper"):
+        align_head(model_with_head(kind="paper"), batches(rows, 5))
+    with pytest.raises(ValueError, match="Class 2 has no row"):
+        align_head(model_with_head(), [{"x": rows[0][:4], "labels": torch.tensor([0, 0, 1, 1])}])
+
+
+def test_an_alignment_forgets_the_calibration_of_the_rows_before_it(rows):
+    model = adapt(ViTForImageClassification(ViTConfig(**SIZES)), 3)
+    model.set_temperature(5.0)
+    data = [{"pixel_values": batch["x"], "labels": batch["labels"]} for batch in batches(rows, 23)]
+    align_head(model, data, frame="means")
+    assert model.etf_settings["temperature"] == 1.0

@@ -1,0 +1,422 @@
+"""Laws of publishing: what goes up is whole, in one commit, and every failure ends in the command that carries on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from huggingface_hub import HfApi
+from safetensors.numpy import save_file
+
+from etf_adapt.hub import send as publishing
+from etf_adapt.hub.__main__ import main
+from etf_adapt.hub.publish import publish
+from etf_adapt.hub.send import HubError
+
+MODEL = "model.safetensors"
+READERS = {"config.json", MODEL, "README.md", "all_results.json", "preprocessor_config.json", "figures/shots.png"}
+OURS = {
+    "checkpoint-6/optimizer.pt", "checkpoint-6/model.safetensors", "training_args.bin", "log.jsonl", "arguments.json",
+    "predictions.csv", "runs/events.out.tfevents", ".config.json.1234", "figures/other.png", "optimizer.pt",
+}  # fmt: skip
+
+
+def write(folder, name, content):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def write_weights(folder, *names, seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        tensors = {f"{name}.weight": rng.standard_normal((100, 120)).astype(np.float32)}
+        save_file(tensors, folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A finished run's folder, beside much that is not for readers; the working folder is its parent."""
+    run = tmp_path / "out" / "run"
+    for name in READERS | OURS:
+        write(run, name, b"{}")
+    write(run, "config.json", json.dumps({"architectures": ["ViTForImageClassification"]}).encode())
+    write(
+        run, "README.md", b"---\nlicense: mit\n---\n# A model\n![shots](figures/shots.png) ![x](https://x.org/a.png)\n"
+    )
+    write_weights(run, MODEL)
+    monkeypatch.chdir(tmp_path)
+    return run.relative_to(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def login(hub, online, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr(publishing, "time", SimpleNamespace(sleep=online.append))
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def published(commit, folder):
+    """Say whether a commit holds exactly what readers need of a folder, as it lies there."""
+    files = {name: file.content for name, file in commit.files.items() if name != ".gitattributes"}
+    return commit.changed == READERS and files == {name: (folder / name).read_bytes() for name in READERS}
+
+
+def refusal(folder, repo_id="me/net", **options):
+    """Publish, which must fail; return the message without the command that carries on, and that command's words."""
+    before = snapshot(folder) if folder.is_dir() else {}
+    with pytest.raises(HubError) as caught:
+        publish(folder, repo_id, **options)
+    assert snapshot(folder) == before if before else True
+    message, command = re.split(r"\n(?:The folder is whole\. To carry on|Then): ", str(caught.value))
+    program, *words = shlex.split(command)
+    assert [program, *words[:2]] == ["python", "-m", "etf_adapt.hub"] and words[2:4] == [str(folder), repo_id]
+    return message, words[2:]
+
+
+# What goes up
+
+
+def test_a_finished_folder_becomes_one_commit_of_what_readers_need(hub, folder):
+    url = publish(folder, "me/net")
+    (commit,) = hub.pushed("me/net")
+    assert url == f"{hub.url}/me/net/commit/{commit.id}" and published(commit, folder)
+
+
+def test_nothing_that_is_sent_tells_of_the_machine_but_the_token_to_the_hub(hub, folder, tmp_path):
+    publish(folder, "me/net", private=True, revision="v1", commit_message="first")
+    sent = [(made.path.encode(), made.body, json.dumps(made.headers).encode()) for made in hub.requests]
+    for secret in (str(tmp_path), hub.token):
+        assert not [part for path, body, _ in sent for part in (path, body) if secret.encode() in part]
+    assert not [headers for _, _, headers in sent if str(tmp_path).encode() in headers]
+    assert {made.token for made in hub.requests if made.is_storage} == {None}
+
+
+def test_what_is_published_already_is_not_published_again(hub, folder):
+    assert publish(folder, "me/net") == publish(folder, "me/net") and len(hub.pushed("me/net")) == 1
+
+
+def test_weights_of_an_earlier_publication_do_not_stay_beside_the_new(hub, folder):
+    publish(folder, "me/net")
+    (folder / MODEL).unlink()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    write_weights(folder, *shards, seed=1)
+    index = {"metadata": {}, "weight_map": {f"{name}.weight": name for name in shards}}
+    write(folder, "model.safetensors.index.json", json.dumps(index).encode())
+    publish(folder, "me/net")
+    commit = hub.pushed("me/net")[-1]
+    assert MODEL not in commit.files and {*shards, "model.safetensors.index.json"} <= set(commit.files)
+
+
+def test_what_others_put_into_the_repository_stays(hub, folder):
+    hub.seed("me/net", {"notes.txt": b"mine", "2_Dense/model.safetensors": b"x"})
+    publish(folder, "me/net")
+    assert {"notes.txt", "2_Dense/model.safetensors"} <= set(hub.pushed("me/net")[-1].files)
+
+
+def test_a_branch_is_made_and_the_main_one_left_alone(hub, folder):
+    publish(folder, "me/net", revision="v1", commit_message="the first")
+    repository = hub.repositories["me/net"]
+    assert set(repository.at("v1").files) >= READERS and set(repository.at("main").files) == {".gitattributes"}
+    assert repository.at("v1").message == "the first"
+
+
+@pytest.mark.parametrize("private", [True, False, None])
+def test_a_new_repository_is_seen_by_whom_its_owner_says(hub, folder, private):
+    publish(folder, "me/net", private=private)
+    assert hub.repositories["me/net"].private is bool(private)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_that_others_see_is_not_taken_for_a_private_one(hub, folder, private):
+    hub.seed("me/net", private=not private)
+    message, words = refusal(folder, private=private)
+    assert f"`private` (={private})" in message and ("--private" if private else "--public") in words
+    assert hub.pushed("me/net") == []
+
+
+# What does not go up
+
+
+def spoil_weights(folder):
+    content = (folder / MODEL).read_bytes()
+    write(folder, MODEL, content[:-100])
+
+
+SPOILED = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "half a config": (lambda folder: write(folder, "config.json", b'{"model_type":'), "config.json that is no JSON"),
+    "an empty config": (lambda folder: write(folder, "config.json", b"{}"), "names no architecture"),
+    "no weights": (lambda folder: (folder / MODEL).unlink(), "lacks model.safetensors"),
+    "half the weights": (spoil_weights, "model.safetensors, which is not whole"),
+    "a shard too few": (
+        lambda folder: write(folder, "model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}'),
+        "lacks model-2.safetensors",
+    ),
+    "a wrong index": (
+        lambda folder: write(folder, "model.safetensors.index.json", b'{"weight_map": {"a": "model.safetensors"}}'),
+        "lacks a, which is in the index",
+    ),
+    "a lost picture": (lambda folder: (folder / "figures/shots.png").unlink(), "lacks figures/shots.png"),
+    "a picture elsewhere": (lambda folder: write(folder, "README.md", b"![x](../../secret.png)"), "lacks ../../secret.png"),
+    "half a card": (lambda folder: write(folder, "README.md", b"---\na: [\n---\n"), "README.md whose head is no YAML"),
+    "a token": (lambda folder: write(folder, "README.md", b"hf_" + b"a" * 34), "looks like a token of the Hub, in README.md"),
+    "a path": (
+        lambda folder: write(folder, "config.json", json.dumps({"model_type": "x", "a": str(folder.resolve())}).encode()),
+        "a path of this machine, in config.json",
+    ),
+    "a lost head": (
+        lambda folder: [
+            write(folder, "modules.json", b'[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]'),
+            write(folder, "2_Dense/config.json", b"{}"),
+        ],
+        "lacks 2_Dense/model.safetensors",
+    ),
+    "a lost module": (lambda folder: write(folder, "modules.json", b'[{"path": "1_Pooling"}]'), "lacks 1_Pooling/config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_folder_that_is_not_fit_is_refused_before_the_hub_is_asked(hub, folder, name):
+    spoil, words = SPOILED[name]
+    spoil(folder)
+    message, _ = refusal(folder)
+    assert message.startswith(f"`folder` (={str(folder)!r})") and words in message
+    assert hub.requests == []
+
+
+def test_a_checkpoint_and_a_missing_folder_are_refused(hub, folder):
+    assert "is a checkpoint in the middle of a run" in refusal(folder / "checkpoint-6")[0]
+    assert "is no folder" in refusal(folder / "nowhere")[0] and hub.requests == []
+
+
+@pytest.mark.parametrize("repo_id", ["net", "me/net/x", "me/ne t", "me/../net"])
+def test_a_name_that_no_repository_can_have_is_refused(hub, folder, repo_id):
+    assert f"`repo_id` (={repo_id!r}) must be user/name" in refusal(folder, repo_id)[0] and hub.requests == []
+
+
+def test_a_card_that_the_hub_cannot_read_is_refused(hub, folder):
+    hub.fail("POST", "/validate-yaml", status=400)
+    assert "Invalid metadata in README.md" in refusal(folder)[0] and hub.pushed("me/net") == []
+
+
+def test_a_folder_that_changes_while_it_goes_up_is_told_of(hub, folder, monkeypatch):
+    create_commit = HfApi.create_commit
+
+    def late(self, *args, **kwargs):
+        done = create_commit(self, *args, **kwargs)
+        write_weights(folder, MODEL, seed=2)
+        return done
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    with pytest.raises(HubError, match=r"model\.safetensors was changed while the folder went up"):
+        publish(folder, "me/net")
+
+
+def test_a_path_is_found_as_json_writes_it(hub, folder, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("/home/josé"))
+    write(folder, "config.json", json.dumps({"model_type": "x", "a": "/home/josé/m"}).encode())
+    assert "a path of this machine, in config.json" in refusal(folder)[0] and hub.requests == []
+
+
+def test_a_word_of_a_tokenizer_is_no_path_of_this_machine(hub, folder):
+    write(folder, "tokenizer.json", json.dumps({"model": {"vocab": {str(folder.resolve().parent): 7}}}).encode())
+    publish(folder, "me/net")
+    assert "tokenizer.json" in hub.pushed("me/net")[-1].files
+
+
+# Faults that pass
+
+
+PASSING = {
+    "create 503": {"method": "POST", "pattern": "/repos/create", "status": 503},
+    "create lost": {"method": "POST", "pattern": "/repos/create", "lose_answer": True},
+    "info 500": {"method": "GET", "pattern": "/api/models/me/net$", "status": 500},
+    "branch 502": {"method": "POST", "pattern": "/branch/", "status": 502},
+    "list 504": {"method": "GET", "pattern": "/revision/v1", "status": 504},
+    "commit 429": {"method": "POST", "pattern": "/commit/", "status": 429, "headers": {"Retry-After": "17"}},
+    "pre-upload 500": {"method": "POST", "pattern": "/preupload/", "status": 500},
+    "part cut": {"method": "PUT", "pattern": "/upload/", "cut": 5_000},
+    "commit 503": {"method": "POST", "pattern": "/commit/", "status": 503},
+    "commit cut": {"method": "POST", "pattern": "/commit/", "cut": 50},
+    "commit lost": {"method": "POST", "pattern": "/commit/", "lose_answer": True},
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_passes_is_tried_again_and_ends_in_one_commit(hub, folder, online, name):
+    hub.fail(**PASSING[name])
+    publish(folder, "me/net", private=True, revision="v1")
+    (commit,) = hub.pushed("me/net")
+    assert published(commit, folder)
+    by_client = name in ("pre-upload 500", "part cut")
+    assert online == ([17.0] if name == "commit 429" else [1.0] if by_client else [2.0])
+
+
+def test_a_hub_that_is_silent_is_not_waited_for_longer_than_said(hub, folder, online, monkeypatch):
+    monkeypatch.setattr(publishing, "SECONDS", 0.3)
+    hub.fail("POST", "/commit/", delay=60)
+    publish(folder, "me/net")
+    assert online == [2.0] and len(hub.pushed("me/net")) == 1
+
+
+# Faults that do not
+
+
+LASTING = {
+    "create 401": ({"method": "POST", "pattern": "/repos/create", "status": 401}, "does not know this token (401)", 1),
+    "create 403": ({"method": "POST", "pattern": "/repos/create", "status": 403}, "may not write to me/net (403)", 1),
+    "create 503": ({"method": "POST", "pattern": "/repos/create", "status": 503}, "the Hub answered 503", 4),
+    "commit 403": ({"method": "POST", "pattern": "/commit/", "status": 403}, "may not write to me/net (403)", 1),
+    "commit 409": ({"method": "POST", "pattern": "/commit/", "status": 409}, "the Hub answered 409", 1),
+    "commit 500": ({"method": "POST", "pattern": "/commit/", "status": 500}, "the Hub answered 500", 4),
+    "commit 429": ({"method": "POST", "pattern": "/commit/", "status": 429}, "the Hub asks for patience (429)", 4),
+    "commit in an hour": (
+        {"method": "POST", "pattern": "/commit/", "status": 429, "headers": {"Retry-After": "3600"}},
+        "patience for 3600 s (429)",
+        1,
+    ),
+    "commit cut": ({"method": "POST", "pattern": "/commit/", "cut": 50}, "the connection to the Hub broke", 4),
+    "pre-upload 503": ({"method": "POST", "pattern": "/preupload/", "status": 503}, "the Hub answered 503", 6),
+    "batch 500": ({"method": "POST", "pattern": "objects/batch", "status": 500}, "the Hub answered 500", 6),
+    "part cut": ({"method": "PUT", "pattern": "/upload/", "cut": 5_000}, "the connection to the Hub broke", 6),
+    "part 403": ({"method": "PUT", "pattern": "/upload/", "status": 403}, "(403)", 1),
+    "commit silent": ({"method": "POST", "pattern": "/commit/", "delay": 60}, "the Hub was silent", 4),
+    "create silent": ({"method": "POST", "pattern": "/repos/create", "delay": 60}, "the Hub was silent", 4),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_does_not_pass_leaves_no_commit_and_one_command_carries_on(hub, folder, monkeypatch, capsys, name):
+    fault, words, tries = LASTING[name]
+    monkeypatch.setattr(publishing, "SECONDS", 0.3 if "delay" in fault else 30.0)
+    hub.fail(**fault, times=math.inf)
+    message, command = refusal(folder, private=True, revision="v1", commit_message="my first")
+    assert message.startswith("`repo_id` (='me/net'): ") and words in message and hub.token not in message
+    assert "http" not in message and len(hub.asked(fault["method"], fault["pattern"])) == tries
+    assert "me/net" not in hub.repositories or hub.pushed("me/net") == []
+    hub.heal()
+    main(command)
+    (commit,) = hub.pushed("me/net")
+    assert (commit.changed, commit.message, hub.repositories["me/net"].branches["v1"]) == (
+        READERS,
+        "my first",
+        commit.id,
+    )
+    assert capsys.readouterr().out.strip() == f"{hub.url}/me/net/commit/{commit.id}"
+
+
+def test_a_hub_that_is_away_ends_in_the_command(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert "the connection to the Hub broke (ConnectError" in refusal(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        ("", "me/net", "no token was found: log in (`hf auth login`) or set HF_TOKEN"),
+        ("hf_wrong", "me/net", "does not know this token (401)"),
+        ("hf_that_may_only_read", "me/net", "may not write to me/net (403)"),
+        ("hf_written_for_the_tests", "you/net", "may not write to you/net (403)"),
+    ],
+)
+def test_who_may_not_write_is_told_at_once(hub, folder, online, monkeypatch, token, repo_id, words):
+    monkeypatch.setenv("HF_TOKEN", token)
+    message, _ = refusal(folder, repo_id)
+    assert words in message and (not token or token not in message)
+    assert online == [] and hub.repositories == {}
+
+
+def test_a_name_that_is_taken_by_another_model_of_ours_gets_a_further_commit(hub, folder):
+    hub.seed("me/net", {"config.json": b"{}"})
+    publish(folder, "me/net")
+    assert [commit.changed for commit in hub.pushed("me/net")][1:] == [READERS]
+
+
+def test_offline_is_told(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(folder)[0] and hub.requests == []
+
+
+def test_the_client_is_left_as_it_was(hub, folder):
+    from huggingface_hub import get_session
+
+    publish(folder, "me/net")
+    assert get_session().timeout.read is None
+
+
+# The program
+
+
+def run(hub, home, *words, **changes):
+    command = [sys.executable, "-m", "etf_adapt.hub", *words]
+    done = subprocess.run(command, env=hub.environment(home, **changes), capture_output=True, text=True, timeout=120)
+    assert hub.token not in done.stdout + done.stderr and "Traceback" not in done.stderr
+    return done
+
+
+def test_the_program_prints_the_commit_or_one_message(hub, folder, tmp_path):
+    refused = run(hub, tmp_path / "home", str(folder), "me/net")
+    assert (
+        refused.returncode == 2 and refused.stdout == "" and refused.stderr.startswith("error: `repo_id` (='me/net')")
+    )
+    assert refused.stderr.endswith(f"To carry on: python -m etf_adapt.hub {folder} me/net\n")
+    done = run(hub, tmp_path / "home", str(folder), "me/net", "--private", HF_TOKEN=hub.token)
+    assert done.stdout == f"{hub.url}/me/net/commit/{hub.pushed('me/net')[0].id}\n" and done.returncode == 0
+
+
+def test_no_token_can_be_given_as_an_argument(capsys):
+    with pytest.raises(SystemExit):
+        main(["folder", "me/net", "--token", "hf_x"])
+    assert "unrecognized arguments: --token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_failure_within_xet_ends_in_the_same_command(hub, folder, tmp_path, status):
+    pytest.importorskip("hf_xet", reason="needs the package hf_xet")
+    xet = {"HF_HUB_DISABLE_XET": "0", "HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_TOKEN": hub.token}
+    quick = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    hub.fail("POST", "/cas/v1/xorb", status=status, times=math.inf)
+    refused = run(hub, tmp_path / "home", str(folder), "me/net", **xet, **quick)
+    assert refused.returncode == 2 and "the upload failed (" in refused.stderr and str(status) in refused.stderr
+    assert refused.stderr.endswith(f"To carry on: python -m etf_adapt.hub {folder} me/net\n")
+    hub.heal()
+    assert run(hub, tmp_path / "home", str(folder), "me/net", **xet, **quick).returncode == 0
+    (commit,) = hub.pushed("me/net")
+    assert published(commit, folder) and hub.asked("PUT", "/upload/") == []
+
+
+LOAD = """
+import json, sys, torch
+from etf_adapt import ETFForImageClassification
+model = ETFForImageClassification.from_pretrained("me/net", revision=sys.argv[1])
+print(json.dumps(model.eval()(torch.ones(1, 3, 8, 8)).logits.tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_goes_out_and_comes_back(hub, tmp_path):
+    import torch
+    from small_run import make_trainer
+
+    trainer = make_trainer(tmp_path / "run", save_strategy="epoch")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run"))
+    done = run(hub, tmp_path / "home", str(tmp_path / "run"), "me/net", "--revision", "v1", HF_TOKEN=hub.token)
+    assert done.returncode == 0 and hub.pushed("me/net")[0].changed == {"config.json", MODEL}
+    command = [sys.executable, "-c", LOAD, "v1"]
+    expected = trainer.model.eval()(torch.ones(1, 3, 8, 8)).logits.tolist()
+    for changes in ({}, {"HF_HUB_OFFLINE": "1"}):
+        environment = hub.environment(tmp_path / "home", **changes)
+        loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert json.loads(loaded.stdout.splitlines()[-1])[0] == pytest.approx(expected[0], abs=1e-5), loaded.stderr

@@ -1,0 +1,440 @@
+"""The comparison: which runs, in which order, chosen by what; stopped and gone on with; refused in one message."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comparison import unpack_rows
+
+from etf_adapt.results import run_folder, tables
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare  # noqa: E402
+import finetune  # noqa: E402
+
+LABELS = ["cat"] * 6 + ["dog"] * 4
+REAL_LAUNCH = compare.Children.launch
+SHARED = ["--", "--dataset", "pets", "--num_train_epochs", "2"]
+TWO_ROWS = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3", "1e-4"]
+
+
+class FakeRuns:
+    """Stand in for `Children.launch`: writes what finetune.py would, without a model, and notes what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, str]] = []
+        self.stop_at: int | None = None
+        self.labels = LABELS
+        self.has_validation = True
+
+    def __call__(self, command: list[str]) -> tuple[int, list[str]]:
+        script = command.index(str(compare.FINETUNE))
+        flags = dict(zip(command[script + 1 :: 2], [*command[script + 2 :: 2], ""]))
+        call = {name.removeprefix("--"): value for name, value in flags.items()}
+        self.calls.append(call)
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        self.write(**call)
+        return 0, ["done"]
+
+    def score(self, *, head: str, learning_rate: str, head_learning_rate: str = "0", **_: str) -> float:
+        """Return a validation score: best at 1e-4, and for the head at 1e-3."""
+        return 0.9 - 0.1 * (learning_rate != "0.0001") - 0.05 * (head_learning_rate not in ("0", "0.001"))
+
+    def write(self, *, output_dir: str, evaluate_test: str, seed: str, **flags: str) -> None:
+        folder = Path(output_dir)
+        run_folder.write_json(folder / run_folder.ARGUMENTS_FILE, {})
+        score = self.score(**flags)
+        entries = [
+            {"epoch": 1.0, "step": 1, "eval_balanced_accuracy": 0.5, "eval_nc1": 9.0, "eval_train_logit_nc2": 8.0},
+            {"epoch": 2.0, "eval_balanced_accuracy": score, "eval_nc1": 3.0, "eval_train_logit_nc2": 0.25},
+        ]
+        (folder / run_folder.LOG_FILE).write_text("\n".join(map(json.dumps, [*entries, {"loss": 0.1}])))
+        test = {"balanced_accuracy": [0.7, 0.8, 0.9][int(seed)], "few": None} if evaluate_test == "true" else None
+        validation = {"balanced_accuracy": score} if self.has_validation else None
+        run_folder.write_json(
+            folder / run_folder.RESULTS_FILE, tables.flat_results({"train_runtime": 3.0}, validation, test)
+        )
+        if test:
+            names = ["cat", "dog"]
+            labels = [names.index(label) for label in self.labels]
+            run_folder.write_predictions(
+                folder / run_folder.PREDICTIONS_FILE,
+                row_ids=range(len(labels)),
+                labels=labels,
+                predictions=[0] * len(labels),
+                confidences=[0.5] * len(labels),
+                label_names=names,
+            )
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> FakeRuns:
+    fake = FakeRuns()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.Children, "launch", lambda children, command: fake(command))
+    monkeypatch.setattr(compare, "environment", lambda: {"torch": "1.2.3"})
+    return fake
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        compare.main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == code and "Traceback" not in said
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+    return said
+
+
+def files() -> set[str]:
+    return {path.name for path in Path("r/runs").glob("*.json")}
+
+
+class TestMethod:
+    def test_all_tuning_comes_first_and_only_the_final_runs_see_the_test_split(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        stages = [call["evaluate_test"] for call in runs.calls]
+        assert stages == ["false"] * 6 + ["true"] * 4, "2 rates x 2 head rates and 2 rates; 2 rows x 2 seeds"
+        assert {call["seed"] for call in runs.calls[:6]} == {"0"}
+        assert [call["head"] for call in runs.calls] == ["linear"] * 4 + ["etf"] * 2 + ["linear"] * 2 + ["etf"] * 2
+        assert all(call["dataset"] == "pets" and call["num_train_epochs"] == "2" for call in runs.calls)
+        linear = {(call["learning_rate"], call["head_learning_rate"]) for call in runs.calls[:4]}
+        assert linear == {("0.0001", "0.0001"), ("0.0001", "0.001"), ("0.001", "0.001"), ("0.001", "0.01")}
+        assert not any("head_learning_rate" in call for call in runs.calls if call["head"] == "etf")
+
+    def test_rates_are_the_best_in_validation(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        final = [(call["learning_rate"], call.get("head_learning_rate")) for call in runs.calls[6:]]
+        assert final == [("0.0001", "0.001")] * 2 + [("0.0001", None)] * 2
+
+    def test_of_equally_good_rates_the_lowest_is_taken(self, runs, monkeypatch):
+        monkeypatch.setattr(runs, "score", lambda **_: 0.5)
+        compare.main([*TWO_ROWS, *SHARED])
+        final = [(call["learning_rate"], call.get("head_learning_rate")) for call in runs.calls[6:]]
+        assert final == [("0.0001", "0.0001")] * 2 + [("0.0001", None)] * 2
+
+    def test_every_row_is_one_that_finetune_understands(self):
+        options = compare.read_arguments(["--results", "r", "--rows", *compare.ROWS, "--"])
+        for row in compare.chosen_rows(options):
+            run = compare.tuning_runs(row, options)[0]
+            model, data, _, rest = finetune.read_arguments([*run.flags, "--output_dir", "unused"])
+            args = finetune.parse_training(rest)
+            assert not data.evaluate_test and args.learning_rate == run.learning_rate
+            assert row.trains_head == (model.head in ("linear", "cosine") or model.head_trainable)
+            assert (row.kind == "baseline") == (model.head in ("linear", "cosine"))
+            assert row.kind != "family" or model.loss in (None, "dot_regression", "margin_dot_regression")
+
+
+class TestFiles:
+    def test_each_run_leaves_one_small_file_and_no_folder(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        assert len(files()) == 10
+        assert {"linear_ce-tuning-lr0.001-head10x-seed0.json", "etf_dr-final-lr0.0001-seed1.json"} <= files()
+        assert {path.name for path in Path("r").iterdir()} == {
+            "runs",
+            "settings.json",
+            "test_labels.json",
+            "table.md",
+            "table.json",
+            "validation.md",
+        }
+        left = json.loads(Path("r/runs/etf_dr-final-lr0.0001-seed1.json").read_text())
+        assert left["collapse"] == {"nc1": 3.0, "train_logit_nc2": 0.25}
+        assert (
+            "| linear, cross-entropy | - / - / - / - | - / 0.25 / - / - | 3.00 / - / - / - |"
+            in Path("r/table.md").read_text()
+        )
+        assert left["history"] == [[1.0, 0.5], [2.0, 0.9]] and left["all_results"]["test_balanced_accuracy"] == 0.8
+        assert unpack_rows(left["correct"], 10).tolist() == [True] * 6 + [False] * 4
+        assert json.loads(Path("r/test_labels.json").read_text())["labels"] == LABELS
+        tuned = json.loads(Path("r/runs/etf_dr-tuning-lr0.0001-seed0.json").read_text())
+        assert "correct" not in tuned and tuned["all_results"]["test_balanced_accuracy"] is None
+
+    def test_nothing_written_tells_where_it_ran(self, runs, tmp_path):
+        flags = ["--model", "/home/me/models/vit", "--hub_token", "hf_secret"]
+        compare.main(["--results", str(tmp_path / "r"), *TWO_ROWS[2:], *SHARED, *flags])
+        assert runs.calls[0]["model"] == "/home/me/models/vit" and runs.calls[0]["hub_token"] == "hf_secret"
+        for path in Path("r").rglob("*.*"):
+            text = path.read_text()
+            assert "/home/me" not in text and "hf_secret" not in text and str(tmp_path) not in text, path
+
+    def test_models_are_kept_on_request(self, runs):
+        compare.main([*TWO_ROWS, "--keep_models", *SHARED])
+        assert len([*Path("r/scratch").iterdir()]) == 10
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("stop_at", [1, 3, 7, 10])
+    def test_nothing_finished_is_run_again(self, stop_at, runs, capsys):
+        runs.stop_at = stop_at
+        with pytest.raises(SystemExit) as stop:
+            compare.main([*TWO_ROWS, *SHARED])
+        assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+        assert len(files() if stop_at > 1 else ()) == stop_at - 1
+        compare.main([*TWO_ROWS, *SHARED])
+        folders = [call["output_dir"] for call in runs.calls]
+        assert len(folders) == 11 and len(set(folders)) == 10, "only the stopped one is run twice"
+        table = Path("r/table.md").read_text()
+        compare.main([*TWO_ROWS, *SHARED])
+        assert len(runs.calls) == 11 and Path("r/table.md").read_text() == table
+
+    def test_an_interrupted_run_goes_on_from_its_checkpoint_and_begins_anew_without(self, runs):
+        from etf_adapt.training.checkpoints import begin_checkpoint, complete_checkpoint
+
+        scratch = Path("r/scratch")
+        for name, complete in (("etf_dr-tuning-lr0.001-seed0", True), ("etf_dr-tuning-lr0.0001-seed0", False)):
+            begin_checkpoint(scratch / name / "checkpoint-5")
+            if complete:
+                complete_checkpoint(scratch / name / "checkpoint-5", {})
+        run_folder.write_json("r/settings.json", {"flags": compare.by_name(SHARED[1:])})
+        compare.main([*TWO_ROWS, *SHARED])
+        how = {Path(call["output_dir"]).name: call.get("resume_from_checkpoint") for call in runs.calls}
+        assert how.pop("etf_dr-tuning-lr0.001-seed0") == "last"
+        assert set(how.values()) == {None} and all(
+            "overwrite_output_dir" in call for call in runs.calls if "resume_from_checkpoint" not in call
+        )
+        assert json.loads(Path("r/runs/etf_dr-tuning-lr0.001-seed0.json").read_text())["resumed"]
+
+    def test_more_rows_seeds_and_rates_add_runs(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        more = ["--rows", "linear_ce", "etf_dr", "etf_la", "--seeds", "0", "1", "2", "--learning_rates", "1e-3", "1e-4"]
+        compare.main(["--results", "r", *more, *SHARED])
+        assert len(runs.calls) == 10 + 2 + (2 + 3), "a seed for two rows; tuning and three seeds of the third"
+
+    def test_other_flags_are_refused_by_name(self, runs, capsys):
+        compare.main([*TWO_ROWS, *SHARED])
+        before = {path: path.read_bytes() for path in Path("r").rglob("*.json")}
+        said = refused([*TWO_ROWS, "--", "--dataset", "pets", "--num_train_epochs", "3", "--augment", "0"], capsys)
+        assert "--num_train_epochs (2)" in said and "--num_train_epochs (3)" in said and "--augment (0)" in said
+        assert "--dataset" not in said and "another --results folder" in said
+        assert len(runs.calls) == 10 and before == {path: path.read_bytes() for path in Path("r").rglob("*.json")}
+        compare.main([*TWO_ROWS, "--", "--num-train-epochs=2", "--dataset", "pets"])  # the same, typed otherwise
+
+    def test_a_row_that_was_changed_is_not_mixed_with_what_it_was(self, runs, capsys, monkeypatch):
+        compare.main([*TWO_ROWS, *SHARED])
+        changed = compare.Row("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
+        monkeypatch.setitem(compare.ROWS, "etf_dr", changed)
+        assert "other flags than row etf_dr" in refused([*TWO_ROWS, *SHARED], capsys)
+
+    def test_other_test_rows_are_refused(self, runs, capsys):
+        compare.main([*TWO_ROWS[:6], "1", "--learning_rates", "1e-3", *SHARED])
+        runs.labels = [*LABELS[1:], "dog"]
+        said = refused([*TWO_ROWS[:6], "1", "0", "--learning_rates", "1e-3", *SHARED], capsys)
+        assert "test rows" in said and "another --results folder" in said
+
+    def test_two_comparisons_do_not_share_a_folder(self, runs, capsys):
+        Path("r").mkdir()
+        other = os.open("r", os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use" in refused([*TWO_ROWS, *SHARED], capsys) and not runs.calls
+        os.close(other)
+        compare.main([*TWO_ROWS, *SHARED])
+
+
+class TestTable:
+    def test_it_tells_rates_effort_and_the_best_baseline(self, runs, capsys):
+        compare.main([*TWO_ROWS, *SHARED])
+        table = Path("r/table.md").read_text()
+        assert table.strip() in capsys.readouterr().out
+        lines = [line.split(" | ") for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
+        lines = lines[:4]  # the third table is of the measures of collapse
+        assert [line[1] for line in lines[:2]] == ["75.0 ± 7.1"] * 2 and lines[0][2] == "best baseline"
+        assert [line[3:7] for line in lines[2:]] == [["0.0001", "x 10", "4", "90.0"], ["0.0001", "-", "2", "90.0"]]
+        told = ("--dataset pets --num_train_epochs 2", "torch 1.2.3", "same tuning effort", "Epochs to 90.0")
+        assert all(words in table for words in told)
+        row = json.loads(Path("r/table.json").read_text())["rows"][1]
+        assert row["difference"] == [0.0, 0.0, 0.0] and row["epochs"] == [2.0, 2.0]
+
+    def test_one_seed_is_not_ranked(self, runs):
+        compare.main([*TWO_ROWS[:6], "0", "--learning_rates", "1e-3", *SHARED])
+        table = Path("r/table.md").read_text()
+        assert "not ranked" in table and "**" not in table and "±" not in table.split("Test rows")[0]
+        assert json.loads(Path("r/table.json").read_text())["best_baseline"] is None
+
+    def test_it_is_made_again_without_running_anything(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        made = {name: Path("r", name).read_bytes() for name in ("table.md", "table.json")}
+        for name in made:
+            Path("r", name).unlink()
+        compare.main(["--results", "r", "--table_only"])
+        assert len(runs.calls) == 10 and made == {name: Path("r", name).read_bytes() for name in made}
+
+    def test_unfinished_rows_are_left_out_by_name(self, runs):
+        runs.stop_at = 10
+        with pytest.raises(SystemExit):
+            compare.main([*TWO_ROWS, *SHARED])
+        compare.main(["--results", "r", "--table_only"])
+        table = Path("r/table.md").read_text()
+        assert "left out: etf_dr" in table and "| ETF" not in table
+
+    def test_tuning_alone_leaves_the_test_rows_and_says_what_each_rate_gave(self, runs, capsys):
+        compare.main([*TWO_ROWS, "--tuning_only", *SHARED])
+        assert [call["evaluate_test"] for call in runs.calls] == ["false"] * 6
+        table = Path("r/validation.md").read_text()
+        assert table.strip() in capsys.readouterr().out and not Path("r/table.md").exists()
+        linear, etf = [line for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
+        assert "| 90.0 | 0.0001 (head x 10) | 0.0001 (head x 1): 85.0; 0.0001 (head x 10): 90.0; " in linear
+        assert "| 90.0 | 0.0001 | 0.0001: 90.0; 0.001: 80.0 |" in etf
+        assert "--tuning_only -- --dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
+        compare.main([*TWO_ROWS, *SHARED])
+        assert len(runs.calls) == 10 and Path("r/table.md").exists() and Path("r/validation.md").read_text() == table
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            ([*TWO_ROWS[:3], "linear_cee", *SHARED], "did you mean 'linear_ce'?"),
+            (TWO_ROWS, "There is no `--`"),
+            ([*TWO_ROWS, "--seeds", "1", "0", "1", *SHARED], "`seeds` (=[1, 0, 1])"),
+            ([*TWO_ROWS, "--learning_rates", "0.1", "-1", *SHARED], "`learning_rates` (=[0.1, -1.0]) must be positive"),
+            ([*TWO_ROWS, "--head_rates", "nan", *SHARED], "`head_rates`"),
+            ([*TWO_ROWS, "--seed", "1", *SHARED], "unrecognized arguments"),
+            ([*TWO_ROWS[:2], *SHARED], "`rows` (=[])"),
+            ([*TWO_ROWS, *SHARED, "--seed", "1"], "`seed` after `--` is set by this recipe"),
+            ([*TWO_ROWS, *SHARED, "--head=cosine"], "`head` after `--` is set by row"),
+            ([*TWO_ROWS, "--", "settings.yaml"], "belongs to no flag"),
+            ([*TWO_ROWS, "--jobs", "2", "--launcher", "accelerate launch", *SHARED], "contradict each other"),
+            ([*TWO_ROWS, "--jobs", "0", *SHARED], "`jobs`"),
+            ([*TWO_ROWS, "--launcher", "no_such_program -x", *SHARED], "`launcher`"),
+            (["--results", "r", "--table_only"], "settings.json"),
+        ],
+        ids=lambda value: value[:24] if isinstance(value, str) else None,
+    )
+    def test_one_message_and_nothing_on_disk(self, argv, said, runs, capsys):
+        assert said in refused(argv, capsys)
+        assert not runs.calls and not Path("r").exists()
+
+    def test_a_folder_of_something_else_is_left_alone(self, runs, capsys):
+        Path("r").mkdir()
+        Path("r/table.md").write_text("years of work")
+        assert "holds what no comparison wrote" in refused([*TWO_ROWS, *SHARED], capsys)
+        assert [path.name for path in Path("r").iterdir()] == ["table.md"]
+
+    def test_no_validation_rows_is_said_after_one_run(self, runs, capsys):
+        runs.has_validation = False
+        assert "validation_fraction" in refused([*TWO_ROWS, *SHARED], capsys) and len(runs.calls) == 1
+
+    def test_a_run_that_fails_stops_it_with_its_own_last_words(self, runs, capsys, monkeypatch):
+        def fail_third(children, command):
+            return (1, ["Traceback", "  line 7", "loss is not finite"]) if len(runs.calls) == 2 else runs(command)
+
+        monkeypatch.setattr(compare.Children, "launch", fail_third)
+        said = refused([*TWO_ROWS, *SHARED], capsys)
+        assert (
+            "tuning linear_ce, learning rate 0.001 (head x 1), seed 0 failed (exit code 1): loss is not finite" in said
+        )
+        assert len(files()) == 2
+        kept = Path("r/scratch/linear_ce-tuning-lr0.001-head1x-seed0.log")
+        assert str(kept) in said and kept.read_text() == "Traceback\n  line 7\nloss is not finite\n"
+
+    def test_of_several_runs_at_once_one_that_fails_ends_the_others(self, runs, capsys, monkeypatch):
+        both = threading.Barrier(2)
+
+        def launch(children, command):
+            both.wait(timeout=30)  # two run at once
+            if not runs.calls:
+                runs.calls.append({})
+                return 1, ["loss is not finite"]
+            return REAL_LAUNCH(children, [sys.executable, "-c", "import time; time.sleep(60)"])
+
+        monkeypatch.setattr(compare.Children, "launch", launch)
+        start = time.monotonic()
+        assert "loss is not finite" in refused([*TWO_ROWS, "--jobs", "2", *SHARED], capsys)
+        assert time.monotonic() - start < 30 and not files()
+
+    def test_several_at_once_find_what_one_after_another_does(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        one = Path("r/table.json").read_text()
+        compare.main(["--results", "q", *TWO_ROWS[2:], "--jobs", "3", *SHARED])
+        assert Path("q/table.json").read_text() == one
+
+
+class TestLaunch:
+    def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
+        said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
+        programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
+        run, file = compare.Run(compare.ROWS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
+        lock = os.open(tmp_path, os.O_RDONLY)
+        for program, (code, last) in programs.items():
+            left, lines = compare.Children(lock).launch([sys.executable, "-c", program])
+            assert left == code
+            assert f"(exit code {code}): {last}\n" in compare.why_it_failed(run, code, lines, file)
+        os.close(lock)
+
+    @pytest.mark.skipif(
+        not Path("/proc/self/task").is_dir(), reason="needs Linux, which tells the children of a process"
+    )
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_runs_left_behind_keep_the_folder_and_those_that_are_stopped_do_not(self, jobs, tmp_path):
+        program = f"""
+import argparse, signal, sys
+sys.path.insert(0, {str(ROOT / "recipes")!r})
+from pathlib import Path
+import compare
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+compare.finish = lambda run, options, children: children.launch([sys.executable, "-c", "import time; time.sleep(60)"])
+with compare.alone_in(Path({str(tmp_path / "r")!r})) as children:
+    print("ready", flush=True)
+    list(compare.finish_all("abc", argparse.Namespace(jobs={jobs}), children))
+"""
+        for kill, held in ((signal.SIGTERM, False), (signal.SIGKILL, True)):
+            with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+                parent.stdout.readline()
+                children, start = self.children_of(parent.pid, jobs), time.monotonic()
+                parent.send_signal(kill)
+            assert time.monotonic() - start < 30, "it waits for the run instead of ending it"
+            lock = os.open(tmp_path / "r", os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                assert not held
+            except BlockingIOError:
+                assert held
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+            finally:
+                os.close(lock)
+
+    @staticmethod
+    def children_of(parent: int, number: int) -> list[int]:
+        for _ in range(200):
+            tasks = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
+            found = [int(child) for task in tasks for child in task.read_text().split()]
+            if len(found) == number:
+                time.sleep(0.1)
+                return found
+            time.sleep(0.05)
+        raise AssertionError(f"{number} children were expected")
+
+
+@pytest.mark.slow
+def test_two_rows_on_the_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3"]
+    shared = ["--", "--max_train_rows", "90", "--num_train_epochs", "1", "--torch_threads", "1"]
+    compare.main([*own, "--head_rates", "10", *shared])
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("6 runs: 2 to choose rates, 4 with the test split; 0 finished")
+        and "5 runs to go, about" in said
+    )
+    labels = np.array(json.loads(Path("r/test_labels.json").read_text())["labels"])
+    for file in Path("r/runs").glob("*-final-*.json"):
+        left = json.loads(file.read_text())
+        correct = unpack_rows(left["correct"], len(labels))
+        recalls = [correct[labels == label].mean() for label in np.unique(labels)]
+        assert np.mean(recalls) == pytest.approx(left["all_results"]["test_balanced_accuracy"], abs=1e-12)
+    assert len(files()) == 6 and not Path("r/scratch").exists()
+    print(Path("r/table.md").read_text())

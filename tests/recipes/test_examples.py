@@ -1,0 +1,62 @@
+"""The examples run as they stand, without a network, and say what they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = {
+    "layer_decay_and_ema": "balanced accuracy of the average",
+    "long_tail_a_dataset": "drawn with power 1.0",
+    "plain_accelerate_loop": "balanced accuracy",
+    "swap_a_head": "restored: True",
+    "use_hf_trainer": "TimmWrapperForImageClassification predicts",
+}
+
+
+PUBLISHED = {"push_to_hub", "use_without_etf_adapt"}
+ELSEWHERE = {"export_onnx"}  # tests/recipes/test_export_onnx.py
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXPECTED, *PUBLISHED, *ELSEWHERE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example(name, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error:::etf_adapt", ROOT / "examples" / f"{name}.py"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert EXPECTED[name] in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_US = "import runpy, sys; sys.modules['etf_adapt'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+
+
+@pytest.mark.slow
+def test_a_model_is_published_and_used_without_us(hub, tmp_path):
+    environment = hub.environment(tmp_path / "home", HF_TOKEN=hub.token)
+    Image.new("RGB", (40, 30), (200, 200, 200)).save(tmp_path / "photo.jpg")
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "the same weights: True and head: whitened" in run(ROOT / "examples/push_to_hub.py", "me/digits")
+    assert hub.repositories["me/digits"].private and len(hub.pushed("me/digits")) == 1
+    said = run("-c", WITHOUT_US, ROOT / "examples/use_without_etf_adapt.py", "me/digits", "photo.jpg").splitlines()
+    assert said[0].split()[1] == said[-1].split()[1] and said[-1].startswith("timm: ")

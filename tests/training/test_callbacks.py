@@ -1,0 +1,87 @@
+"""Laws of what is said and when: epochs reach the sampler, threads are what the cores allow, and one process is told."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_run import make_trainer
+
+from etf_adapt.training.callbacks import EpochStart
+from etf_adapt.training.launch import set_threads, unmet_requests
+from etf_adapt.training.messages import describe_run
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    before = torch.get_num_threads()
+    for name in (
+        "ACCELERATE_MIXED_PRECISION",
+        "TORCHELASTIC_RUN_ID",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_launchers_single_threads_are_undone_and_nothing_else(threads):
+    threads.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    torch.set_num_threads(1)
+    assert set_threads() == 1  # no launcher: whoever set it meant it
+    threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert set_threads() == 8
+    threads.setenv("LOCAL_WORLD_SIZE", "3")
+    assert set_threads() == 2
+    assert set_threads(5) == 5
+
+
+def test_what_was_asked_for_and_does_not_run_is_told(threads):
+    assert unmet_requests("NO") == []
+    threads.setenv("MASTER_ADDR", "127.0.0.1")
+    assert unmet_requests("NO") == []
+    threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (said,) = unmet_requests("NO")
+    assert "several processes were asked for, but one runs" in said
+    threads.delenv("MASTER_ADDR")
+    threads.setenv("ACCELERATE_USE_FSDP", "true")
+    assert unmet_requests("FSDP") == []
+    assert unmet_requests("MULTI_CPU") == [
+        "WARNING: FSDP was asked for, but Accelerate runs MULTI_CPU on this machine."
+    ]
+
+
+def test_the_epoch_told_is_that_of_the_steps_done():
+    told = []
+    target = SimpleNamespace(set_epoch=told.append)
+    callback = EpochStart(lambda: 6, lambda: [target])
+    for step in (0, 5, 6, 17, 18):
+        callback.on_epoch_begin(None, SimpleNamespace(global_step=step), None)
+    assert told == [0, 0, 1, 2, 3]
+
+
+def test_the_start_lines_say_what_runs(tmp_path):
+    trainer = make_trainer(tmp_path, sampler="balanced", gradient_accumulation_steps=2, bf16=True)
+    said = "\n".join(describe_run(trainer.describe_setup()))
+    for part in (
+        "runs: 1 process of 1 threads on cpu, bf16 autocast over float32 weights",
+        "88 rows to train, 3 classes of 7 to 60 rows (imbalance 8.571), 21 to validate",
+        "head: etf, whitened frame to be set, fixed but for an alignment after each epoch",
+        "3,136 of 3,187 parameters",
+        "balanced, 32 rows a step, seed 0",
+    ):
+        assert part in said
+
+
+def test_output_that_is_no_terminal_gets_one_line_an_epoch_and_no_bar(tmp_path, capsys):
+    make_trainer(tmp_path / "run").train()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if line.startswith("epoch ")]
+    assert [line.split(" ")[1] for line in lines] == ["1/2", "2/2"]
+    assert all("train loss" in line and "balanced accuracy" in line for line in lines)
+    assert "it/s" not in captured.out + captured.err

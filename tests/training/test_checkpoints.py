@@ -1,0 +1,141 @@
+"""Laws of checkpoint folders: complete or known not to be; and nothing is deleted or overwritten that was not written here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from etf_adapt.training.checkpoints import (
+    STATE_NAME,
+    begin_checkpoint,
+    complete_checkpoint,
+    find_last_complete_checkpoint,
+    is_complete,
+    list_checkpoints,
+    read_state,
+    remove_checkpoints,
+    resolve_checkpoint,
+    rotate_checkpoints,
+)
+
+
+def write(run, step, *, complete=True):
+    folder = run / f"checkpoint-{step}"
+    begin_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "shards" / "0").write_bytes(b"shard")
+    if complete:
+        complete_checkpoint(folder, {"step": step})
+    return folder
+
+
+def names(run):
+    return [path.name for path in list_checkpoints(run)]
+
+
+def test_a_checkpoint_is_complete_only_between_its_end_and_the_next_beginning(tmp_path):
+    folder = write(tmp_path, 5, complete=False)
+    assert not is_complete(folder)
+    complete_checkpoint(folder, {"misses": 2})
+    assert is_complete(folder) and read_state(folder) == {"misses": 2}
+    begin_checkpoint(folder)
+    assert not is_complete(folder)
+    assert not is_complete(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "shards/0"])
+@pytest.mark.parametrize("harm", ["missing", "cut off"])
+def test_a_harmed_checkpoint_is_not_complete(tmp_path, file, harm):
+    folder = write(tmp_path, 5)
+    if harm == "missing":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(b"w")
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"complete": true}', '{"complete": true, "files": {"absent": 1}}'])
+def test_a_mark_that_says_nothing_is_no_mark(tmp_path, content):
+    folder = write(tmp_path, 5)
+    (folder / STATE_NAME).write_text(content)
+    assert not is_complete(folder)
+
+
+def test_the_newest_complete_one_is_found_by_number(tmp_path):
+    for step in (9, 100, 20):
+        write(tmp_path, step)
+    write(tmp_path, 300, complete=False)
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-20", "checkpoint-100", "checkpoint-300"]
+    assert find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert resolve_checkpoint(tmp_path, True) == tmp_path / "checkpoint-100"
+    assert resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-100")) == tmp_path / "checkpoint-100"
+    assert find_last_complete_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_run_does_not_begin_in_anothers_folder(tmp_path):
+    assert resolve_checkpoint(tmp_path, None) is None
+    write(tmp_path, 5, complete=False)
+    with pytest.raises(ValueError, match="holds checkpoint-5 of an earlier run: it is half written: remove it"):
+        resolve_checkpoint(tmp_path, None)
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint"):
+        resolve_checkpoint(tmp_path, True)
+    write(tmp_path, 6)
+    with pytest.raises(ValueError, match="holds checkpoint-6 of an earlier run: go on from it"):
+        resolve_checkpoint(tmp_path, None)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_only(tmp_path):
+    write(tmp_path, 5)
+    write(tmp_path, 10)
+    with pytest.raises(ValueError, match="holds checkpoint-10, which is newer than checkpoint-5"):
+        resolve_checkpoint(tmp_path, tmp_path / "checkpoint-5")
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-7\) is no checkpoint .*: the newest complete one is .*-10"
+    ):
+        resolve_checkpoint(tmp_path, tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-15").mkdir()
+    (tmp_path / "checkpoint-15" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds checkpoint-15"):
+        resolve_checkpoint(tmp_path, True)
+
+
+def test_what_was_not_written_here_is_neither_written_over_nor_deleted(tmp_path):
+    foreign = tmp_path / "checkpoint-2"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(ValueError, match="holds something that this run did not write"):
+        begin_checkpoint(foreign)
+    for step in (1, 3, 4):
+        write(tmp_path, step)
+    rotate_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    remove_checkpoints(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert (foreign / "mine.txt").read_text() == "mine" and (tmp_path / "checkpoint-best").is_dir()
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step)
+    rotate_checkpoints(tmp_path, None)
+    rotate_checkpoints(tmp_path, 0)
+    assert len(names(tmp_path)) == 5
+    rotate_checkpoints(tmp_path, 3, keep=str(tmp_path / "checkpoint-2"))
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    rotate_checkpoints(tmp_path, 1, keep=str(tmp_path / "checkpoint-2"))
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+
+
+def test_a_half_deleted_checkpoint_is_known_as_incomplete(tmp_path, monkeypatch):
+    folder = write(tmp_path, 1)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoints(tmp_path)
+    assert json.loads((folder / STATE_NAME).read_text())["complete"] is False

@@ -1,0 +1,121 @@
+"""Laws of what is trained: fixed heads are fixed whatever was freed, and BatchNorm's statistics stay or are estimated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.layers import CosineHead, ETFHead, PaperHead
+from etf_adapt.models.auto import adapt
+from etf_adapt.training.parameters import (
+    batch_norms,
+    fix_parameters,
+    reestimate_batch_norms,
+    require_finite,
+    set_head_learning_rate,
+)
+
+
+class Net(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.norm(self.body(x))))
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_freed_head_is_fixed_again():
+    model = Net(ETFHead(6, 3)).requires_grad_(True)
+    assert fix_parameters(model) == ["head"]
+    assert fix_parameters(model) == []
+    assert trained(model) == {"body.weight", "body.bias", "norm.weight", "norm.bias"}
+
+
+def test_a_frozen_backbone_leaves_what_the_head_learns():
+    cosine, paper = Net(CosineHead(6, 3)), Net(PaperHead(6, 3))
+    for model in (cosine, paper):
+        fix_parameters(model, freeze="backbone")
+    assert trained(cosine) == {"head.weight"}
+    assert trained(paper) == {"head.batch_norm.weight", "head.batch_norm.bias"}
+
+
+def test_nothing_to_train_and_half_precision_are_refused():
+    with pytest.raises(ValueError, match="leaves nothing to train under a fixed head"):
+        fix_parameters(Net(ETFHead(6, 3)), freeze="backbone")
+    assert fix_parameters(Net(ETFHead(6, 3)), freeze="backbone", steps=0) == []
+    with pytest.raises(ValueError, match=r"`body.weight` is torch.float16, but weights are trained in float32"):
+        fix_parameters(Net(ETFHead(6, 3)).half())
+
+
+def test_the_heads_groups_keep_all_but_the_learning_rate():
+    model = Net(ETFHead(6, 3, trainable=True))
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    rest = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}], lr=0.1
+    )
+    set_head_learning_rate(optimizer, [model.head], 0.7)
+    groups = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert groups[id(model.head.weight)] == (0.7, 0.3) and groups[id(model.head.bias)] == (0.7, 0.0)
+    assert groups[id(model.body.weight)] == (0.1, 0.3) and groups[id(model.norm.bias)] == (0.1, 0.0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_batch_norms_inside_the_head_are_the_heads_own():
+    assert len(batch_norms(Net(PaperHead(6, 3)))) == 1
+    assert batch_norms(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))) == []
+
+
+def test_estimated_statistics_are_the_mean_over_batches():
+    torch.manual_seed(0)
+    model = Net(ETFHead(6, 3))
+    before = [parameter.clone() for parameter in model.parameters()]
+    batches = [
+        {"x": 2.0 * torch.randn(16, 4) + 1.0, "labels": torch.zeros(16), "row_id": torch.arange(16)} for _ in range(4)
+    ]
+    model.train()
+    reestimate_batch_norms(model, batches)
+    with torch.no_grad():
+        features = [model.body(batch["x"]) for batch in batches]
+    means = torch.stack([part.mean(0) for part in features]).mean(0)
+    variances = torch.stack([part.var(0) for part in features]).mean(0)
+    assert torch.allclose(model.norm.running_mean, means, atol=1e-5)
+    assert torch.allclose(model.norm.running_var, variances, atol=1e-5)
+    assert all(torch.equal(left, right) for left, right in zip(before, model.parameters()))
+    assert model.training and model.norm.training and model.norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("place", ["body.weight", "head.bias", "norm.running_var"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_anything_not_finite_is_named(place, value):
+    model = Net(ETFHead(6, 3))
+    require_finite(model, step=3)
+    model.state_dict()[place].view(-1)[0] = value
+    with pytest.raises(FloatingPointError, match=r"no longer finite after step 3"):
+        require_finite(model, step=3)
+
+
+def test_statistics_that_no_batch_passes_through_are_not_taken_for_estimated():
+    torch.manual_seed(0)
+    model = adapt(TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=5)), 3)
+    (head,) = head_modules(model).values()
+    kept = [{"features": torch.randn(4, head.weight.shape[1]), "labels": torch.tensor([0, 1, 2, 0])}]
+    with pytest.raises(ValueError, match="kept features"):
+        reestimate_batch_norms(model, kept)

@@ -1,0 +1,557 @@
+"""Laws of a run: one seed is one result, a stop changes nothing, what is fixed stays fixed, and no bad weight is saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from small_run import NoisyRows, make_model, make_trainer, run_program, same, weights
+from torch.utils.data import SequentialSampler
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.load import load_data
+from etf_adapt.metrics.shots import pooled_balanced_accuracy
+from etf_adapt.models.auto import adapt
+from etf_adapt.training.arguments import ETFTrainingArguments
+from etf_adapt.training.checkpoints import is_complete, list_checkpoints
+from etf_adapt.training.messages import describe_run
+from etf_adapt.training.parameters import batch_norms
+from etf_adapt.training.trainer import ETFTrainer
+
+
+def make_resnet(head):
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=10)
+    return adapt(TimmWrapperForImageClassification(config), 3, head=head)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
+    results = []
+    for number, seed in enumerate((3, 3, 4)):
+        trainer = make_trainer(tmp_path / str(number), seed=seed, sampler="balanced")
+        trainer.train()
+        results.append(weights(trainer))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("step", "accumulation", "mixup"),
+    [(3, 1, 0.4), (9, 1, 0.0), (9, 1, 0.4), (12, 1, 0.0), (9, 2, 0.4)],
+    ids=["mid-epoch", "rows left out", "later", "end of an epoch", "accumulated"],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation, mixup):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_total_limit": None,
+        "per_device_train_batch_size": 16 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 3,
+        "sampler": "sqrt",
+        "realign_epochs": 2,
+        "mixup": mixup,
+        "label_smoothing": 0.1,
+    }
+    whole = make_trainer(tmp_path / "run", **settings)
+    whole.train()
+    assert whole.state.max_steps == 18
+    for path in list_checkpoints(tmp_path / "run"):
+        if int(path.name.split("-")[1]) > step:
+            path.rename(path.with_name(f"later-{path.name}"))
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+    assert resumed.state.best_metric == whole.state.best_metric
+    assert resumed.state.best_global_step == whole.state.best_global_step
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "paper", "timm"])
+def test_every_head_and_library_resumes_exactly(tmp_path, kind):
+    settings = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no", "num_train_epochs": 2}
+
+    def trainer():
+        model = make_resnet("linear") if kind == "timm" else make_model(head=kind)
+        return make_trainer(tmp_path / "run", model=model, save_total_limit=None, **settings)
+
+    whole = trainer()
+    whole.train()
+    for step in (8, 12):
+        (tmp_path / "run" / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "sampler": "balanced",
+        "num_train_epochs": 2,
+    }
+    run_program({**settings, "output_dir": str(tmp_path / "whole"), "record": str(tmp_path / "a")})
+    run_program({**settings, "output_dir": str(tmp_path / "killed"), "kill_at": 9}, killed=True)
+    run_program({**settings, "output_dir": str(tmp_path / "killed"), "resume": True, "record": str(tmp_path / "b")})
+    assert same(*(load_file(tmp_path / name / "weights.safetensors") for name in "ab"))
+    whole, resumed = (json.loads((tmp_path / name / "0.json").read_text()) for name in "ab")
+    assert resumed["rows"] == whole["rows"][8:]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    trainer = make_trainer(tmp_path / "run", num_train_epochs=3, save_total_limit=None)
+    trainer.train()
+    (tmp_path / "run" / "checkpoint-18" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "run" / "checkpoint-12" / "model.safetensors").unlink()
+    resumed = make_trainer(tmp_path / "run", num_train_epochs=3, save_total_limit=None)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(trainer), weights(resumed))
+    assert all(map(is_complete, list_checkpoints(tmp_path / "run")))
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
+    # With a learning rate of zero no evaluation is better than the first.
+    settings = {"learning_rate": 0.0, "early_stopping_patience": 2, "num_train_epochs": 9, "save_total_limit": None}
+    trainer = make_trainer(tmp_path / "run", **settings)
+    trainer.train()
+    assert trainer.state.epoch == 3
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 3
+    (tmp_path / "run" / "checkpoint-18").rename(tmp_path / "later")
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.epoch == 3
+
+
+def test_of_equally_good_checkpoints_the_latest_is_the_best(tmp_path):
+    trainer = make_trainer(tmp_path / "run", early_stopping_patience=9)
+    name = "eval_balanced_accuracy_pooled"
+    seen = []
+    for step, score in enumerate((0.5, 0.9, 0.9, 0.8)):
+        trainer.state.global_step = step
+        trainer._determine_best_metric({name: score}, None)
+        seen.append((trainer.state.best_global_step, trainer._misses))
+    assert seen == [(0, 0), (1, 0), (2, 1), (2, 2)]  # an equal one is no progress for early stopping
+
+
+def test_a_finished_run_trains_no_step_more(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=4, load_best_model_at_end=False
+    )
+    trainer.train()
+    resumed = make_trainer(
+        tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=4, load_best_model_at_end=False
+    )
+    assert resumed.train(resume_from_checkpoint=True).global_step == 8
+    assert same(weights(trainer), weights(resumed))
+
+
+def test_a_run_is_not_resumed_with_another_draw(tmp_path):
+    make_trainer(tmp_path / "run", sampler="balanced").train()
+    with pytest.raises(ValueError, match=r"sampler 'balanced', and this run has 'instance'"):
+        make_trainer(tmp_path / "run").train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_does_not_touch_an_older_one(tmp_path):
+    make_trainer(tmp_path / "run").train()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match="holds checkpoint-12 of an earlier run"):
+        make_trainer(tmp_path / "run").train()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_no_pickle_of_the_arguments_is_left(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "finished"))
+    assert not list(tmp_path.rglob("training_args.bin"))
+    assert (tmp_path / "finished" / "model.safetensors").is_file()
+    assert not list((tmp_path / "finished").glob("*.pt*")) and not list((tmp_path / "finished").glob("*.bin"))
+
+
+def test_the_log_has_each_epoch_once_after_a_resume(tmp_path):
+    trainer = make_trainer(tmp_path / "run", save_total_limit=None)
+    trainer.train()
+    (tmp_path / "run" / "checkpoint-12").rename(tmp_path / "later")
+    make_trainer(tmp_path / "run", save_total_limit=None).train(resume_from_checkpoint=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1.0, 2.0]
+    assert all("loss" in line and "eval_balanced_accuracy" in line for line in lines)
+
+
+def test_the_fixed_head_stays_fixed_and_out_of_the_optimizer(tmp_path, capsys):
+    trainer = make_trainer(tmp_path / "run", realign_epochs=0)
+    trainer.model.requires_grad_(True)
+    trainer.train()
+    ((path, head),) = trainer.heads.items()
+    assert "fixed again" in capsys.readouterr().out and path
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not held & {id(parameter) for parameter in head.parameters()}
+    fresh = make_trainer(tmp_path / "other")
+    fresh.align()
+    assert torch.equal(head.weight, next(iter(fresh.heads.values())).weight)
+
+
+def test_a_trained_head_has_its_own_learning_rate(tmp_path):
+    model = make_model(head="linear")
+    trainer = make_trainer(tmp_path, model=model, head_learning_rate=0.25, learning_rate=0.125)
+    optimizer = trainer.create_optimizer()
+    head = {id(parameter) for parameter in next(iter(trainer.heads.values())).parameters()}
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert {rates[key] for key in head} == {(0.25, trainer.args.weight_decay), (0.25, 0.0)}
+    assert {rate for key, (rate, _) in rates.items() if key not in head} == {0.125}
+
+
+@pytest.mark.parametrize(("head", "rate"), [("linear", 1.25), ("cosine", 1.25), ("etf", None), ("paper", None)])
+def test_a_trained_head_learns_ten_times_as_fast_unless_told(tmp_path, head, rate):
+    trainer = make_trainer(tmp_path, model=make_model(head=head), learning_rate=0.125)
+    optimizer = trainer.create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == ({0.125} if rate is None else {0.125, rate})
+    said = describe_run(trainer.describe_setup())[3]
+    assert "learning rate 0.125" in said and ("of the head 1.25" in said) == (rate is not None)
+
+
+def test_classes_are_weighted_in_the_last_epochs_only(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append("class_weights" in trainer.model.etf_settings["loss"])
+
+    def make(*callbacks):
+        model = make_model(head="cosine", loss="ldam", class_counts=[60, 21, 7])
+        settings = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+        return make_trainer(
+            tmp_path / "run", model=model, callbacks=callbacks, reweight_from=0.5, num_train_epochs=4, **settings
+        )
+
+    trainer = make(Look())
+    trainer.train()
+    assert seen == [False] * 12 + [True] * 12
+    whole = weights(trainer)
+    for step in (24, 21, 18):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    trainer = make()
+    trainer.train(resume_from_checkpoint=True)  # from the middle of the third epoch
+    assert same(whole, weights(trainer))
+    with pytest.raises(
+        ValueError, match=r"`reweight_from` \(=0.5\) weights the classes of .*ldam, and the loss is cross"
+    ):
+        make_trainer(tmp_path / "other", model=make_model(head="linear"), reweight_from=0.5)
+
+
+def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
+    model = make_model(head="linear")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(tmp_path / "run", model=model, freeze="backbone")
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    path = next(iter(trainer.heads))
+    assert changed == {f"{path}.weight", f"{path}.bias"}
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        make_trainer(tmp_path / "none", freeze="backbone").train()
+
+
+def test_without_epochs_the_head_is_aligned_only(tmp_path):
+    trainer = make_trainer(tmp_path / "run", freeze="backbone", num_train_epochs=0)
+    trainer.train()
+    assert trainer.alignment["frame"] == "whitened"
+    assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
+
+
+def test_realignment_moves_the_head_in_the_first_epochs_only(tmp_path):
+    heads = []
+    for epochs in range(4):
+        trainer = make_trainer(
+            tmp_path / str(epochs), realign_epochs=epochs, num_train_epochs=3, load_best_model_at_end=False
+        )
+        trainer.train()
+        heads.append(next(iter(trainer.heads.values())).weight.detach().clone())
+    assert not any(torch.equal(heads[i], heads[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "epochs"),
+    [
+        ({}, {}, math.inf),
+        ({}, {"realign_epochs": 1}, 1),
+        ({}, {"realign_epochs": 0}, 0),
+        ({}, {"frame": "random"}, 0),
+        ({"trainable": True}, {}, 0),
+        ({"head": "cosine"}, {}, 0),
+        ({"head": "paper"}, {}, 0),
+    ],
+)
+def test_a_fixed_head_that_is_made_from_features_is_aligned_after_every_epoch(tmp_path, head, settings, epochs):
+    assert make_trainer(tmp_path, model=make_model(**head), **settings).realign_epochs == epochs
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "etf"])
+def test_a_head_of_any_kind_can_be_refitted_after_training(tmp_path, kind):
+    trainer = make_trainer(tmp_path, model=make_model(head=kind), final_frame="nearest_mean", num_train_epochs=1)
+    trainer.train()
+    ((_, head),) = trainer.heads.items()
+    before = head.weight.detach().clone()
+    assert trainer.alignment["frame"] == head.frame == "nearest_mean"
+    trainer.align("nearest_mean")
+    torch.testing.assert_close(head.weight, before)
+    assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
+
+
+def test_a_refit_that_the_layer_cannot_take_is_refused_before_training(tmp_path):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = adapt(LlamaForSequenceClassification(config), 3, head="linear")
+    with pytest.raises(ValueError, match=r"`frame` \(='nearest_mean'\) needs a layer with a bias"):
+        make_trainer(tmp_path, model=model, final_frame="nearest_mean")
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_what_is_not_finite_ends_the_run_unsaved(tmp_path, where):
+    trainer = make_trainer(tmp_path / "run", num_train_epochs=4)
+    step = trainer.training_step
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+
+    def poisoned(model, inputs, num_items_in_batch=None):
+        if trainer.state.global_step == 11:
+            if where == "loss":
+                inputs = {**inputs, "pixel_values": inputs["pixel_values"] * math.nan}
+            else:
+                loss = step(model, inputs, num_items_in_batch)
+                parameter.grad.fill_(math.inf)
+                return loss
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = poisoned
+    trainer.args.max_grad_norm = 0.0
+    with pytest.raises(FloatingPointError, match=r"not finite|no longer finite"):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert all(
+        bool(torch.isfinite(v).all()) for v in load_file(tmp_path / "run/checkpoint-6/model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("frame", ["random", "ridge"])
+def test_two_uneven_classes_are_learned(tmp_path, frame):
+    trainer = make_trainer(
+        tmp_path / "run", counts=(100, 5), eval_counts=(40, 40), frame=frame, num_train_epochs=6, sampler="balanced"
+    )
+    before = trainer.evaluate()["eval_balanced_accuracy"] if frame == "random" else None
+    trainer.train()
+    after = trainer.evaluate()["eval_balanced_accuracy"]
+    assert after > 0.85 and (before is None or after > before)
+
+
+def test_mixed_precision_keeps_float32_weights(tmp_path):
+    trainer = make_trainer(tmp_path / "run", bf16=True)
+    trainer.train()
+    exact = make_trainer(tmp_path / "exact")
+    exact.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    losses = [entry["loss"] for t in (trainer, exact) for entry in t.state.log_history if "loss" in entry]
+    assert losses[0] != losses[2] and abs(losses[0] - losses[2]) < 0.05
+    with pytest.raises(ValueError, match=r"is torch.bfloat16, but weights are trained in float32"):
+        make_trainer(tmp_path / "half", model=make_model().to(torch.bfloat16)).train()
+
+
+def test_evaluation_counts_each_row_once(tmp_path):
+    trainer = make_trainer(tmp_path, eval_counts=(9, 5, 3), per_device_eval_batch_size=4)
+    rows = NoisyRows((9, 5, 3), seed=1)
+    output = trainer.predict(rows)
+    assert output.predictions.row_ids.tolist() == list(range(17))
+    with torch.no_grad():
+        logits = trainer.model.eval()(pixel_values=rows.images).logits
+    assert np.array_equal(output.predictions.predictions, logits.argmax(-1).numpy())
+    assert output.metrics["test_accuracy"] == np.mean(logits.argmax(-1).numpy() == rows.labels)
+    assert math.isclose(
+        output.metrics["test_loss"],
+        torch.nn.functional.cross_entropy(logits, torch.tensor(rows.labels)).item(),
+        rel_tol=1e-5,
+    )
+
+
+def test_what_does_not_fit_is_known_before_training(tmp_path):
+    with pytest.raises(ValueError, match="has label 2, but the head has 2 classes: load the model with num_labels=3"):
+        make_trainer(tmp_path, model=make_model(2))
+    with pytest.raises(ValueError, match="sets the head's rows anew"):
+        make_trainer(tmp_path, model=make_model(head="linear"), realign_epochs=1)
+    with pytest.raises(ValueError, match="has no head and loss of etf_adapt"):
+        make_trainer(tmp_path, model=ViTForImageClassification(ViTConfig(hidden_size=12, num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="has 3 entries: give one for each row"):
+        ETFTrainer(
+            make_model(), ETFTrainingArguments(str(tmp_path)), train_dataset=NoisyRows((2, 2, 2), 0), labels=[0, 1, 2]
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_classes_share_one_recall():
+    labels = np.array([0] * 6 + [1] * 5 + [2, 2, 3])
+    predictions = np.array([0] * 3 + [1] * 3 + [1] * 5 + [2, 0, 0])
+    assert pooled_balanced_accuracy(predictions, labels) == pytest.approx((0.5 + 1.0 + 2 * 1 / 3) / 4)
+    assert pooled_balanced_accuracy(predictions, labels, min_rows=1) == pytest.approx((0.5 + 1.0 + 0.5 + 0.0) / 4)
+    assert pooled_balanced_accuracy(predictions, labels, min_rows=99) == pytest.approx(9 / 14)
+
+
+@pytest.mark.parametrize(
+    ("head", "asked", "moves_before", "moves_in_training"),
+    [
+        ("etf", None, False, False),
+        ("etf", "reestimate", True, False),
+        ("linear", None, False, True),
+        ("linear", "frozen", False, False),
+    ],
+)
+def test_statistics_of_batch_norm_stay_under_a_fixed_head(tmp_path, head, asked, moves_before, moves_in_training):
+    model = make_resnet(head)
+    norm = batch_norms(model)[0]
+    fresh = norm.running_mean.clone()
+    trainer = make_trainer(
+        tmp_path, model=model, batch_norm=asked, learning_rate=0.0, num_train_epochs=1, load_best_model_at_end=False
+    )
+    at_first_step = []
+    step = trainer.training_step
+
+    def watched(*args):
+        at_first_step.append(norm.running_mean.clone())
+        return step(*args)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert torch.equal(at_first_step[0], fresh) != moves_before
+    assert torch.equal(norm.running_mean, at_first_step[0]) != moves_in_training
+
+
+def test_moving_statistics_under_an_aligned_head_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`batch_norm` \(='train'\) moves the features away"):
+        make_trainer(tmp_path, model=make_resnet("etf"), batch_norm="train")
+    assert make_trainer(tmp_path, model=make_resnet("etf"), batch_norm="train", frame="random").batch_norm == "train"
+    assert make_trainer(tmp_path).batch_norm == "none"
+
+
+def noisy(image):
+    """Transform an image at random; a function of the module, so that workers can be given it."""
+    pixels = pil_to_tensor(image).float() / 16
+    return pixels + torch.randn(pixels.shape)
+
+
+def test_workers_change_nothing(tmp_path):
+    data = load_data("digits", max_train_rows=120)
+    trained = []
+    for workers in (0, 2):
+        model = make_model(10)
+        args = ETFTrainingArguments(
+            output_dir=str(tmp_path / str(workers)), num_train_epochs=2, per_device_train_batch_size=16, sampler="balanced",
+            eval_strategy="no", save_strategy="no", dataloader_num_workers=workers,
+            torch_threads=1,
+        )  # fmt: skip
+        trainer = ETFTrainer(
+            model, args, train_dataset=TransformedRows(data.train, noisy, seed=0), data_collator=ImageCollator()
+        )
+        trainer.train()
+        trained.append(weights(trainer))
+    assert same(*trained)
+
+
+class PadTokens:
+    def __call__(self, rows):
+        batch = {name: torch.tensor([row[name] for row in rows]) for name in ("label", "row_id")}
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+        return {
+            "input_ids": tokens,
+            "attention_mask": (tokens > 0).long(),
+            "labels": batch["label"],
+            "row_id": batch["row_id"],
+        }
+
+
+def texts(counts, seed):
+    """Rows of 3 to 30 tokens, those of class c mostly c + 1."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = [np.where(generator.random(size) < 0.6, label + 1, generator.integers(1, 20, size)).tolist()
+            for label, size in zip(labels, generator.integers(3, 31, len(labels)))]  # fmt: skip
+    return Dataset.from_dict(
+        {"input_ids": rows, "length": [len(row) for row in rows], "label": labels, "row_id": range(len(rows))}
+    )
+
+
+def test_texts_are_batched_by_length_and_learned(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = adapt(BertForSequenceClassification(BertConfig(**sizes, vocab_size=20)), 3)
+    args = ETFTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        learning_rate=3e-3,
+        torch_threads=1,
+    )
+    train = texts((80, 30, 10), 0)
+    trainer = ETFTrainer(
+        model, args, train_dataset=train, eval_dataset=texts((20, 20, 20), 1), data_collator=PadTokens()
+    )
+    padded = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+    assert len(set(padded)) > 5 and np.mean(padded) < 20
+    evaluated = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
+    aligned = [batch["input_ids"].shape[1] for batch in trainer._alignment_loader(mixed=False)]
+    assert np.mean(evaluated) < 20 and np.mean(aligned) < 20
+    trainer.train()
+    assert trainer.state.best_metric > 0.7
+    by_length = trainer.evaluate()
+    numbered = trainer.eval_dataset
+    trainer.eval_dataset = numbered.remove_columns("length")
+    in_order = trainer.evaluate()
+    assert in_order["eval_balanced_accuracy"] == by_length["eval_balanced_accuracy"]
+    assert in_order["eval_loss"] == pytest.approx(by_length["eval_loss"], rel=1e-5)
+    trainer.eval_dataset = numbered.remove_columns("row_id")  # what numbers rows as they come needs their order
+    assert isinstance(trainer._get_eval_sampler(trainer.eval_dataset), SequentialSampler)
+
+
+def test_the_draw_counts_the_whole_batch(tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=8, sampler="balanced")
+    loader = trainer.get_train_dataloader()
+    assert len(loader) * 8 == len(trainer._train_sampler) == 96  # 88 rows, in whole batches of 24
+    drawn = trainer.train_labels[np.concatenate([batch["row_id"] for batch in loader])]
+    assert np.bincount(drawn).tolist() == [32, 32, 32]
+
+
+def test_smoothing_in_soft_labels_is_the_models_own_loss(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing=0.3)
+    images, labels = (
+        torch.stack([trainer.train_dataset[row]["pixel_values"] for row in range(4)]),
+        torch.tensor([0, 1, 2, 0]),
+    )
+    batch = {"pixel_values": images, "labels": labels, "row_id": torch.arange(4)}
+    model = trainer.model.eval()
+    soft = torch.full((4, 3), 0.1) + 0.7 * torch.eye(3)[labels]
+    expected = model.compute_loss_from_logits(model(pixel_values=images).logits, soft)
+    assert torch.allclose(trainer.compute_loss(model, dict(batch)), expected)
