@@ -105,9 +105,9 @@ def finished(name, seed=0):
     torch.manual_seed(seed)
     model = {**MAKERS, **KINDS}[name](class_counts=[9, 3, 1], loss={"name": "dot_regression", "form": "ball"})
     for head in head_modules(model).values():
-        weight, _ = head.rows()
+        weight, _ = head.class_vectors()
         bias = None if head.bias is None else torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
-        head.set_rows(torch.randn(weight.shape), bias, frame="means")
+        head.set_class_vectors(torch.randn(weight.shape), bias, frame="means")
     model.set_temperature(2.5, None if name == "llama" else [0.5, 0.0, -0.5])
     model.processor = processor(name)
     return model

@@ -20,7 +20,7 @@ UNIT = ("means", "whitened")
 NEED_INTERCEPT = ("discriminant", "nearest_mean")
 
 
-def closed_form_rows(
+def closed_form_vectors(
     statistics: ClassStatistics,
     frame: str,
     *,
@@ -73,7 +73,7 @@ def closed_form_rows(
     Example:
         >>> labels = torch.arange(60) % 3
         >>> features = torch.nn.functional.one_hot(labels, 5).double() + 0.1 * torch.randn(60, 5)
-        >>> weight, bias = closed_form_rows(ClassStatistics.of(features, labels, 3), "ridge", penalty=0.1)
+        >>> weight, bias = closed_form_vectors(ClassStatistics.of(features, labels, 3), "ridge", penalty=0.1)
         >>> bool(((features @ weight.T + bias).argmax(dim=1) == labels).all())
         True
     """
@@ -101,8 +101,8 @@ def metric_root(
     Args:
         statistics: Statistics of the training rows.
         frame: ``"whitened"`` or ``"means"``.
-        penalty: As in ``closed_form_rows``.
-        intercept: As in ``closed_form_rows``.
+        penalty: As in ``closed_form_vectors``.
+        intercept: As in ``closed_form_vectors``.
 
     Returns:
         R (in_features, in_features), float64, with :math:`R^\top R = (S_w + \lambda I)^{-1}`; None for ``"means"``, whose

@@ -21,7 +21,7 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _CHUNK = 2048
 
 
-def left_out_rows(
+def left_out_changes(
     statistics: ClassStatistics,
     features: Tensor,
     labels: Tensor,
@@ -42,11 +42,11 @@ def left_out_rows(
         features: Rows to leave out, one at a time (batch, in_features).
         labels: Their classes (batch,), each with two rows or more in ``statistics``.
         frame: One of ``FRAMES`` but ``"random"`` and ``"rotated"``, which have no row of a class's own.
-        penalty: As in ``closed_form_rows``.
-        intercept: As in ``closed_form_rows``.
+        penalty: As in ``closed_form_vectors``.
+        intercept: As in ``closed_form_vectors``.
 
     Returns:
-        Changes of the rows (batch, in_features) and biases (batch,), float64, in units of ``closed_form_rows``.
+        Changes of the rows (batch, in_features) and biases (batch,), float64, in units of ``closed_form_vectors``.
 
     Raises:
         ValueError: The frame has no such rows, or a row is the last of its class.
@@ -54,7 +54,7 @@ def left_out_rows(
     Example:
         >>> features, labels = torch.tensor([[0.0, 2.0], [2.0, 2.0], [1.0, -2.0], [1.0, -2.0]]), torch.tensor([0, 0, 1, 1])
         >>> statistics = ClassStatistics.of(features, labels, 2)
-        >>> weight, bias = left_out_rows(statistics, features, labels, "nearest_mean")
+        >>> weight, bias = left_out_changes(statistics, features, labels, "nearest_mean")
         >>> weight.tolist()  # without one of the first two rows, their class mean is the other
         [[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
@@ -92,8 +92,8 @@ def leave_one_out_scores(
         features: Rows to score (batch, in_features).
         labels: Their classes (batch,), each with two rows or more in ``statistics``.
         frame: One of ``PENALIZED``.
-        penalty: As in ``closed_form_rows``.
-        intercept: As in ``closed_form_rows``.
+        penalty: As in ``closed_form_vectors``.
+        intercept: As in ``closed_form_vectors``.
 
     Returns:
         Scores (batch, num_classes), float64, equal to the logits of the refitted rows up to one number a row.

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
-from etf_adapt.geometry.frames import LEAVABLE, PENALIZED, UNIT, closed_form_rows, metric_root
-from etf_adapt.geometry.leave_one_out import choose_penalty, left_out_rows, nearest_mean_accuracy
+from etf_adapt.geometry.frames import LEAVABLE, PENALIZED, UNIT, closed_form_vectors, metric_root
+from etf_adapt.geometry.leave_one_out import choose_penalty, left_out_changes, nearest_mean_accuracy
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.in_model import evaluation_mode, head_modules, logits_of, read_features, to_device
+from etf_adapt.heads.in_model import (
+    evaluation_mode,
+    gather_over_processes,
+    head_modules,
+    logits_of,
+    own_batches,
+    read_features,
+    seeded_torch,
+    sum_over_processes,
+    to_device,
+)
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import FeatureLengths, LeftOutRows, TrainingLogits
 
@@ -34,7 +40,7 @@ class AlignmentResult:
     """What an alignment did.
 
     Attributes:
-        frame: The closed form, as in ``etf_adapt.geometry.frames.closed_form_rows``.
+        frame: The closed form, as in ``etf_adapt.geometry.frames.closed_form_vectors``.
         penalties: Penalty of each head, in mean eigenvalues; None for frames without one.
         balanced_accuracy: Leave-one-out balanced accuracy of the first head on sampled training rows at that penalty;
             None for frames without a penalty.
@@ -71,7 +77,7 @@ def align_head(
     r"""Set a model's classification head in closed form from the features of its training rows.
 
     One pass in evaluation mode gathers class counts, means and second moment of what each head reads (float64, summed
-    over processes); ``etf_adapt.geometry.frames.closed_form_rows`` turns them into rows and biases. A penalty that is not
+    over processes); ``etf_adapt.geometry.frames.closed_form_vectors`` turns them into rows and biases. A penalty that is not
     given is chosen by exact leave-one-out on sampled rows. The rows are then scaled by one number so that the mean length of
     the centred logits is one *in training mode*, in which dropout lengthens them. A cosine head gets the class means. An
     adapted model that knew no class counts knows them afterwards, for its loss.
@@ -165,7 +171,7 @@ def _set_head(
 ) -> _SetHead:
     """Set a head from the statistics of what it reads, and from sampled features with their labels and numbers."""
     if head.kind == "cosine":
-        head.set_rows(statistics.means, frame="means")
+        head.set_class_vectors(statistics.means, frame="means")
         return _SetHead()
     intercept, score = head.bias is not None, math.nan
     if frame not in PENALIZED:
@@ -173,13 +179,13 @@ def _set_head(
     elif penalty is None:
         penalty, score = choose_penalty(statistics, features, labels, frame, intercept=intercept)
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = closed_form_rows(statistics, frame, penalty=penalty, intercept=intercept, generator=generator)
-    head.set_rows(weight, bias, frame=frame)
+    weight, bias = closed_form_vectors(statistics, frame, penalty=penalty, intercept=intercept, generator=generator)
+    head.set_class_vectors(weight, bias, frame=frame)
     left_out = lengths = None
     kept = statistics.counts[labels] >= 2
     if row_ids is not None and frame in LEAVABLE and bool(kept.any()):
         own = features[kept], labels[kept]
-        changes = left_out_rows(statistics, *own, frame, penalty=penalty, intercept=intercept)
+        changes = left_out_changes(statistics, *own, frame, penalty=penalty, intercept=intercept)
         left_out = LeftOutRows.of(row_ids[kept], *changes)
     if feature_lengths and frame in UNIT:
         center = statistics.center if intercept else torch.zeros_like(statistics.center)
@@ -213,7 +219,7 @@ def _gather(
     sampled_ids: list[Tensor] = []
     first_batches: list[dict[str, Any]] = []
     rows = 0
-    for index, batch in _own_batches(data):
+    for index, batch in own_batches(data):
         inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
         labels = inputs.pop("labels").cpu()
         draw = np.random.default_rng([seed, index]).random(len(labels))  # of the batch, whoever walks it
@@ -239,21 +245,6 @@ def _gather(
     return _Gathered(parts, all_ids if len(all_ids) == len(all_labels) else None, first_batches)
 
 
-def _own_batches(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield this process's batches with their number among all batches, none of them padded or repeated."""
-    state = PartialState()
-    if state.num_processes == 1:
-        yield from enumerate(data)
-    elif isinstance(data, DataLoader):
-        shard = prepare_data_loader(
-            data, num_processes=state.num_processes, process_index=state.process_index, even_batches=False
-        )
-        for step, batch in enumerate(shard):
-            yield step * state.num_processes + state.process_index, batch
-    else:
-        yield from itertools.islice(enumerate(data), state.process_index, None, state.num_processes)
-
-
 def _keep_probability(counts: np.ndarray, max_sampled_rows: int) -> np.ndarray:
     """Return, for each class, the chance that a row is sampled: the same number of rows of each class where it can be."""
     cap = np.inf
@@ -271,15 +262,12 @@ def _counted(data: Iterable[Mapping[str, Any]], num_classes: int) -> np.ndarray:
 
 
 def _summed(statistics: ClassStatistics, device: torch.device) -> ClassStatistics:
-    if PartialState().num_processes == 1:
-        return statistics
     parts = (statistics.counts, statistics.sums, statistics.moment)
-    return ClassStatistics(*(reduce(part.to(device), "sum").cpu() for part in parts))
+    return ClassStatistics(*(sum_over_processes(part.to(device)).cpu() for part in parts))
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
-    if PartialState().num_processes > 1:
-        parts = gather_object(parts)
+    parts = gather_over_processes(parts)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -295,8 +283,7 @@ def _training_length(
     scores.lengths = dict(metrics or {})
     device = next(model.parameters()).device
     totals = torch.zeros(2, device=device)
-    with evaluation_mode(model), torch.random.fork_rng(_devices(device)):
-        torch.manual_seed(seed)
+    with evaluation_mode(model), seeded_torch(seed, device):
         model.train()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -306,8 +293,7 @@ def _training_length(
                 _, lengths = vertex_products(logits_of(model(**batch)))
             totals += torch.stack([lengths.sum(), lengths.new_tensor(float(len(lengths)))]).float()
     scores.remove()
-    if PartialState().num_processes > 1:
-        totals = reduce(totals, "sum")
+    totals = sum_over_processes(totals)
     return float(totals[0] / totals[1]) if totals[1] > 0 else 0.0
 
 
@@ -315,9 +301,5 @@ def _scale(heads: Mapping[str, ClassifierHead], factor: float) -> None:
     if factor == 1.0:
         return
     for head in heads.values():
-        weight, bias = head.rows()
-        head.set_rows(factor * weight, None if bias is None else factor * bias)
-
-
-def _devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
+        weight, bias = head.class_vectors()
+        head.set_class_vectors(factor * weight, None if bias is None else factor * bias)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from etf_adapt.heads.layers import ClassifierHead
 
@@ -129,3 +134,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def to_device(value: Any, device: torch.device) -> Any:
     """Move a tensor to a device; return anything else as it is."""
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def seeded_torch(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's CPU generator, and a GPU's where one is given, for a while; both get their states back afterwards."""
+    gpus = [device.index or 0] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.random.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, on its own device; it must lie where the processes communicate."""
+    return tensor if PartialState().num_processes == 1 else reduce(tensor, "sum")
+
+
+def gather_over_processes(parts: list[Any]) -> list[Any]:
+    """Return the parts of all processes in one list, in the order of the processes."""
+    return parts if PartialState().num_processes == 1 else gather_object(parts)
+
+
+def own_batches(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield this process's batches with their number among all batches, none of them padded or repeated."""
+    state = PartialState()
+    if state.num_processes == 1:
+        yield from enumerate(data)
+    elif isinstance(data, DataLoader):
+        shard = prepare_data_loader(
+            data, num_processes=state.num_processes, process_index=state.process_index, even_batches=False
+        )
+        for step, batch in enumerate(shard):
+            yield step * state.num_processes + state.process_index, batch
+    else:
+        yield from itertools.islice(enumerate(data), state.process_index, None, state.num_processes)

@@ -21,11 +21,20 @@ class ClassifierHead(nn.Module):
         frame: Where the rows come from: one of ``etf_adapt.geometry.frames.FRAMES``, or ``"initialised"`` for rows that
             are there to be learned.
         trainable: Whether weight and bias receive gradients.
+        is_stock_layer: Whether it is the layer that stock classes have, as it stands; others are folded into one.
+        is_set_from_data: Whether it is of a kind that an alignment sets before the first step.
     """
 
     kind = "linear"
+    is_stock_layer = True
+    is_set_from_data = False
     weight: Any  # parameters of nn.Linear and nn.Conv2d, whose declarations differ; a missing bias is None
     bias: Any
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether no gradient changes it."""
+        return not self.trainable
 
     def _describe(self, *, frame: str, trainable: bool) -> None:
         self.frame = frame
@@ -46,13 +55,13 @@ class ClassifierHead(nn.Module):
         """Number of classes."""
         return self.weight.shape[0]
 
-    def rows(self) -> tuple[Tensor, Tensor | None]:
+    def class_vectors(self) -> tuple[Tensor, Tensor | None]:
         """Return the rows (num_classes, in_features) and biases (num_classes,) in float64 on the CPU."""
         weight = self.weight.detach().to("cpu", torch.float64).flatten(1)
         return weight, None if self.bias is None else self.bias.detach().to("cpu", torch.float64)
 
     @torch.no_grad()
-    def set_rows(self, weight: Tensor, bias: Tensor | None = None, *, frame: str | None = None) -> None:
+    def set_class_vectors(self, weight: Tensor, bias: Tensor | None = None, *, frame: str | None = None) -> None:
         """Write rows and biases, rounded once to the layer's own dtype.
 
         Args:
@@ -73,7 +82,7 @@ class ClassifierHead(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return rows and biases of the stock layer with this head's argmax, in float64 on the CPU."""
-        return self.rows()
+        return self.class_vectors()
 
 
 class LinearHead(ClassifierHead, nn.Linear):
@@ -122,6 +131,7 @@ class ETFHead(LinearHead):
     """
 
     kind = "etf"
+    is_set_from_data = True
 
     def __init__(
         self,
@@ -134,13 +144,14 @@ class ETFHead(LinearHead):
     ) -> None:
         vertices = simplex_etf(num_classes, in_features, generator=generator)
         super().__init__(in_features, num_classes, bias=bias, trainable=trainable)
-        self.set_rows(vertices, frame="random")
+        self.set_class_vectors(vertices, frame="random")
 
 
 class ETFConv2dHead(Conv2dHead):
     """``ETFHead`` as a 1x1 convolution."""
 
     kind = "etf"
+    is_set_from_data = True
 
     def __init__(
         self,
@@ -153,7 +164,7 @@ class ETFConv2dHead(Conv2dHead):
     ) -> None:
         vertices = simplex_etf(num_classes, in_features, generator=generator)
         super().__init__(in_features, num_classes, bias=bias, trainable=trainable)
-        self.set_rows(vertices, frame="random")
+        self.set_class_vectors(vertices, frame="random")
 
 
 class CosineHead(LinearHead):
@@ -179,6 +190,8 @@ class CosineHead(LinearHead):
     """
 
     kind = "cosine"
+    is_stock_layer = False
+    is_set_from_data = True
 
     def __init__(self, in_features: int, num_classes: int, *, scale: float = 25.0, trainable: bool = True) -> None:
         super().__init__(in_features, num_classes, bias=False, trainable=trainable)
@@ -192,7 +205,7 @@ class CosineHead(LinearHead):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return rows of length ``scale`` and no bias, in float64 on the CPU."""
-        weight, _ = self.rows()
+        weight, _ = self.class_vectors()
         return self.scale * F.normalize(weight, dim=1), None
 
 
@@ -218,6 +231,8 @@ class PaperHead(ETFHead):
     """
 
     kind = "paper"
+    is_stock_layer = False
+    is_set_from_data = False
 
     def __init__(self, in_features: int, num_classes: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(in_features, num_classes, bias=False, generator=generator)
@@ -231,7 +246,7 @@ class PaperHead(ETFHead):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return the rows and biases of BatchNorm and frame as one layer, in float64 on the CPU."""
-        weight, _ = self.rows()
+        weight, _ = self.class_vectors()
         norm = self.batch_norm
         buffers = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.weight, norm.bias)
         mean, variance, gain, shift = (part.detach().to("cpu", torch.float64) for part in buffers)
@@ -321,11 +336,11 @@ def fold_head(head: ClassifierHead, *, bias: bool) -> ClassifierHead:
         >>> fold_head(PaperHead(8, 3), bias=True).weight.shape
         torch.Size([3, 8])
     """
-    if head.kind in ("etf", "linear"):
+    if head.is_stock_layer:
         return head
     weight, offset = head.folded()
     layer = LinearHead(weight.shape[1], weight.shape[0], bias=bias, trainable=head.trainable)
-    layer.set_rows(weight, offset, frame=head.frame)
+    layer.set_class_vectors(weight, offset, frame=head.frame)
     layer.to(device=head.weight.device, dtype=head.weight.dtype)
     layer.fix()
     return layer

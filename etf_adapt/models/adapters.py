@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from etf_adapt.heads.in_model import head_modules, replace_module
+from etf_adapt.heads.in_model import head_modules, replace_module, seeded_torch
 from etf_adapt.models.pooling import MeanPoolingForSequenceClassification as MeanPooling
 from etf_adapt.models.weights import new_weights
 
@@ -86,8 +85,7 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         wanted = peft.get_peft_config(settings)
         if hasattr(wanted, "exclude_modules") and not isinstance(wanted.exclude_modules, str):
             wanted.exclude_modules = [*(wanted.exclude_modules or []), *fixed]
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+        with seeded_torch(seed):
             peft.inject_adapter_in_model(wanted, model)
         reached = [path for path, head in heads.items() if model.get_submodule(path) is not head]
         if reached:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +17,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.in_model import head_modules, seeded_torch
 from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
 from etf_adapt.models.folders import (
     HUB_OPTIONS,
@@ -134,7 +133,7 @@ class _Factory(ETFModel):
             raise ValueError(
                 "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
             )
-        with _seeded(seed):
+        with seeded_torch(seed):
             if saved is not None and is_unfolded:
                 options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
                 model = factory._load_checkpoint(location, config, saved, **options)
@@ -340,14 +339,6 @@ def adapt(
     )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, and give it its state back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield
-
-
 def _adapt(
     factory: type[_Factory],
     model: PreTrainedModel,
@@ -370,7 +361,7 @@ def _adapt(
         )
     paths = find_heads(model, head=head_path)
     has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}
-    with _seeded(seed):
+    with seeded_torch(seed):
         generator = torch.Generator().manual_seed(seed)
         swap_head(model, num_labels, head=paths, kind=head, trainable=trainable, id2label=id2label, generator=generator)
     if not isinstance(model, ETFModel):
@@ -411,7 +402,7 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     )
     for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
         if not _is_unfolded(saved):
-            head.set_rows(weight, bias)
+            head.set_class_vectors(weight, bias)
         head.frame = "changed" if was_changed else entry["frame"]
         if entry["folded"]:
             head.folded_from = entry["kind"]

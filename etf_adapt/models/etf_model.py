@@ -170,8 +170,8 @@ class ETFModel(_Base):
         old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
         new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
         for head in heads:
-            weight, bias = head.rows()
-            head.set_rows(factor * weight, None if bias is None else factor * (bias - old) + new)
+            weight, bias = head.class_vectors()
+            head.set_class_vectors(factor * weight, None if bias is None else factor * (bias - old) + new)
         self._temperature = float(temperature)
         self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
 
@@ -420,10 +420,10 @@ class ETFModel(_Base):
             self._shards = collected  # The rest may come with the next shard.
             return _IncompatibleKeys(missing, converted.unexpected)
         self._shards = None
-        before = [head.rows()[0] for head in heads.values()]
+        before = [head.class_vectors()[0] for head in heads.values()]
         super().load_state_dict(converted.tensors, False, assign)
         for head, rows in zip(heads.values(), before, strict=True):
-            if head.frame == "random" and not torch.equal(head.rows()[0], rows):
+            if head.frame == "random" and not torch.equal(head.class_vectors()[0], rows):
                 head.frame = "loaded"
         return _IncompatibleKeys(missing, converted.unexpected)
 

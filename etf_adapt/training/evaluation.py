@@ -187,14 +187,14 @@ def tau_normalize(model: ETFModel, batches: Iterable[Mapping[str, Any]]) -> floa
             f"`model` has {len(heads)} head(s), the first of kind {heads[0].kind!r}: rows of one trained linear or cosine head "
             "have lengths to normalise."
         )
-    weight, bias = heads[0].rows()
+    weight, bias = heads[0].class_vectors()
     logits, labels = _held_out(model, batches)
     products = logits.double() - (0.0 if bias is None else bias)
     lengths = weight.norm(dim=1)
     predicted = ((products / lengths**tau).argmax(dim=1).numpy() for tau in TAUS)
     scores = [pooled_balanced_accuracy(classes, labels.numpy(), min_rows=1) for classes in predicted]
     best = TAUS[int(np.argmax(scores))]
-    heads[0].set_rows(weight / lengths.unsqueeze(1) ** best)
+    heads[0].set_class_vectors(weight / lengths.unsqueeze(1) ** best)
     return best
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etf_adapt.geometry.frames import FRAMES, PENALIZED, closed_form_rows
+from etf_adapt.geometry.frames import FRAMES, PENALIZED, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import choose_penalty, leave_one_out_scores
 from etf_adapt.geometry.statistics import ClassStatistics
 
@@ -42,9 +42,9 @@ def test_statistics_add_up_and_equal_their_definition(rows):
 def test_rows_are_centred_over_the_classes(rows, frame, intercept):
     if frame in ("discriminant", "nearest_mean") and not intercept:
         with pytest.raises(ValueError, match="needs a layer with a bias"):
-            closed_form_rows(statistics(*rows), frame, intercept=intercept)
+            closed_form_vectors(statistics(*rows), frame, intercept=intercept)
         return
-    weight, bias = closed_form_rows(statistics(*rows), frame, intercept=intercept)
+    weight, bias = closed_form_vectors(statistics(*rows), frame, intercept=intercept)
     torch.testing.assert_close(weight.sum(dim=0), torch.zeros(6, dtype=torch.float64))
     assert bias.sum().abs() < 1e-12
     assert intercept or not bias.any()
@@ -52,7 +52,7 @@ def test_rows_are_centred_over_the_classes(rows, frame, intercept):
 
 def test_nearest_mean_gives_each_row_the_class_whose_mean_is_nearest(rows):
     features, _ = rows
-    weight, bias = closed_form_rows(statistics(*rows), "nearest_mean")
+    weight, bias = closed_form_vectors(statistics(*rows), "nearest_mean")
     nearest = torch.cdist(features, statistics(*rows).means).argmin(dim=1)
     assert torch.equal((features @ weight.T + bias).argmax(dim=1), nearest)
 
@@ -60,7 +60,7 @@ def test_nearest_mean_gives_each_row_the_class_whose_mean_is_nearest(rows):
 def test_ridge_is_the_minimiser_of_the_class_balanced_regression_onto_the_vertices(rows):
     """With balanced classes the pooled covariance is the balanced one, and plain least squares is the oracle."""
     features, labels = rows[0][:20], torch.arange(20) % len(COUNTS)
-    weight, bias = closed_form_rows(statistics(features, labels), "ridge", penalty=0.0)
+    weight, bias = closed_form_vectors(statistics(features, labels), "ridge", penalty=0.0)
     vertices = torch.eye(len(COUNTS), dtype=torch.float64) - 1.0 / len(COUNTS)
     design = torch.cat([features, torch.ones(20, 1, dtype=torch.float64)], dim=1)
     oracle = torch.linalg.lstsq(design, vertices[labels]).solution.T
@@ -69,19 +69,19 @@ def test_ridge_is_the_minimiser_of_the_class_balanced_regression_onto_the_vertic
 
 
 def test_rotated_is_an_exact_simplex_nearest_to_the_means(rows):
-    weight, _ = closed_form_rows(statistics(*rows), "rotated")
+    weight, _ = closed_form_vectors(statistics(*rows), "rotated")
     gram = weight @ weight.T
     torch.testing.assert_close(gram, 1.25 * torch.eye(5, dtype=torch.float64) - 0.25)
     stats = statistics(*rows)
     offsets = stats.means - stats.center
-    random, _ = closed_form_rows(stats, "random", generator=torch.Generator().manual_seed(1))
+    random, _ = closed_form_vectors(stats, "random", generator=torch.Generator().manual_seed(1))
     assert (weight * offsets).sum() > (random * offsets).sum()
 
 
 def test_discriminant_of_two_classes_is_fishers_direction(rows):
     features, labels = rows[0][:32], (torch.arange(32) % 2).long()
     stats = ClassStatistics.of(features, labels, 2)
-    weight, _ = closed_form_rows(stats, "discriminant", penalty=0.0)
+    weight, _ = closed_form_vectors(stats, "discriminant", penalty=0.0)
     fisher = torch.linalg.solve(stats.within, stats.means[1] - stats.means[0])
     ours = weight[1] - weight[0]
     torch.testing.assert_close(ours / ours.norm(), fisher / fisher.norm())
@@ -91,14 +91,14 @@ def test_whitened_rows_are_those_of_means_where_the_within_class_covariance_is_w
     features, labels = rows
     values, vectors = torch.linalg.eigh(statistics(features, labels).within)
     root = vectors / values.sqrt() @ vectors.T
-    weight, bias = closed_form_rows(statistics(features, labels), "whitened", penalty=0.0)
-    white, white_bias = closed_form_rows(statistics(features @ root, labels), "means")
+    weight, bias = closed_form_vectors(statistics(features, labels), "whitened", penalty=0.0)
+    white, white_bias = closed_form_vectors(statistics(features @ root, labels), "means")
     torch.testing.assert_close(features @ weight.T + bias, features @ root @ white.T + white_bias)
 
 
 def test_whitened_rows_are_those_of_means_at_a_great_penalty(rows):
-    weight, _ = closed_form_rows(statistics(*rows), "whitened", penalty=1e9)
-    means, _ = closed_form_rows(statistics(*rows), "means")
+    weight, _ = closed_form_vectors(statistics(*rows), "whitened", penalty=1e9)
+    means, _ = closed_form_vectors(statistics(*rows), "means")
     torch.testing.assert_close(weight / weight.norm(), means / means.norm())
 
 
@@ -108,8 +108,8 @@ def test_rows_follow_the_relabelling_of_the_classes(rows, frame):
     if frame == "random":
         return  # drawn, not fitted
     order = torch.tensor([3, 0, 4, 1, 2])
-    weight, bias = closed_form_rows(statistics(features, labels), frame)
-    renamed, renamed_bias = closed_form_rows(statistics(features, order[labels]), frame)
+    weight, bias = closed_form_vectors(statistics(features, labels), frame)
+    renamed, renamed_bias = closed_form_vectors(statistics(features, order[labels]), frame)
     torch.testing.assert_close(renamed[order], weight)
     torch.testing.assert_close(renamed_bias[order], bias)
 
@@ -123,7 +123,7 @@ def test_argmax_ignores_the_scale_and_the_origin_of_the_features(rows, frame):
 
 
 def _logits(features, labels, frame):
-    weight, bias = closed_form_rows(statistics(features, labels), frame, penalty=0.1)
+    weight, bias = closed_form_vectors(statistics(features, labels), frame, penalty=0.1)
     return features @ weight.T + bias
 
 
@@ -190,8 +190,8 @@ def test_one_row_a_class_has_a_default_penalty(frame):
 def test_errors_name_the_value_and_the_rule(rows):
     stats = statistics(*rows)
     with pytest.raises(ValueError, match="'nearest'"):
-        closed_form_rows(stats, "nearest")
+        closed_form_vectors(stats, "nearest")
     with pytest.raises(ValueError, match=r"`penalty` \(=-1\)"):
-        closed_form_rows(stats, "ridge", penalty=-1)
+        closed_form_vectors(stats, "ridge", penalty=-1)
     with pytest.raises(ValueError, match="Class 5 has no row"):
-        closed_form_rows(ClassStatistics.of(*rows, 6), "ridge")
+        closed_form_vectors(ClassStatistics.of(*rows, 6), "ridge")

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
-from etf_adapt.geometry.frames import FRAMES, LEAVABLE, closed_form_rows
-from etf_adapt.geometry.leave_one_out import left_out_rows
+from etf_adapt.geometry.frames import FRAMES, LEAVABLE, closed_form_vectors
+from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import _keep_probability, align_head
@@ -52,7 +52,7 @@ def model_with_head(name="test_resnet", **options):
 
 
 def rows_of(model):
-    return [head.rows() for head in head_modules(model).values()]
+    return [head.class_vectors() for head in head_modules(model).values()]
 
 
 def test_a_model_that_knew_no_class_counts_knows_them_afterwards(rows):
@@ -80,8 +80,8 @@ def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
     with torch.no_grad():  # in the same batches: others round otherwise, and a small penalty enlarges that
         features = torch.cat([read_features(model.eval(), {"x": batch["x"]})[0] for batch in batches(rows, 5)])
     statistics = ClassStatistics.of(features, rows[1], 3)
-    closed, _ = closed_form_rows(statistics, frame, penalty=result.penalties[0])
-    change, bias = left_out_rows(statistics, features, rows[1], frame, penalty=result.penalties[0])
+    closed, _ = closed_form_vectors(statistics, frame, penalty=result.penalties[0])
+    change, bias = left_out_changes(statistics, features, rows[1], frame, penalty=result.penalties[0])
     scale = weight.norm() / closed.norm()
     (left_out,) = result.left_out
     assert left_out.row_ids.tolist() == [100 + row for row in range(len(rows[1]))]
@@ -113,7 +113,7 @@ def test_the_head_is_the_closed_form_of_its_features_with_length_one(rows, frame
         _, lengths = vertex_products(model(rows[0]))
     statistics = ClassStatistics.of(features, rows[1], 3)
     penalty = result.penalties[0]
-    weight, bias = closed_form_rows(statistics, frame, penalty=penalty, generator=torch.Generator().manual_seed(0))
+    weight, bias = closed_form_vectors(statistics, frame, penalty=penalty, generator=torch.Generator().manual_seed(0))
     ours = torch.cat([rows_of(model)[0][0], rows_of(model)[0][1].unsqueeze(1)], dim=1)
     expected = torch.cat([weight, bias.unsqueeze(1)], dim=1)
     torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), atol=1e-5, rtol=1e-4)

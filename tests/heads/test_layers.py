@@ -119,4 +119,4 @@ def test_leaves_that_cannot_be_replaced_are_refused(leaf, kind, error):
 
 def test_a_bias_for_a_layer_without_one_is_refused():
     with pytest.raises(ValueError, match="without an intercept"):
-        ETFHead(4, 3, bias=False).set_rows(torch.zeros(3, 4), torch.ones(3))
+        ETFHead(4, 3, bias=False).set_class_vectors(torch.zeros(3, 4), torch.ones(3))

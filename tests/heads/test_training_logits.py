@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_run import make_model, make_trainer, weights
 
-from etf_adapt.geometry.frames import LEAVABLE, NEED_INTERCEPT, closed_form_rows, metric_root
-from etf_adapt.geometry.leave_one_out import left_out_rows
+from etf_adapt.geometry.frames import LEAVABLE, NEED_INTERCEPT, closed_form_vectors, metric_root
+from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.training_logits import FeatureLengths, LeftOutRows, TrainingLogits
@@ -34,8 +34,8 @@ def test_a_row_left_out_is_one_of_a_class_whose_mean_is_that_of_the_others(rows,
     """The slow reference sets all rows of the head again, with covariances, centre and shrinkage of the whole."""
     features, labels = rows
     whole = ClassStatistics.of(features, labels, len(COUNTS))
-    weight, bias = closed_form_rows(whole, frame, penalty=0.3, intercept=intercept)
-    change, bias_change = left_out_rows(whole, features, labels, frame, penalty=0.3, intercept=intercept)
+    weight, bias = closed_form_vectors(whole, frame, penalty=0.3, intercept=intercept)
+    change, bias_change = left_out_changes(whole, features, labels, frame, penalty=0.3, intercept=intercept)
     for name in ("within", "center", "shrinkage"):
         value = getattr(whole, name)
         monkeypatch.setattr(ClassStatistics, name, property(lambda self, value=value: value))
@@ -45,7 +45,7 @@ def test_a_row_left_out_is_one_of_a_class_whose_mean_is_that_of_the_others(rows,
     for row, label in enumerate(labels):
         keep = torch.arange(len(labels)) != row
         part = ClassStatistics.of(features[keep], labels[keep], len(COUNTS))
-        slow, slow_bias = closed_form_rows(part, frame, penalty=0.3, intercept=intercept)
+        slow, slow_bias = closed_form_vectors(part, frame, penalty=0.3, intercept=intercept)
         # Rows are centred over the classes: against another class, the changed row has moved by what it changed.
         moved = (slow[label] - slow[own != label]) - (weight[label] - weight[own != label])
         torch.testing.assert_close(moved, change[row].expand_as(moved))
@@ -57,10 +57,10 @@ def test_what_cannot_be_left_out_is_refused(rows):
     features, labels = rows
     statistics = ClassStatistics.of(features, labels, len(COUNTS))
     with pytest.raises(ValueError, match=r"`frame` \(='rotated'\)"):
-        left_out_rows(statistics, features, labels, "rotated")
+        left_out_changes(statistics, features, labels, "rotated")
     alone = ClassStatistics.of(features[:-1], labels[:-1], len(COUNTS))
     with pytest.raises(ValueError, match="Class 3 has one row: it cannot be left out"):
-        left_out_rows(alone, features[:-1], labels[:-1], "means")
+        left_out_changes(alone, features[:-1], labels[:-1], "means")
 
 
 def held():
@@ -137,7 +137,7 @@ def test_what_is_written_into_a_checkpoint_comes_back(root):
 def test_logits_over_the_lengths_are_cosines_in_the_metric(rows, intercept):
     features, labels = rows
     statistics = ClassStatistics.of(features, labels, len(COUNTS))
-    weight, bias = closed_form_rows(statistics, "whitened", penalty=0.3, intercept=intercept)
+    weight, bias = closed_form_vectors(statistics, "whitened", penalty=0.3, intercept=intercept)
     root = metric_root(statistics, "whitened", penalty=0.3, intercept=intercept)
     center = statistics.center if intercept else torch.zeros(5, dtype=torch.float64)
     matrix = statistics.within + 0.3 * statistics.within.diagonal().mean() * torch.eye(5, dtype=torch.float64)

@@ -182,7 +182,7 @@ def test_a_copy_is_the_same_model(name, copied):
     assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.logits, theirs.logits)
     assert not any(p.requires_grad for head in head_modules(twin).values() for p in head.parameters())
     head = next(iter(head_modules(twin).values()))
-    head.set_rows(torch.zeros_like(head.rows()[0]))
+    head.set_class_vectors(torch.zeros_like(head.class_vectors()[0]))
     assert torch.equal(model(**inputs).logits, ours.logits)
 
 

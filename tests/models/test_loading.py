@@ -165,7 +165,9 @@ def test_a_backbone_without_classes_gets_as_many_as_are_asked_for(timm_export):
 def test_several_heads_come_back(tmp_path):
     model = ETFForImageClassification.from_pretrained("timm/levit_128s.fb_dist_in1k", num_labels=3, pretrained=False)
     for number, head in enumerate(head_modules(model).values()):
-        head.set_rows(torch.randn(3, head.weight.shape[1]), torch.tensor([0.0, 1.0, float(number)]), frame="means")
+        head.set_class_vectors(
+            torch.randn(3, head.weight.shape[1]), torch.tensor([0.0, 1.0, float(number)]), frame="means"
+        )
     model.set_temperature(2.0)
     model.save_pretrained(tmp_path)
     again = ETFForImageClassification.from_pretrained(tmp_path)

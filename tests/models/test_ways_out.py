@@ -281,7 +281,9 @@ def test_real_checkpoints_go_in_and_out(name, request, tmp_path):
                 model.processor(["a tall ash", "birches", "a cedar", "two trees"], padding=True, return_tensors="pt")
             )
         for head in head_modules(model).values():
-            head.set_rows(torch.randn(head.rows()[0].shape), torch.tensor([0.1, -0.2, 0.3]), frame="means")
+            head.set_class_vectors(
+                torch.randn(head.class_vectors()[0].shape), torch.tensor([0.1, -0.2, 0.3]), frame="means"
+            )
         model.set_temperature(2.5, [0.5, 0.0, -0.5])
         if name.endswith(".hf"):
             model.processor = AutoImageProcessor.from_pretrained(source)
