@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from etf_adapt.heads.layers import ETFHead as ETFHead
     from etf_adapt.losses.dot_regression import dot_regression_loss as dot_regression_loss
     from etf_adapt.losses.dot_regression import margin_dot_regression_loss as margin_dot_regression_loss
-    from etf_adapt.losses.softmax import ldam_loss as ldam_loss
     from etf_adapt.losses.softmax import logit_adjusted_loss as logit_adjusted_loss
     from etf_adapt.metrics.collapse import NeuralCollapse as NeuralCollapse
     from etf_adapt.metrics.shots import ShotAccuracy as ShotAccuracy
@@ -40,7 +39,6 @@ _MODULES = {
     "ETFHead": "heads.layers",
     "dot_regression_loss": "losses.dot_regression",
     "margin_dot_regression_loss": "losses.dot_regression",
-    "ldam_loss": "losses.softmax",
     "logit_adjusted_loss": "losses.softmax",
     "NeuralCollapse": "metrics.collapse",
     "ShotAccuracy": "metrics.shots",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,54 +13,42 @@ from torch import Tensor
 
 from etf_adapt.errors import check_choice
 from etf_adapt.losses.dot_regression import dot_regression_loss, margin_dot_regression_loss
-from etf_adapt.losses.softmax import effective_number_weights, ldam_loss, logit_adjusted_loss
-from etf_adapt.losses.terms import require_counts
+from etf_adapt.losses.softmax import logit_adjusted_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A loss, the options that its settings may give, and whether it knows class counts: no, where given, or always."""
-
+class _Entry(NamedTuple):
     function: Callable[..., Tensor]
-    options: tuple[str, ...]
-    counts: Literal["unused", "optional", "needed"] = "unused"
+    options: tuple[str, ...]  # arguments of the function, ``scale`` and ``unit_features`` (see ``make_loss``)
+    class_counts: str  # "unused", "optional" or "needed"
 
 
-LOSSES: Mapping[str, _Entry] = {
+_LOSSES: Mapping[str, _Entry] = {
     "dot_regression": _Entry(
-        dot_regression_loss, ("form", "target", "balance", "unit_features", "class_weights", "label_smoothing")
+        dot_regression_loss, ("form", "target", "balance", "unit_features", "label_smoothing"), "unused"
     ),
     "margin_dot_regression": _Entry(
-        margin_dot_regression_loss,
-        ("margin", "temperature", "prior_strength", "form", "huber", "class_weights", "label_smoothing"),
-        counts="optional",
+        margin_dot_regression_loss, ("margin", "temperature", "prior_strength", "label_smoothing"), "optional"
     ),
-    "cross_entropy": _Entry(F.cross_entropy, ("scale", "label_smoothing")),
-    "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), counts="needed"),
-    "ldam": _Entry(ldam_loss, ("scale", "max_margin", "class_weights", "label_smoothing"), counts="needed"),
+    "cross_entropy": _Entry(F.cross_entropy, ("scale", "label_smoothing"), "unused"),
+    "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), "needed"),
 }
+LOSS_NAMES = tuple(_LOSSES)
 
-LOSS_NAMES = tuple(LOSSES)
+
+def known_options(name: str) -> tuple[str, ...]:
+    """Return the options that the settings of a loss may give."""
+    check_choice("name", name, LOSS_NAMES)
+    return _LOSSES[name].options
 
 
 def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None = None) -> Loss:
-    """Build a loss of ``(logits, labels)`` from its settings, as they stand in a model's ``config.json``.
+    """Build a loss of ``(logits, labels)`` from its settings: ``{"name": ...}``, one of ``LOSS_NAMES``, and its options.
 
-    Args:
-        settings: ``{"name": ...}``, one of ``LOSS_NAMES``, and options of that loss by the names of its function's
-            arguments. Besides these, the cross-entropies take ``scale`` (factor of the logits, 1 by default);
-            ``"dot_regression"`` takes ``unit_features`` (True: the logits are those of a unit feature with unit rows, as in
-            the paper, so that its length is one); and ``class_weights`` is ``"effective_number"``.
-        class_counts: Training rows of each class; needed by logit adjustment and LDAM, and even where None for
-            ``"margin_dot_regression"``.
-
-    Returns:
-        Function of logits (batch, num_classes) and labels that returns a scalar tensor.
-
-    Raises:
-        ValueError: The name or an option is unknown, or the class counts are missing.
+    Beside the arguments of the loss's function, cross-entropies take ``scale`` (factor of the logits, 1 by default), and dot
+    regression ``unit_features`` (True: the logits are those of unit features and unit class vectors, as in the paper). Logit
+    adjustment needs ``class_counts`` (training rows of each class); margin dot regression takes even priors without them.
 
     Example:
         >>> loss = make_loss({"name": "dot_regression", "form": "sphere"})
@@ -70,19 +57,14 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     """
     options = dict(settings)
     name = options.pop("name", None)
-    check_choice("name", name, LOSS_NAMES)
-    entry = LOSSES[name]
-    if unknown := sorted(set(options) - set(entry.options)):
-        raise ValueError(
-            f"Loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(entry.options))}."
-        )
+    known = known_options(name)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"Loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}.")
     scale = float(options.pop("scale", 1.0))
     unit_features = bool(options.pop("unit_features", False))
-    if "class_weights" in options:
-        check_choice("class_weights", options["class_weights"], ("effective_number",))
-        options["class_weights"] = effective_number_weights(require_counts(class_counts, name))
-    if entry.counts == "needed" or (entry.counts == "optional" and class_counts is not None):
-        options["class_counts"] = require_counts(class_counts, name)
+    entry = _LOSSES[name]
+    if entry.class_counts == "needed" or (entry.class_counts == "optional" and class_counts is not None):
+        options["class_counts"] = _checked_counts(class_counts, name)
     function = partial(entry.function, **options)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -94,5 +76,20 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
 
     num_classes = 2 if class_counts is None else len(class_counts)
     with torch.device("cpu"):
-        loss(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))  # values that cannot be are named now
+        loss(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))  # refuses wrong values of options now
     return loss
+
+
+def _checked_counts(class_counts: Sequence[int] | None, loss: str) -> Tensor:
+    if class_counts is None:
+        raise ValueError(
+            f"`class_counts` (=None) is needed by the loss {loss!r}: pass the training rows of each class."
+        )
+    counts = torch.as_tensor(class_counts)
+    if (counts <= 0).any():
+        empty = int((counts <= 0).nonzero()[0])
+        raise ValueError(
+            f"`class_counts[{empty}]` (={counts[empty].item()}) must be positive: the log prior of a class without rows is "
+            "infinite; drop the class or give it a row."
+        )
+    return counts
