@@ -1,4 +1,4 @@
-"""One line for an error, and the nearest valid name for a wrong one."""
+"""Errors for people: the nearest valid name for a wrong one, and one line in place of a traceback."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+TRACEBACK_VARIABLE = "ETF_ADAPT_TRACEBACK"
+"""Environment variable that, set to anything, brings the tracebacks back."""
+
+
+class OutputFolderError(ValueError):
+    """Raised where results would mix with, or replace, what an output folder holds already."""
+
 
 def nearest_names(name: str, valid: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Return the valid names most like a mistyped one, nearest first.
-
-    Args:
-        name: What was typed.
-        valid: The names that would do.
-        limit: Most names to return, at least 1.
-
-    Returns:
-        At most ``limit`` names; none where nothing is alike.
+    """Return at most ``limit`` valid names that resemble a mistyped one, nearest first.
 
     Example:
         >>> nearest_names("vit_bse", ["vit_base", "bert_base"], limit=1)
@@ -30,15 +29,7 @@ def nearest_names(name: str, valid: Iterable[str], *, limit: int = 3) -> list[st
 
 
 def check_choice(argument: str, value: Any, valid: Iterable[str]) -> None:
-    """Refuse a value that is none of the valid ones, naming the nearest.
-
-    Args:
-        argument: Name of the argument, for the message.
-        value: What was given.
-        valid: The values that would do.
-
-    Raises:
-        ValueError: ``value`` is not among them.
+    """Raise a ``ValueError`` that names the argument, its valid values and the nearest of them, unless ``value`` is valid.
 
     Example:
         >>> check_choice("head", "liner", ("etf", "linear"))
@@ -52,55 +43,39 @@ def check_choice(argument: str, value: Any, valid: Iterable[str]) -> None:
         raise ValueError(f"`{argument}` (={value!r}) must be one of {', '.join(map(repr, choices))}{hint}")
 
 
-TRACEBACK_VARIABLE = "ETF_ADAPT_TRACEBACK"
-"""Environment variable that, set to anything, shows where an error came from."""
-
-
-class OutputFolderError(ValueError):
-    """Raised where results would mix with, or replace, what an output folder holds already."""
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one message, without a traceback, for what its user can mend.
+    """End the process with one line, without a traceback, for an error that the user can mend.
 
-    A wrong value, a missing or unreadable file and a missing package end it with exit code 2; a loss that is not finite and
-    memory that runs out with 1; Ctrl-C with 130. Any other exception is a bug and keeps its traceback. Of several
-    processes that find the same mistake, the first alone speaks.
-
-    Example:
-        >>> with one_line_errors():
-        ...     raise SystemExit(0)
-        Traceback (most recent call last):
-        SystemExit: 0
+    Exit code 2 for a wrong value, a missing or unreadable file or a missing package, 1 for a loss that is not finite or memory
+    that runs out, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback. Only process 0 prints.
     """
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(
-            _say("stopped; --resume_from_checkpoint last goes on from the newest checkpoint", 130)
-        ) from None
+        message = "stopped; --resume_from_checkpoint last goes on from the newest checkpoint"
+        raise SystemExit(_print_error(message, 130)) from None
     except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        raise SystemExit(_say(_message(error), 2)) from None
+        raise SystemExit(_print_error(_message_of(error), 2)) from None
     except (ArithmeticError, MemoryError, RuntimeError) as error:
         # torch's errors of memory are RuntimeErrors, and so are its bugs.
         expected = isinstance(error, (ArithmeticError, MemoryError)) or "out of memory" in str(error).lower()
         if os.environ.get(TRACEBACK_VARIABLE) or not expected:
             raise
-        raise SystemExit(_say(_message(error), 1)) from None
+        raise SystemExit(_print_error(_message_of(error), 1)) from None
 
 
-def _message(error: BaseException) -> str:
-    """Return what an error says, without the traceback that a data loader's worker puts before it."""
-    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if "Original Traceback" in said:
-        said = said.rstrip().splitlines()[-1].partition(": ")[2]
-    return said.strip() or type(error).__name__
+def _message_of(error: BaseException) -> str:
+    """Return an error's message, without the traceback that a data loader's worker puts before it."""
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Original Traceback" in message:
+        message = message.rstrip().splitlines()[-1].partition(": ")[2]
+    return message.strip() or type(error).__name__
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, exit_code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
+    return exit_code
