@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
     class_counts: str  # "unused", "optional" or "needed"
 
 
-_LOSSES: Mapping[str, _Entry] = {
+LOSSES: Mapping[str, _Entry] = {
     "dot_regression": _Entry(
         dot_regression_loss, ("form", "target", "balance", "unit_features", "label_smoothing"), "unused"
     ),
@@ -34,13 +34,13 @@ _LOSSES: Mapping[str, _Entry] = {
     "cross_entropy": _Entry(F.cross_entropy, ("scale", "label_smoothing"), "unused"),
     "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), "needed"),
 }
-LOSS_NAMES = tuple(_LOSSES)
+LOSS_NAMES = tuple(LOSSES)
 
 
 def known_options(name: str) -> tuple[str, ...]:
     """Return the options that the settings of a loss may give."""
     check_choice("name", name, LOSS_NAMES)
-    return _LOSSES[name].options
+    return LOSSES[name].options
 
 
 def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None = None) -> Loss:
@@ -62,7 +62,7 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
         raise ValueError(f"Loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}.")
     scale = float(options.pop("scale", 1.0))
     unit_features = bool(options.pop("unit_features", False))
-    entry = _LOSSES[name]
+    entry = LOSSES[name]
     if entry.class_counts == "needed" or (entry.class_counts == "optional" and class_counts is not None):
         options["class_counts"] = _checked_counts(class_counts, name)
     function = partial(entry.function, **options)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
-from etf_adapt.geometry.frames import FRAMES, LEAVABLE, closed_form_vectors
+from etf_adapt.geometry.frames import FRAMES, MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
@@ -51,7 +51,7 @@ def model_with_head(name="test_resnet", **options):
     return swap_head(timm.create_model(name, num_classes=10, **sizes), 3, **options)
 
 
-def rows_of(model):
+def vectors_of(model):
     return [head.class_vectors() for head in head_modules(model).values()]
 
 
@@ -72,11 +72,11 @@ def numbered(rows, size):
     ]
 
 
-@pytest.mark.parametrize("frame", LEAVABLE)
+@pytest.mark.parametrize("frame", MEAN_FRAMES)
 def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
     model = model_with_head()
     result = align_head(model, numbered(rows, 5), frame=frame)
-    ((weight, _),) = rows_of(model)
+    ((weight, _),) = vectors_of(model)
     with torch.no_grad():  # in the same batches: others round otherwise, and a small penalty enlarges that
         features = torch.cat([read_features(model.eval(), {"x": batch["x"]})[0] for batch in batches(rows, 5)])
     statistics = ClassStatistics.of(features, rows[1], 3)
@@ -104,20 +104,20 @@ def test_without_numbers_of_rows_nothing_is_left_out(rows):
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_the_head_is_the_closed_form_of_its_features_with_length_one(rows, frame):
+def test_the_head_is_the_closed_form_of_its_features_with_norm_one(rows, frame):
     model = model_with_head()
     result = align_head(model, batches(rows, 5), frame=frame)
     model.eval()
     with torch.no_grad():
         features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
-        _, lengths = vertex_products(model(rows[0]))
+        _, norms = vertex_products(model(rows[0]))
     statistics = ClassStatistics.of(features, rows[1], 3)
     penalty = result.penalties[0]
     weight, bias = closed_form_vectors(statistics, frame, penalty=penalty, generator=torch.Generator().manual_seed(0))
-    ours = torch.cat([rows_of(model)[0][0], rows_of(model)[0][1].unsqueeze(1)], dim=1)
+    ours = torch.cat([vectors_of(model)[0][0], vectors_of(model)[0][1].unsqueeze(1)], dim=1)
     expected = torch.cat([weight, bias.unsqueeze(1)], dim=1)
     torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), atol=1e-5, rtol=1e-4)
-    assert lengths.mean().item() == pytest.approx(1.0, rel=1e-4)
+    assert norms.mean().item() == pytest.approx(1.0, rel=1e-4)
     assert result.rows == 23 and result.frame == frame == head_modules(model).popitem()[1].frame
 
 
@@ -126,7 +126,7 @@ def test_batches_and_known_counts_make_no_difference(rows):
     for size, counts in ((23, None), (4, COUNTS)):
         model = model_with_head()
         align_head(model, batches(rows, size), class_counts=counts, penalty=0.3)
-        results.append(rows_of(model)[0][0])
+        results.append(vectors_of(model)[0][0])
     assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()
 
 
@@ -142,7 +142,7 @@ def test_mode_gradients_running_statistics_and_random_state_are_left_alone(rows)
     assert not any(head.weight.requires_grad for head in head_modules(model).values())
 
 
-def test_length_is_one_in_training_mode_where_dropout_lengthens_it(rows):
+def test_the_norm_is_one_in_training_mode_where_dropout_enlarges_it(rows):
     model = model_with_head("test_vit", kind="etf")
     model.head_drop = nn.Dropout(0.5)
     align_head(model, batches(rows, 23), frame="means")
@@ -157,8 +157,8 @@ def test_length_is_one_in_training_mode_where_dropout_lengthens_it(rows):
 
 def test_several_heads_are_aligned_each_on_its_own_input(rows):
     model = model_with_head("deit_tiny_distilled_patch16_224")
-    result = align_head(model, batches(rows, 23), frame="ridge")
-    first, second = rows_of(model)
+    result = align_head(model, batches(rows, 23))
+    first, second = vectors_of(model)
     assert len(result.penalties) == 2 and not torch.equal(first[0], second[0])
     model.eval()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_a_data_loader_and_its_batches_give_the_same(rows):
     for data in (DataLoader(items, batch_size=6), batches(rows, 6)):
         model = model_with_head()
         align_head(model, data)
-        results.append(rows_of(model)[0][0])
+        results.append(vectors_of(model)[0][0])
     assert torch.equal(results[0], results[1])
 
 
@@ -184,7 +184,7 @@ def test_a_cosine_head_starts_from_the_class_means(rows):
     with torch.no_grad():
         features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
     means = ClassStatistics.of(features, rows[1], 3).means
-    torch.testing.assert_close(rows_of(model)[0][0], means, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vectors_of(model)[0][0], means, atol=1e-5, rtol=1e-4)
 
 
 def test_the_sample_keeps_rare_classes_whole():

@@ -1,4 +1,4 @@
-"""Laws of dot regression, on the vertices and on the edges: zero at the goal, a pull elsewhere, soft labels that extend hard."""
+"""Laws of dot regression on vertices and on edges: zero at the goal, a pull elsewhere, soft labels that extend hard ones."""
 
 from __future__ import annotations
 
