@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +45,8 @@ class AlignmentResult:
     nearest_mean_accuracy: float | None  # leave-one-out, of the nearest class mean of what the first head reads
     rows: int  # training rows in the statistics
     length: float  # mean norm of the centred logits in training mode before it was scaled to one
-    left_out: tuple[LeftOutRows | None, ...] = field(
-        default=(), repr=False
-    )  # of each head, where rows have a ``row_id``
+    # Of each head; None for the other frames, and where the batches have no ``row_id``.
+    left_out: tuple[LeftOutRows | None, ...] = field(repr=False)
 
 
 def align_head(
@@ -96,7 +95,8 @@ def align_head(
     """
     heads = _alignable_heads(model)
     is_cosine = all(head.kind == "cosine" for head in heads.values())
-    frame = "means" if is_cosine else frame
+    if is_cosine:
+        frame = "means"
     num_classes = next(iter(heads.values())).num_classes
     counts = _count_classes(data, num_classes) if class_counts is None else np.asarray(class_counts)
     with evaluation_mode(model):
@@ -107,14 +107,11 @@ def align_head(
         for head, statistics, features in zip(heads.values(), rows.statistics, rows.features, strict=True)
     ]
     penalties, accuracies, left_out = zip(*set_heads, strict=True)
-    if hasattr(model, "reset_temperature"):  # an adapted model: its calibration was of the class vectors that are gone
-        cast(Any, model).reset_temperature()
-        settings = cast(Any, model).etf_settings
-        if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
-            cast(Any, model).set_loss(settings["loss"], class_counts=counts.tolist())
+    if hasattr(model, "reset_temperature"):
+        _update_adapted_model(model, counts)
 
     length = _norm_in_training(model, rows.first_batches, seed)
-    scale = 1.0 / length if length > 0.0 and not is_cosine else 1.0
+    scale = 1.0 / length if length > 0.0 and not is_cosine else 1.0  # a cosine feels no norm of its class vectors
     for head in heads.values():
         weight, bias = head.class_vectors()
         head.set_class_vectors(scale * weight, None if bias is None else scale * bias)
@@ -141,6 +138,13 @@ def _alignable_heads(model: nn.Module) -> dict[str, ClassifierHead]:
                 f"`{path}` is a 'paper' head: the published method draws its frame at random and keeps it."
             )
     return heads
+
+
+def _update_adapted_model(model: Any, counts: np.ndarray) -> None:
+    model.reset_temperature()  # fitted to class vectors that are gone
+    settings = model.etf_settings
+    if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
+        model.set_loss(settings["loss"], class_counts=counts.tolist())
 
 
 @dataclass(frozen=True)

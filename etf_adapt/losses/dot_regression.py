@@ -10,7 +10,7 @@ from torch import Tensor
 
 from etf_adapt.errors import check_choice
 from etf_adapt.geometry.simplex import vertex_products
-from etf_adapt.losses.terms import combine_terms, log_prior, of_labels, soft_labels, soft_margins
+from etf_adapt.losses.terms import combine_terms, log_prior, soft_labels, soft_margins
 
 DOT_REGRESSION_FORMS = ("one_sided", "sphere")
 
@@ -72,10 +72,12 @@ def dot_regression_loss(
     if not 0.0 < target <= 1.0:
         raise ValueError(f"`target` (={target}) must lie in (0, 1]: it is a cosine.")
     soft = soft_labels(logits, labels, label_smoothing)
-    all_products, norms = vertex_products(logits)
-    products = of_labels(all_products, labels, soft)  # (batch, 1), or (batch, num_classes) for soft labels
-    norms = norms if lengths is None else torch.as_tensor(lengths, device=products.device).to(products.dtype)
-    norms = norms.expand(products.shape[0]).unsqueeze(1)
+    products, norms = vertex_products(logits)
+    if soft is None:
+        products = products.gather(1, labels.unsqueeze(1))  # (batch, 1): with the label's own vertex
+    if lengths is not None:
+        norms = torch.as_tensor(lengths, device=products.device).to(products.dtype).expand(len(products))
+    norms = norms.unsqueeze(1)
     if form == "sphere":
         cosines = products / norms.clamp_min(torch.finfo(products.dtype).tiny)
     else:

@@ -82,14 +82,11 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
 
 def _checked_counts(class_counts: Sequence[int] | None, loss: str) -> Tensor:
     if class_counts is None:
-        raise ValueError(
-            f"`class_counts` (=None) is needed by the loss {loss!r}: pass the training rows of each class."
-        )
+        raise ValueError(f"`class_counts` (=None) is needed by {loss!r}: pass the training rows of each class.")
     counts = torch.as_tensor(class_counts)
-    if (counts <= 0).any():
-        empty = int((counts <= 0).nonzero()[0])
+    empty = int(counts.argmin())
+    if counts[empty] <= 0:
         raise ValueError(
-            f"`class_counts[{empty}]` (={counts[empty].item()}) must be positive: the log prior of a class without rows is "
-            "infinite; drop the class or give it a row."
+            f"`class_counts[{empty}]` (={counts[empty].item()}) must be positive: drop the class or give it a row."
         )
     return counts

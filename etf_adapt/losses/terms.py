@@ -21,15 +21,13 @@ def soft_labels(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"`label_smoothing` (={label_smoothing}) must lie in [0, 1).")
+    if labels.shape != (logits.shape if labels.is_floating_point() else (batch,)):
+        raise ValueError(
+            f"`labels` has shape {tuple(labels.shape)}: class indices need ({batch},), probabilities ({batch}, {num_classes})."
+        )
     if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)}; probabilities need that of the logits, {tuple(logits.shape)}."
-            )
         soft = labels.to(dtype)
     else:
-        if labels.shape != (batch,):
-            raise ValueError(f"`labels` has shape {tuple(labels.shape)}; class indices need shape ({batch},).")
         # On a GPU the check would wait for the device at every step, under torch.compile break the graph.
         readable = labels.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling()
         if readable and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -41,11 +39,6 @@ def soft_labels(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
             return None
         soft = F.one_hot(labels, num_classes).to(dtype)
     return (1.0 - label_smoothing) * soft + label_smoothing / num_classes if label_smoothing else soft
-
-
-def of_labels(values: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
-    """Return the values (batch, 1) at the labels where these are indices, all values (batch, num_classes) otherwise."""
-    return values.gather(1, labels.unsqueeze(1)) if soft is None else values
 
 
 def soft_margins(scores: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
@@ -84,8 +77,7 @@ def log_prior(class_counts: Tensor | Sequence[int], logits: Tensor) -> Tensor:
     counts = torch.as_tensor(class_counts, device=logits.device)
     if counts.shape != logits.shape[-1:]:
         raise ValueError(
-            f"`class_counts` has shape {tuple(counts.shape)}, but the logits have {logits.shape[-1]} classes: "
-            "one count for each class is needed."
+            f"`class_counts` (of shape {tuple(counts.shape)}) must have one count for each of the {logits.shape[-1]} classes."
         )
     prior = counts.to(torch.float64) / counts.sum()
     return prior.log().to(torch.promote_types(logits.dtype, torch.float32))
