@@ -64,17 +64,7 @@ class LeftOutRows:
 
 
 class TrainingLogits:
-    """Leaves each row of a training batch out of the heads of a model, by hooks on these, while the batch is named.
-
-    Example:
-        >>> head = nn.Linear(2, 2, bias=False)
-        >>> logits = TrainingLogits({"head": head})
-        >>> logits.left_out["head"] = LeftOutRows(torch.tensor([3]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]))
-        >>> features, plain = torch.ones(1, 2), head(torch.ones(1, 2))
-        >>> with logits.of(torch.tensor([1]), torch.tensor([3])):
-        ...     print((head(features) - plain).tolist())
-        [[0.0, 1.5]]
-    """
+    """Leaves each row of a training batch out of the heads of a model, by hooks on these, while the batch is named."""
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         self.left_out: dict[str, LeftOutRows] = {}  # by the path of the head; heads without an entry score as they are

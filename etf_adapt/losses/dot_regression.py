@@ -54,8 +54,7 @@ def dot_regression_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        Scalar tensor, or (batch,) with ``reduction="none"``; float32 (float64 for float64 logits). 0 at the vertex, 2 at its
-        antipode.
+        Scalar tensor (0 at the vertex, 2 at its antipode), or (batch,) with ``reduction="none"``; float32 at least.
 
     Raises:
         ValueError: An option is not one of those above, or labels and logits do not fit.
@@ -106,7 +105,7 @@ def margin_dot_regression_loss(
     .. math:: L = \tfrac12 \max(0,\, \delta - z_y)^2, \qquad z_y = a_y - \tau \log \sum_{k \ne y} e^{a_k / \tau}, \qquad
         a_k = p_k + t \log \pi_k
 
-    For :math:`\tau \to 0` the margin is that over the nearest rival, :math:`(m_y - m_k)^\top P u`; the vertex itself has
+    For :math:`\tau \to 0` the margin is that over the nearest rival, :math:`(m_y - m_k)^\top P u`; the vertex itself has, for even priors,
     :math:`K / (K - 1)`. With K = 2 the loss is a squared hinge on the difference of the logits. Once the margin is reached,
     loss and gradient are zero; until then the gradient pulls *and* pushes, where regression on the vertices only pulls:
     :math:`-(\delta - z_y)\sqrt{K/(K-1)}\,(e_y - \sum_{k \ne y} q_k e_k)`, q the softmax of :math:`a / \tau` over the rivals.
@@ -124,7 +123,7 @@ def margin_dot_regression_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        Scalar tensor, or (batch,) with ``reduction="none"``; float32 (float64 for float64 logits), at least 0.
+        Scalar tensor, at least 0, or (batch,) with ``reduction="none"``; float32 at least.
 
     Raises:
         ValueError: An option is outside its range, or labels, counts and logits do not fit.

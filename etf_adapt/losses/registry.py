@@ -49,11 +49,6 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     Beside the arguments of the loss's function, cross-entropies take ``scale`` (factor of the logits, 1 by default), and dot
     regression ``unit_features`` (True: the logits are those of unit features and unit class vectors, as in the paper). Logit
     adjustment needs ``class_counts`` (training rows of each class); margin dot regression takes even priors without them.
-
-    Example:
-        >>> loss = make_loss({"name": "dot_regression", "form": "sphere"})
-        >>> loss(torch.tensor([[0.0, 2.0]]), torch.tensor([1])).item()
-        0.0
     """
     options = dict(settings)
     name = options.pop("name", None)
