@@ -105,11 +105,11 @@ def margin_dot_regression_loss(
     .. math:: L = \tfrac12 \max(0,\, \delta - z_y)^2, \qquad z_y = a_y - \tau \log \sum_{k \ne y} e^{a_k / \tau}, \qquad
         a_k = p_k + t \log \pi_k
 
-    For :math:`\tau \to 0` the margin is that over the nearest rival, :math:`(m_y - m_k)^\top P u`; the vertex itself has, for even priors,
-    :math:`K / (K - 1)`. With K = 2 the loss is a squared hinge on the difference of the logits. Once the margin is reached,
-    loss and gradient are zero; until then the gradient pulls *and* pushes, where regression on the vertices only pulls:
-    :math:`-(\delta - z_y)\sqrt{K/(K-1)}\,(e_y - \sum_{k \ne y} q_k e_k)`, q the softmax of :math:`a / \tau` over the rivals.
-    Logit adjustment is another function of this margin, :math:`\log(1 + e^{-z_y / \tau})`, and never stops pulling.
+    For :math:`\tau \to 0` the margin is that over the nearest rival, :math:`(m_y - m_k)^\top P u`; with even priors the vertex
+    itself has :math:`K / (K - 1)`. With K = 2 the loss is a squared hinge on the difference of the logits. Loss and gradient
+    are zero once the margin is reached; until then the gradient pulls *and* pushes, where regression on the vertices only
+    pulls: :math:`-(\delta - z_y)\sqrt{K/(K-1)}\,(e_y - \sum_{k \ne y} q_k e_k)`, q the softmax of :math:`a / \tau` over the
+    rivals. Logit adjustment is another function of this margin, :math:`\log(1 + e^{-z_y / \tau})`, and never stops pulling.
 
     Args:
         logits: Tensor (batch, num_classes), any floating type.
