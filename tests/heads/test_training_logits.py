@@ -79,8 +79,8 @@ class TestTrainer:
         with torch.no_grad():
             return trainer.compute_loss(trainer.model, dict(batch)).item()
 
-    def batch(self, trainer):
-        return trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
+    def batch(self, trainer, size=16):
+        return trainer.data_collator([trainer.train_dataset[row] for row in range(size)])
 
     def test_the_loss_of_training_is_that_of_the_rows_left_out(self, tmp_path):
         loss = {"name": "margin_dot_regression", "margin": 3.0}  # more than any row has
@@ -123,7 +123,7 @@ class TestTrainer:
 
     def test_a_head_that_was_aligned_before_is_set_as_this_run_would(self, tmp_path, capsys):
         trainer = make_trainer(tmp_path / "run", num_train_epochs=1)
-        align_head(trainer.model, trainer._alignment_loader(mixed=False), frame="means")
+        align_head(trainer.model, [self.batch(trainer, len(trainer.train_dataset))], frame="means")
         trainer.train()
         assert "means frame is set anew" in capsys.readouterr().out
         assert trainer._training_logits.left_out
