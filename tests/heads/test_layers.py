@@ -46,7 +46,7 @@ def test_only_learned_heads_receive_gradients(kind):
     assert head.weight.requires_grad is (kind in ("linear", "cosine"))
 
 
-def test_a_fixed_head_can_be_told_to_learn():
+def test_a_fixed_head_can_be_made_trainable():
     assert make_head(nn.Linear(8, 10), 3, trainable=True).weight.requires_grad
 
 
@@ -88,7 +88,7 @@ def test_cosine_head_folds_to_the_same_argmax(bias):
     assert (layer.bias is not None) is bias and layer.weight.requires_grad
 
 
-def test_cosine_logits_ignore_the_length_of_the_feature():
+def test_cosine_logits_ignore_the_norm_of_the_feature():
     head, features = CosineHead(8, 3), torch.randn(4, 8)
     torch.testing.assert_close(head(7.0 * features), head(features))
 
