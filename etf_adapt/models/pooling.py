@@ -1,4 +1,4 @@
-"""Classifiers on what an encoder makes of a row, where no stock class does that; in sentence-transformers' folders.
+"""Classifiers on an encoder's pooled features, where no stock class has them; in sentence-transformers' folders.
 
 For texts the mean of the tokens, for encoders that were trained so; for images the pooled output of encoders that
 transformers has no classification class for.
@@ -21,31 +21,19 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from etf_adapt.errors import check_choice
-from etf_adapt.models.folders import HUB_OPTIONS, find_file, read_weights, resolve_dtype
+from etf_adapt.models.folders import find_file, hub_options, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.weights import convert_state_dict, find_missing, load_noting_new
 
-POOLINGS = ("stock", "mean")
-"""What makes one feature of a text's tokens: what the stock class has, or their mean."""
-
-_TINY = 1e-9
-_SIDE = 224
+POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
+_SIDE = 224  # pixels, of encoders whose configuration names no image size
 
 
 class PooledEncoder(PreTrainedModel):
-    """An encoder, one feature of what it makes of a row, and a linear layer.
+    """An encoder, a pooled feature, and a linear layer; a random encoder where only a configuration is given."""
 
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Attributes:
-        pooling: What the feature is: ``"mean"`` of the tokens, or ``"pooler_output"``.
-        lacks_layer: Whether the folder tells of a linear layer that is not there: another tool has saved the encoder alone.
-    """
-
-    pooling: str
-    lacks_layer: bool = False
+    pooling: str  # "mean" of the tokens, or "pooler_output"
+    lacks_layer: bool = False  # another tool has saved the encoder of such a model alone
     _new_weights: tuple[str, ...] = ()
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -66,23 +54,16 @@ class PooledEncoder(PreTrainedModel):
 
     @classmethod
     def _reads(cls, weight: str) -> bool:
-        """Return whether a weight of the encoder is of use."""
+        """Return whether the feature depends on a weight of the encoder."""
         return True
 
     @classmethod
     def from_folder(
         cls, location: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
     ) -> PooledEncoder:
-        """Load an encoder, with the linear layer that lies beside it in a folder of sentence-transformers, if one does.
+        """Load an encoder of transformers or sentence-transformers, what ``write_sentence_folder`` wrote, or a checkpoint.
 
-        Args:
-            location: Folder or Hub id: an encoder of transformers or sentence-transformers (a linear layer of another's is
-                not read), what ``write_sentence_folder`` left, or a training checkpoint of this class.
-            config: Its configuration, if that was read before.
-            options: Arguments of ``AutoModel.from_pretrained``.
-
-        Returns:
-            The model; its linear layer is random where none was saved.
+        The linear layer is random where none was saved by this library. Options are ``AutoModel.from_pretrained``'s.
         """
         if config is not None and (config.architectures or [""])[0] == cls.__name__:  # a training checkpoint
             model = cls(config)
@@ -97,9 +78,8 @@ class PooledEncoder(PreTrainedModel):
         encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
         model = cls(encoder.config, encoder)
         model._new_weights = tuple(f"encoder.{name}" for name in encoder._new_weights if cls._reads(name))
-        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # we have written it
-            dense = read_dense(location, cls.pooling, **hub_options)
+        if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # written by this library
+            dense = read_dense(location, cls.pooling, **hub_options(options))
             model.lacks_layer = dense is None
             if dense is not None:
                 model.classifier.load_state_dict(dense)
@@ -107,35 +87,24 @@ class PooledEncoder(PreTrainedModel):
 
 
 class MeanPoolingForSequenceClassification(PooledEncoder):
-    r"""A text encoder, the mean of what it makes of the tokens, and a linear layer.
+    r"""A text encoder, the mean of its tokens and a linear layer.
 
     .. math:: h = \frac{\sum_t a_t\, z_t}{\sum_t a_t}, \qquad u = W h + b
 
     with :math:`z_t` the encoder's last hidden state at token t and :math:`a_t` its attention mask: the sentence embedding of
-    Reimers and Gurevych. Stock classification classes of most encoders read the first token instead, many through a layer
-    and a hyperbolic tangent that a sentence encoder was not trained with. A pooler that the encoder brings along is kept as
-    it is, not trained.
+    Reimers and Gurevych (2019), Sentence-BERT, https://arxiv.org/abs/1908.10084.
 
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Raises:
-        ValueError: The model has a decoder.
-
-    References:
-        Reimers, Gurevych (2019). Sentence-BERT. https://arxiv.org/abs/1908.10084
-
-    Example:
-        >>> from transformers import BertConfig
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = MeanPoolingForSequenceClassification(BertConfig(**sizes, vocab_size=20, num_labels=3)).eval()
-        >>> texts = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> alone = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}
-        >>> torch.allclose(model(**texts).logits, model(**alone).logits, atol=1e-6)  # padding does not matter
-        True
+    >>> from transformers import BertConfig
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> model = MeanPoolingForSequenceClassification(BertConfig(**sizes, vocab_size=20, num_labels=3)).eval()
+    >>> texts = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    >>> alone = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}
+    >>> torch.allclose(model(**texts).logits, model(**alone).logits, atol=1e-6)  # padding does not matter
+    True
     """
 
+    # Stock classification classes of most encoders read the first token instead, many through a layer and a hyperbolic tangent
+    # that a sentence encoder was not trained with. A pooler that the encoder brings along is kept as it is, not trained.
     pooling = "mean"
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
@@ -166,33 +135,25 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the logits (batch, num_labels) of texts (batch, tokens); the loss as well where there are labels (batch,)."""
+        """Return the logits (batch, num_labels) of texts (batch, tokens), and the loss where labels (batch,) are given."""
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         named |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         given = {name: value for name, value in named.items() if value is not None}
         states = self.encoder(**given, **{**kwargs, "return_dict": True})
         tokens = states.last_hidden_state
         mask = tokens.new_ones(tokens.shape[:2]) if attention_mask is None else attention_mask.to(tokens.dtype)
-        mean = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(_TINY)
+        mean = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1e-9)
         return _output(states, self.classifier(mean), labels)
 
 
 class PooledOutputForImageClassification(PooledEncoder):
     """An image encoder without a classification class, such as DINOv3: its pooled output and a linear layer.
 
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Raises:
-        ValueError: The encoder makes no pooled output of images alone.
-
-    Example:
-        >>> from transformers import DINOv3ViTConfig
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = PooledOutputForImageClassification(DINOv3ViTConfig(**sizes, image_size=32, num_labels=3))
-        >>> model(torch.randn(2, 3, 32, 32)).logits.shape
-        torch.Size([2, 3])
+    >>> from transformers import DINOv3ViTConfig
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> model = PooledOutputForImageClassification(DINOv3ViTConfig(**sizes, image_size=32, num_labels=3))
+    >>> model(torch.randn(2, 3, 32, 32)).logits.shape
+    torch.Size([2, 3])
     """
 
     pooling = "pooler_output"
@@ -208,7 +169,7 @@ class PooledOutputForImageClassification(PooledEncoder):
         return in_features
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the logits (batch, num_labels) of images; the loss as well where there are labels (batch,)."""
+        """Return the logits (batch, num_labels) of images, and the loss where labels (batch,) are given."""
         states = self.encoder(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
         return _output(states, self.classifier(states.pooler_output), labels)
 
@@ -216,22 +177,15 @@ class PooledOutputForImageClassification(PooledEncoder):
 ENCODER_CLASSES = {
     kind.pooling: kind for kind in (MeanPoolingForSequenceClassification, PooledOutputForImageClassification)
 }
-"""The classes of this file, by what they read."""
+"""The two classes by their ``pooling``."""
 
 
 def pooled_features(config: PreTrainedConfig) -> int | None:
-    """Return the width of the pooled output that ``AutoModel`` makes of images, found by a forward on the meta device.
+    """Return the width of the pooled output that ``AutoModel`` makes of images alone, None where it makes none.
 
-    Args:
-        config: Of any model.
-
-    Returns:
-        None where there is none: another kind of input, patches for each image only, or further inputs that are needed.
-
-    Example:
-        >>> from transformers import BertConfig, DINOv3ConvNextConfig
-        >>> pooled_features(DINOv3ConvNextConfig()), pooled_features(BertConfig())
-        (768, None)
+    >>> from transformers import BertConfig, DINOv3ConvNextConfig
+    >>> pooled_features(DINOv3ConvNextConfig()), pooled_features(BertConfig())
+    (768, None)
     """
     kinds = AutoModel._model_mapping.get(type(config), ())
     kind = kinds[0] if isinstance(kinds, (list, tuple)) and kinds else kinds
@@ -239,7 +193,7 @@ def pooled_features(config: PreTrainedConfig) -> int | None:
         return None
     side = getattr(config, "image_size", None) or _SIDE
     size = (side, side) if isinstance(side, int) else tuple(side)
-    try:
+    try:  # a forward on the meta device
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(deepcopy(config)).eval()
             images = torch.empty(2, getattr(config, "num_channels", 3), *size, dtype=encoder.dtype)
@@ -257,20 +211,9 @@ def choose_encoder_class(
     pooling: str | None,
     saved: Mapping[str, Any] | None,
 ) -> type[PooledEncoder] | None:
-    """Return the class that stands in for a stock classification class, if one has to.
+    """Return the class that stands in for a stock classification class, None where none has to.
 
-    Args:
-        auto_model: ``AutoModelForImageClassification`` or ``AutoModelForSequenceClassification``.
-        config: The model's; set to the pooling where its stock class can be.
-        location: Its folder or Hub id, for messages.
-        pooling: One of ``POOLINGS``; as saved, or the stock class's, where None.
-        saved: Our entry of ``config.json``, if there is one.
-
-    Returns:
-        A class of this file; None for the stock class.
-
-    Raises:
-        ValueError: No class makes logits of this model, or the pooling is not for it.
+    Where the stock class can be set to the pooling, ``config`` is; ``saved`` is our entry in ``config.json``.
     """
     is_text = "Sequence" in auto_model.__name__
     if pooling is None and saved is not None and saved.get("pooling", "stock") != "stock":
@@ -302,15 +245,11 @@ def choose_encoder_class(
 
 
 def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
-    """Say that a sentence encoder was trained with another pooling than its stock class has.
-
-    Args:
-        location: Folder or Hub id.
-        config: The encoder's.
-        options: Among others, where on the Hub and in its cache files are.
-    """
-    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if getattr(config, "classifier_pooling", None) != "mean" and trained_pooling(location, **hub_options) == "mean":
+    """Warn where a sentence encoder was trained with another pooling than its stock class has."""
+    if (
+        getattr(config, "classifier_pooling", None) != "mean"
+        and trained_pooling(location, **hub_options(options)) == "mean"
+    ):
         warnings.warn(
             f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
             "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
@@ -319,7 +258,7 @@ def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[st
 
 
 def _warn_of_encoder(config: PreTrainedConfig, location: str) -> None:
-    """Say what reads a model whose architecture has no stock class, and where a stock one is to be had."""
+    """Warn that a model's architecture has no stock class, with the libraries that read it and timm's stock checkpoints."""
     words = [word for word in config.model_type.split("_") if word not in ("vision", "model")]
     known = [name for name in timm.list_pretrained(f"*{words[0]}*") if all(word in name for word in words)]
     hint = (
@@ -350,16 +289,9 @@ _DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
 
 
 def trained_pooling(location: str | Path, **options: Any) -> str | None:
-    """Return the pooling that a sentence encoder was trained with, as its folder tells.
-
-    Args:
-        location: Folder or Hub id.
-        options: Where on the Hub and in its cache files are.
-
-    Returns:
-        ``"mean"``, ``"cls"``, ``"max"``, ...; None where the folder is not one of sentence-transformers.
-    """
-    settings = _read_sentence_json(location, f"{_POOLING_FOLDER}/config.json", **options) or {}
+    """Return the pooling in a folder of sentence-transformers: ``"mean"``, ``"cls"``, ``"max"``, ...; None in others."""
+    file = find_file(location, f"{_POOLING_FOLDER}/config.json", **options)
+    settings = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
     modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
     named = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
     if len(modes) == 1:
@@ -370,15 +302,9 @@ def trained_pooling(location: str | Path, **options: Any) -> str | None:
 
 
 def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[str, Tensor]) -> None:
-    """Write a model as sentence-transformers reads it: ``SentenceTransformer(folder).encode(rows)`` are its logits.
+    """Write a model so that ``SentenceTransformer(folder).encode(rows)`` are its logits.
 
-    The encoder lies at the top, where ``AutoModel`` finds it; the linear layer and, for texts, the pooling in folders of
-    their own.
-
-    Args:
-        folder: Made where it does not exist.
-        model: An ``etf_adapt.models.pooling.PooledEncoder`` whose head is a stock layer.
-        state_dict: Its weights.
+    The encoder lies at the top, where ``AutoModel`` finds it; linear layer and, for texts, pooling in folders of their own.
     """
     prefix = "encoder."
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
@@ -419,19 +345,7 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
 
 
 def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, Tensor] | None:
-    """Read the linear layer of a folder that ``write_sentence_folder`` wrote.
-
-    Args:
-        location: Folder or Hub id.
-        pooling: ``"mean"`` or ``"pooler_output"``.
-        options: Where on the Hub and in its cache files are.
-
-    Returns:
-        ``weight`` (num_classes, in_features) and ``bias`` (num_classes,); None where another tool has saved the encoder alone.
-
-    Raises:
-        OSError: The Hub cannot be asked, and the layer is not cached.
-    """
+    """Read the linear layer that ``write_sentence_folder`` wrote; None where another tool has saved the encoder alone."""
     file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", is_needed=True, **options)
     if file is None:
         return None
@@ -439,14 +353,9 @@ def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, 
 
 
 def _max_length(model: Any) -> int | None:
-    """Return the tokens of a text that tokenizer and positions both have room for; None where neither has a limit."""
+    """Return the largest number of tokens for tokenizer and position embeddings, None where neither has a limit."""
     limits = (
         getattr(model.processor, "model_max_length", None),
         getattr(model.config, "max_position_embeddings", None),
     )
     return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
-
-
-def _read_sentence_json(location: str | Path, name: str, **options: Any) -> Any:
-    file = find_file(location, name, **options)
-    return None if file is None else json.loads(file.read_text(encoding="utf-8"))

@@ -17,7 +17,6 @@ from small_models import KINDS, LABELS, NAMES, SIZES, batch, factory, finished, 
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, QuantoConfig
 
 from etf_adapt.heads.in_model import HeadError
-from etf_adapt.models import folders
 from etf_adapt.models.adapters import add_adapters
 from etf_adapt.models.auto import ETFForImageClassification
 from etf_adapt.models.folders import load_processor
@@ -293,7 +292,6 @@ def test_the_token_goes_with_every_request_and_into_no_file(repositories, name, 
 
     for function in ("cached_files", "hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(transformers.utils.hub, function, recorded(getattr(transformers.utils.hub, function)))
-    monkeypatch.setattr(folders, "hf_hub_download", recorded(folders.hf_hub_download))
     model = load(name, f"me/{name}", token="hf_very_secret")
     assert "config.json" in asked and set(asked.values()) == {"hf_very_secret"}
     parts = {"vit": "preprocessor_config.json", "resnet": "model.safetensors", "pooled": "2_Dense/model.safetensors"}
