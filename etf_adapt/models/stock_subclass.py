@@ -23,13 +23,10 @@ _MADE: dict[tuple[type, type], type] = {}
 
 
 def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
-    """Make the subclass of a stock class that adds a factory, and ``etf_adapt.models.etf_model.ETFModel`` with it.
-
-    It bears the stock class's names, those of its module too: transformers takes a class from another module for custom
-    code, saves it as such, and converts no weights for it.
-    """
+    """Make the subclass of a stock class and a factory (and so of ``etf_model.ETFModel``), under the stock class's name."""
     if (factory, stock) not in _MADE:
         namespace = {
+            # transformers takes a class from another module for custom code, saves it as such, and converts no weights for it.
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
@@ -42,12 +39,9 @@ def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
 
 
 def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
-    """Wrap a stock class's forward: without its labels, so that its loss is not computed; then add ours.
-
-    The signature stays, by which ``Trainer`` chooses the columns to keep.
-    """
+    """Wrap a stock class's forward: it gets no labels and so computes no loss of its own; ours is added."""
     stock_forward = stock.forward
-    signature = inspect.signature(stock_forward)
+    signature = inspect.signature(stock_forward)  # kept: by it `Trainer` chooses the columns to keep
     names = list(signature.parameters)[1:]  # without self
     position = names.index("labels") if "labels" in names else None
 
@@ -86,7 +80,7 @@ def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
 
 
 def factory_of(made: type) -> Any:
-    """Return the factory that a class made on the fly belongs to; a factory itself as it is."""
+    """Return the factory of a class made on the fly; a factory itself as it is."""
     return next(base for base in made.__mro__ if not issubclass(base, PreTrainedModel))
 
 

@@ -1,8 +1,7 @@
 """Find, replace and put back the classification head of any timm or transformers model.
 
-This is the only file that knows how the two libraries lay out their models. One rule serves both: build the same
-architecture again on the meta device with a number of classes that no layer has; the layers whose output has that size are
-the head.
+One rule serves both libraries: build the same architecture again on the meta device with a number of classes that no layer
+has; the layers whose output has that size are the head.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from transformers import PreTrainedModel
 from etf_adapt.heads.in_model import HeadError, head_modules
 from etf_adapt.heads.layers import ClassifierHead, make_head
 
-SENTINEL = 1013
-"""A number of classes that no layer of a pretrained model has."""
+SENTINEL = 1013  # a number of classes that no layer of a pretrained model has
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECORD = "_etf_adapt_swap"
@@ -30,7 +28,7 @@ _RECORD = "_etf_adapt_swap"
 
 @dataclass
 class _Record:
-    """First values of all that swaps changed: attributes of modules, layers among them, and of the configuration."""
+    """First values of everything that swaps changed: attributes of modules, layers included, and of the configuration."""
 
     attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -50,23 +48,9 @@ class _Record:
 
 
 def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> list[str]:
-    """Find the layer or layers that make a model's class logits.
+    """Return the module paths of the layers that make a model's class logits, several where logits are averaged or added.
 
-    No forward pass is run, no weight is touched and no random number is drawn.
-
-    Args:
-        model: A timm model or a classification model of transformers, with a head.
-        head: Module path or paths of the layer, for models whose architecture cannot be built again; only checked.
-
-    Returns:
-        Module paths, as ``model.get_submodule`` takes them; several for models that average or add several logits.
-
-    Raises:
-        HeadError: There is no head, or it cannot be found.
-
-    Example:
-        >>> find_heads(timm.create_model("test_vit", num_classes=7))
-        ['head']
+    No forward pass is run, no weight is touched and no random number is drawn. Paths given as ``head`` are only checked.
     """
     if head is not None:
         paths = [head] if isinstance(head, str) else list(head)
@@ -105,27 +89,26 @@ def swap_head(
     id2label: Mapping[int, str] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replace the last layer of a classification model, in place, and all settings that speak of its classes.
+    """Replace the last layer of a classification model and all settings of its classes, in place.
 
-    Only the layer that makes the logits is replaced: norms, hidden layers and pooling before it stay as they are
-    (``reset_classifier`` of timm destroys trained ones in 55 models). What is not preserved: the old layer's weights,
-    which ``restore_head`` brings back in the same process.
+    Norms, hidden layers and pooling before that layer stay as they are (timm's ``reset_classifier`` destroys trained ones in
+    55 models). The old layer's weights are not in the model any more; ``restore_head`` brings them back in the same process.
 
     Args:
         model: A timm model or a classification model of transformers.
         num_classes: Number of classes of the new head, at least 2.
         head: Module path or paths of the layer, where it cannot be found.
-        kind: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"`` (``etf_adapt.heads.layers.make_head``).
+        kind: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
         trainable: Whether the new head learns; the kind's default where None.
         id2label: Names of the classes 0 .. num_classes - 1, for models that keep them.
-        generator: Source of a random frame.
+        generator: Source of a random frame; the global CPU generator where None.
 
     Returns:
         The same model.
 
     Raises:
         HeadError: The head cannot be found or replaced, or the model is set up for regression or several labels. The model
-            is then as it was.
+            is then unchanged.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -184,7 +167,7 @@ def swap_head(
 
 
 def restore_head(model: nn.Module) -> nn.Module:
-    """Put back the layers and settings that the first ``swap_head`` of this process replaced.
+    """Put back the layers and settings that the first ``swap_head`` of this process replaced, in place.
 
     Args:
         model: A model that was given to ``swap_head``.
@@ -193,7 +176,7 @@ def restore_head(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        HeadError: Nothing was replaced here, as in a model that was loaded with its new head.
+        HeadError: No head was replaced in this process, as in a model that was loaded with its new head.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -251,7 +234,7 @@ def _lacks_classifier(model: nn.Module) -> bool:
 
 
 def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
-    """Give a timm model that was built without a classifier one and return its paths; nothing trained is lost there."""
+    """Give a timm model that was built without a classifier one, which loses nothing trained, and return its paths."""
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
         raise HeadError(
@@ -273,11 +256,7 @@ def _outputs(module: nn.Module | None) -> int | None:
 
 
 def require_plain_weight(leaf: nn.Module, path: str) -> None:
-    """Check that the weight of a linear layer or convolution is a tensor of real numbers.
-
-    Raises:
-        HeadError: It is quantized, sharded or parametrized.
-    """
+    """Refuse a linear layer or convolution whose weight is quantized, sharded or parametrized."""
     weight = getattr(leaf, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS
     if isinstance(leaf, (nn.Linear, nn.Conv2d)) and not plain:
@@ -297,5 +276,5 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parents of a module and its name in each; a layer may be shared."""
+    """Return the parents of a module, which may be shared, and its name in each."""
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

@@ -20,8 +20,8 @@ from etf_adapt.models.names import ENTRY, UnavailableError
 
 NOTE = f"{ENTRY}: "
 
+# Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it.
 ARGS_OF_WEIGHTS = {"fbnetc_100": {"bn_eps": 1e-3}}
-"""Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it."""
 
 
 def timm_config(name: str) -> TimmWrapperConfig:
@@ -41,14 +41,9 @@ def timm_config(name: str) -> TimmWrapperConfig:
 
 
 def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return how timm prepares the images of a model, at the size that the model was built with.
+    """Return how timm prepares images, at the size that the model was built with: ``input_size``, ``mean``, ``std``, ...
 
-    Args:
-        config: The wrapper's configuration.
-        default: The model's own ``pretrained_cfg``, for a configuration that holds none.
-
-    Returns:
-        ``input_size`` (channels, height, width), ``interpolation``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
+    ``default`` is the model's own ``pretrained_cfg``, for a configuration that holds none.
     """
     settings = dict(getattr(config, "pretrained_cfg", None) or default or {})
     size = (config.model_args or {}).get("img_size")
@@ -60,19 +55,7 @@ def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = N
 
 
 def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> dict[str, Tensor]:
-    """Return the weights that timm itself draws or fetches for one of its models.
-
-    Args:
-        name: Name in timm's registry, with the tag of weights that are fetched.
-        config: The wrapper's configuration.
-        pretrained: Whether to fetch them, from wherever timm knows that they are.
-
-    Returns:
-        Tensors under timm's names.
-
-    Raises:
-        UnavailableError: They cannot be fetched.
-    """
+    """Return the weights that timm itself draws for one of its models, or fetches from wherever it knows that they are."""
     arguments = {"num_classes": config.num_labels, **(config.model_args or {})}
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments).state_dict()
@@ -92,17 +75,9 @@ def write_timm_folder(
     model: Any,
     state_dict: Mapping[str, Tensor],
 ) -> None:
-    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read.
-
-    TimmWrapper's own folder is read by neither ``timm`` nor ``pipeline``; timm's own export holds ``num_classes`` among
-    ``model_args``, which TimmWrapper refuses, and names no labels, which then become ImageNet's.
-
-    Args:
-        folder: Made where it does not exist.
-        config: The wrapper's configuration, with label names and our entry.
-        model: The timm model itself.
-        state_dict: Its weights under timm's names.
-    """
+    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read."""
+    # TimmWrapper's own folder is read by neither timm nor pipeline; timm's own export holds num_classes among model_args, which
+    # TimmWrapper refuses, and names no labels, which then become ImageNet's.
     pretrained_cfg = getattr(config, "pretrained_cfg", None)
     if not pretrained_cfg:
         pretrained_cfg = filter_pretrained_cfg(dict(model.pretrained_cfg), remove_source=True, remove_null=True)
