@@ -51,7 +51,9 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         for path, module in model.named_modules()
         if (parameters := set(module.parameters())) and parameters <= set(new.values())
     ]
-    fixed = [*heads, *whole, *(_layers_at(model, "encoder.pooler") if isinstance(model, MeanPooling) else [])]
+    # A pooler beside the mean of the tokens is not read.
+    unread = [path for path, _ in model.named_modules() if isinstance(model, MeanPooling) and "encoder.pooler" in path]
+    fixed = [*heads, *whole, *unread]
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)
         if settings["peft_type"] == "LORA" and any(isinstance(model.get_submodule(path), Conv1D) for path in targets):
@@ -136,7 +138,3 @@ def _default_targets(model: nn.Module, fixed: Sequence[str]) -> list[str]:
     layers = [(path, module) for path, module in model.named_modules() if path not in fixed]
     linear = [path for path, module in layers if isinstance(module, (nn.Linear, Conv1D))]
     return linear or [path for path, module in layers if isinstance(module, nn.Conv2d) and module.groups == 1]
-
-
-def _layers_at(model: nn.Module, path: str) -> list[str]:
-    return [name for name, _ in model.named_modules() if name == path or name.startswith(f"{path}.")]

@@ -104,6 +104,7 @@ class _Factory(ETFModel):
             ValueError: No model has this name, it does not do this task, or arguments do not fit each other.
         """
         factory = factory_of(cls)
+        head_path = [head_path] if isinstance(head_path, str) else head_path and list(head_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
         if checkpoint_path is not None and not pretrained:
             raise ValueError(
@@ -124,15 +125,17 @@ class _Factory(ETFModel):
         if pooling is None and saved is None and pretrained and factory._task == "text":
             warn_of_pooling(location, config, kwargs)
         encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
-        is_live = saved is not None and _is_live(saved)
+        is_checkpoint = saved is not None and (
+            _is_live(saved) or (encoder_class is not None and encoder_class.__name__ in (config.architectures or ()))
+        )
         wants_info = kwargs.pop("output_loading_info", False)
-        if wants_info and (is_live or encoder_class is not None or not pretrained):
+        if wants_info and (is_checkpoint or encoder_class is not None or not pretrained):
             raise ValueError(
                 "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
             )
         options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
         with seeded_torch(seed):
-            if saved is not None and is_live:
+            if saved is not None and is_checkpoint:
                 model = factory._load_checkpoint(location, config, saved, **options)
             else:
                 path = head_path or (saved["head"]["paths"] if saved is not None else None)
@@ -141,11 +144,9 @@ class _Factory(ETFModel):
                 load_weight_file(model, checkpoint_path, head_path=head_path)
         info = vars(model).pop("_loading_info", None)
         lacks_layer = getattr(model, "lacks_layer", False)
-        if (
-            saved is not None
-            and not lacks_layer
-            and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
-        ):
+        asked = {"num_labels": count, "id2label": names, "kind": head, "paths": head_path}
+        asked["pooling"] = getattr(encoder_class, "pooling", "stock")
+        if saved is not None and not lacks_layer and _is_saved(asked, saved, model.config):
             if not isinstance(model, ETFModel):
                 model = _restore(factory, model, saved)
             if trainable is not None:
@@ -157,8 +158,8 @@ class _Factory(ETFModel):
         else:
             before = cast(int, model.config.num_labels)
             if saved is not None:
-                why = "other labels or another head were asked for"
-                why = "another tool has saved the encoder without it" if lacks_layer else why
+                other = "other labels or another head were asked for"
+                why = "another tool has saved the encoder without it" if lacks_layer else other
                 warnings.warn(
                     f"The head saved in {location} ({saved['head']['kind']!r}, {before} classes) is replaced by a new one "
                     f"({head or 'etf'!r}, {count or before} classes): {why}.",
@@ -213,12 +214,14 @@ class _Factory(ETFModel):
     def _load_checkpoint(
         cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], **options: Any
     ) -> ETFModel:
-        """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
+        """Load a training checkpoint that no stock class reads: build the model as it was, then load its weights."""
         kind = {name: options.pop(name) for name in ("encoder_class", "dtype")}
         model = cls._load_stock(location, config, None, pretrained=False, **kind)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
         model.load_state_dict(read_weights(location, **options), strict=False)
         model._require_complete()
+        for head in head_modules(model).values():
+            head.frame = saved["head"]["frame"]
         return model
 
 
@@ -271,12 +274,6 @@ def adapt(
     """Give a stock classification model of transformers, or timm's in its TimmWrapper, a head and a loss, in place.
 
     Options are ``head``, ``trainable``, ``loss``, ``class_counts``, ``head_path`` and ``seed``, as in ``from_pretrained``.
-
-    >>> from transformers import ViTConfig, ViTForImageClassification
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    >>> model = adapt(ViTForImageClassification(ViTConfig(**sizes)), 3)
-    >>> model.etf_settings["head"]["kind"], model.classifier.weight.requires_grad
-    ('etf', False)
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -326,10 +323,8 @@ def _adapt(
 
 def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str, Any]) -> Any:
     """Give a model that was loaded with its saved layer the head, loss and settings that it was saved with."""
-    if saved.get("version") != 1:
-        raise ValueError(
-            f"The folder was written by a newer etf_adapt (entry version {saved.get('version')}): upgrade it."
-        )
+    if (version := saved.get("version")) != 1:
+        raise ValueError(f"The folder was written by a newer etf_adapt (entry version {version}): upgrade it.")
     entry, paths = saved["head"], saved["head"]["paths"]
     layers = {path: model.get_submodule(path) for path in paths}
     for path, layer in layers.items():
@@ -365,10 +360,7 @@ def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) ->
     dropped = [f"{name}={value!r}" for name, value in saved.items() if name not in kept]
     try:
         make_loss(kept, class_counts=class_counts)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # TypeError: a name in place of numbers, such as class_weights="effective_number"
+    except (TypeError, ValueError) as error:  # TypeError: class_weights="effective_number" where numbers are due
         warnings.warn(f"The folder's loss {dict(saved)} is replaced by its head's default loss: {error}", stacklevel=4)
         return None
     if dropped:
@@ -384,25 +376,12 @@ def _is_live(saved: Mapping[str, Any]) -> bool:
     return saved["head"]["kind"] not in STOCK_SHAPED and not saved["head"]["folded"]
 
 
-def _is_kept(
-    saved: Mapping[str, Any],
-    config: PreTrainedConfig,
-    num_labels: int | None,
-    id2label: Mapping[int, str] | None,
-    head: str | None,
-    head_path: str | Sequence[str] | None,
-    encoder_class: type[PooledEncoder] | None,
-) -> bool:
-    """Return whether the head that was asked for is the saved one."""
+def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Return whether labels, kind of head, its place and the pooling that were asked for are the saved ones."""
     entry = saved["head"]
-    paths = [head_path] if isinstance(head_path, str) else head_path
-    return (
-        num_labels in (None, config.num_labels)
-        and (id2label is None or id2label == dict(config.id2label or {}))
-        and (head is None or (head == entry["kind"] and not entry["folded"]))
-        and (paths is None or list(paths) == entry["paths"])
-        and saved.get("pooling", "stock") == getattr(encoder_class, "pooling", "stock")
-    )
+    own = {"num_labels": config.num_labels, "id2label": dict(config.id2label or {}), "paths": entry["paths"]}
+    own |= {"kind": None if entry["folded"] else entry["kind"], "pooling": saved.get("pooling", "stock")}
+    return all(value is None or value == own[name] for name, value in asked.items())
 
 
 def _resolve_labels(

@@ -107,10 +107,8 @@ class ETFModel(_Base):
         chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
         chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
         reachable = min(reachable_cosine(head.num_classes, head.weight.shape[1]) for head in heads)
-        if (
-            chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0
-        ):  # more classes than features
-            chosen.setdefault("target", reachable)
+        if chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0:
+            chosen.setdefault("target", reachable)  # more classes than features: not all vertices can be reached
         counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
         if counts is not None and len(counts) != heads[0].num_classes:
             raise ValueError(
@@ -199,7 +197,7 @@ class ETFModel(_Base):
     def _warn_in_training(self, labels: Tensor | None) -> None:
         """Warn once of an unaligned head, and of a loss that is not the model's."""
         is_first, self._has_trained = not self._has_trained, True
-        if is_first and any(head.kind == "etf" and head.frame == "random" for head in head_modules(self).values()):
+        if is_first and any(head.is_set_from_data and head.frame == "random" for head in head_modules(self).values()):
             warnings.warn(
                 "The ETF head is a random frame, to which the features of a pretrained model have to turn first. "
                 "etf_adapt.align_head(model, dataloader) sets it from the training rows before the first step and learns the "

@@ -69,9 +69,6 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
     """Load the tokenizer, with a padding token, or the image processor of any model that ``from_pretrained`` takes.
 
     Of timm's models it is the data configuration (``timm_layout.data_config``).
-
-    >>> load_processor("timm/test_vit.r160_in1k", "image")["input_size"]
-    (3, 160, 160)
     """
     check_choice("task", task, ("image", "text"))
     location = _resolve(name_or_path, options)

@@ -63,22 +63,14 @@ def micro_folder() -> str:
 
 
 def model_task(name: str) -> str | None:
-    """Return ``"image"`` or ``"text"`` where the name alone decides, else None.
-
-    >>> model_task("bert_base"), model_task("timm/resnet34.a1_in1k"), model_task("me/my-model")
-    ('text', 'image', None)
-    """
+    """Return ``"image"`` or ``"text"`` where the name alone decides, else None."""
     if name in IMAGE_MODELS or name.startswith("timm/"):
         return "image"
     return "text" if name in TEXT_MODELS else None
 
 
 def resolve_model_name(name: str) -> str:
-    """Turn a short name, a timm name with or without its tag, a Hub id or a folder into what ``from_pretrained`` takes.
-
-    >>> resolve_model_name("vit_base"), resolve_model_name("resnet50")
-    ('timm/vit_base_patch16_224.augreg2_in21k_ft_in1k', 'timm/resnet50.a1_in1k')
-    """
+    """Turn a short name, a timm name with or without its tag, a Hub id or a folder into what ``from_pretrained`` takes."""
     if name == "micro":
         return micro_folder()
     if name in MODEL_NAMES:
@@ -121,11 +113,7 @@ def timm_location(architecture: str) -> str:
 
 
 def is_timm_elsewhere(location: str) -> bool:
-    """Return whether timm's weights of this name lie elsewhere than in the Hub repository of this name.
-
-    >>> is_timm_elsewhere("timm/resnet50.a1_in1k"), is_timm_elsewhere("timm/cspnext_l.rsb_a1_in1k")
-    (False, True)
-    """
+    """Return whether timm's weights of this name lie elsewhere than in the Hub repository of this name."""
     # timm's own loader knows where: in repositories of others, in other forms, or at addresses of their own (55 of 1,826 sets
     # of weights as of timm 1.0.31).
     if not location.startswith("timm/") or Path(location).is_dir():

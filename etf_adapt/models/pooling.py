@@ -21,12 +21,13 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from etf_adapt.errors import check_choice
-from etf_adapt.models.folders import find_file, hub_options, read_weights, resolve_dtype
+from etf_adapt.models.folders import find_file, hub_options
 from etf_adapt.models.names import ENTRY
-from etf_adapt.models.weights import convert_state_dict, find_missing, load_noting_new
+from etf_adapt.models.weights import load_noting_new
 
 POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
-_SIDE = 224  # pixels, of encoders whose configuration names no image size
+_POOLING_FOLDER = "1_Pooling"
+_DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
 
 
 class PooledEncoder(PreTrainedModel):
@@ -34,6 +35,7 @@ class PooledEncoder(PreTrainedModel):
 
     pooling: str  # "mean" of the tokens, or "pooler_output"
     lacks_layer: bool = False  # another tool has saved the encoder of such a model alone
+    _unread: tuple[str, ...] = ()  # weights of the encoder on which the feature does not depend, by their beginning
     _new_weights: tuple[str, ...] = ()
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -53,36 +55,26 @@ class PooledEncoder(PreTrainedModel):
         raise NotImplementedError
 
     @classmethod
-    def _reads(cls, weight: str) -> bool:
-        """Return whether the feature depends on a weight of the encoder."""
-        return True
-
-    @classmethod
     def from_folder(
         cls, location: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
     ) -> PooledEncoder:
-        """Load an encoder of transformers or sentence-transformers, what ``write_sentence_folder`` wrote, or a checkpoint.
+        """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one.
 
-        The linear layer is random where none was saved by this library. Options are ``AutoModel.from_pretrained``'s.
+        Options are ``AutoModel.from_pretrained``'s.
         """
-        if config is not None and (config.architectures or [""])[0] == cls.__name__:  # a training checkpoint
-            model = cls(config)
-            tensors = convert_state_dict(model, read_weights(location, **options)).tensors
-            if missing := find_missing(model, tensors):
-                raise ValueError(
-                    f"{location} lacks {len(missing)} tensors of its model, such as {missing[0]}: take another."
-                )
-            model.load_state_dict(tensors, strict=False)
-            return cast(Any, model).to(resolve_dtype(options.get("dtype"), config)).eval()
         settings = {} if config is None else {"config": config}
         encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
         model = cls(encoder.config, encoder)
-        model._new_weights = tuple(f"encoder.{name}" for name in encoder._new_weights if cls._reads(name))
+        model._new_weights = tuple(
+            f"encoder.{name}" for name in encoder._new_weights if not name.startswith(cls._unread)
+        )
         if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # written by this library
-            dense = read_dense(location, cls.pooling, **hub_options(options))
-            model.lacks_layer = dense is None
-            if dense is not None:
-                model.classifier.load_state_dict(dense)
+            dense = f"{_DENSE_FOLDERS[cls.pooling]}/model.safetensors"
+            file = find_file(location, dense, is_needed=True, **hub_options(options))
+            model.lacks_layer = file is None
+            if file is not None:
+                tensors = {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
+                model.classifier.load_state_dict(tensors)
         return model.eval()
 
 
@@ -93,28 +85,17 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
 
     with :math:`z_t` the encoder's last hidden state at token t and :math:`a_t` its attention mask: the sentence embedding of
     Reimers and Gurevych (2019), Sentence-BERT, https://arxiv.org/abs/1908.10084.
-
-    >>> from transformers import BertConfig
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    >>> model = MeanPoolingForSequenceClassification(BertConfig(**sizes, vocab_size=20, num_labels=3)).eval()
-    >>> texts = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    >>> alone = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}
-    >>> torch.allclose(model(**texts).logits, model(**alone).logits, atol=1e-6)  # padding does not matter
-    True
     """
 
     # Stock classification classes of most encoders read the first token instead, many through a layer and a hyperbolic tangent
     # that a sentence encoder was not trained with. A pooler that the encoder brings along is kept as it is, not trained.
     pooling = "mean"
+    _unread = ("pooler.",)
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config, encoder)
         if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
             self.encoder.pooler.requires_grad_(False)
-
-    @classmethod
-    def _reads(cls, weight: str) -> bool:
-        return not weight.startswith("pooler.")
 
     @classmethod
     def _count_features(cls, config: PreTrainedConfig) -> int:
@@ -147,14 +128,7 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
 
 
 class PooledOutputForImageClassification(PooledEncoder):
-    """An image encoder without a classification class, such as DINOv3: its pooled output and a linear layer.
-
-    >>> from transformers import DINOv3ViTConfig
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    >>> model = PooledOutputForImageClassification(DINOv3ViTConfig(**sizes, image_size=32, num_labels=3))
-    >>> model(torch.randn(2, 3, 32, 32)).logits.shape
-    torch.Size([2, 3])
-    """
+    """An image encoder without a classification class, such as DINOv3: its pooled output and a linear layer."""
 
     pooling = "pooler_output"
     main_input_name = "pixel_values"
@@ -174,24 +148,16 @@ class PooledOutputForImageClassification(PooledEncoder):
         return _output(states, self.classifier(states.pooler_output), labels)
 
 
-ENCODER_CLASSES = {
-    kind.pooling: kind for kind in (MeanPoolingForSequenceClassification, PooledOutputForImageClassification)
-}
-"""The two classes by their ``pooling``."""
+ENCODER_CLASSES = {"mean": MeanPoolingForSequenceClassification, "pooler_output": PooledOutputForImageClassification}
 
 
 def pooled_features(config: PreTrainedConfig) -> int | None:
-    """Return the width of the pooled output that ``AutoModel`` makes of images alone, None where it makes none.
-
-    >>> from transformers import BertConfig, DINOv3ConvNextConfig
-    >>> pooled_features(DINOv3ConvNextConfig()), pooled_features(BertConfig())
-    (768, None)
-    """
+    """Return the width of the pooled output that ``AutoModel`` makes of images alone, None where it makes none."""
     kinds = AutoModel._model_mapping.get(type(config), ())
     kind = kinds[0] if isinstance(kinds, (list, tuple)) and kinds else kinds
     if getattr(kind, "main_input_name", None) != "pixel_values":
         return None
-    side = getattr(config, "image_size", None) or _SIDE
+    side = getattr(config, "image_size", None) or 224
     size = (side, side) if isinstance(side, int) else tuple(side)
     try:  # a forward on the meta device
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
@@ -231,25 +197,27 @@ def choose_encoder_class(
     if not is_text and pooled_features(config) is not None:
         _warn_of_encoder(config, location)
         return PooledOutputForImageClassification
-    name = f"`pretrained_model_name_or_path` (={location!r})"
-    is_a = f"{name} is a {config.model_type!r} model, of which transformers has no class for"
-    if is_text:
-        raise ValueError(
-            f"{is_a} text classification: choose another model, pooling='mean' for an encoder of texts, or "
-            "ETFForImageClassification for images."
-        )
-    raise ValueError(
-        f"{is_a} image classification, and which makes no pooled output of images alone: choose another model, or "
+    remedy = (
+        "text classification: choose another model, pooling='mean' for an encoder of texts, or ETFForImageClassification for "
+        "images."
+        if is_text
+        else "image classification, and which makes no pooled output of images alone: choose another model, or "
         "ETFForSequenceClassification for texts."
+    )
+    raise ValueError(
+        f"`pretrained_model_name_or_path` (={location!r}) is a {config.model_type!r} model, of which transformers has no class "
+        f"for {remedy}"
     )
 
 
 def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
-    """Warn where a sentence encoder was trained with another pooling than its stock class has."""
-    if (
-        getattr(config, "classifier_pooling", None) != "mean"
-        and trained_pooling(location, **hub_options(options)) == "mean"
-    ):
+    """Warn where a sentence encoder was trained to be read by the mean of its tokens, and its stock class does not do so."""
+    if getattr(config, "classifier_pooling", None) == "mean":
+        return
+    file = find_file(location, f"{_POOLING_FOLDER}/config.json", **hub_options(options))
+    settings = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    if modes == ["pooling_mode_mean_tokens"] or settings.get("pooling_mode") == "mean":  # of older and newer versions
         warnings.warn(
             f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
             "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
@@ -261,44 +229,19 @@ def _warn_of_encoder(config: PreTrainedConfig, location: str) -> None:
     """Warn that a model's architecture has no stock class, with the libraries that read it and timm's stock checkpoints."""
     words = [word for word in config.model_type.split("_") if word not in ("vision", "model")]
     known = [name for name in timm.list_pretrained(f"*{words[0]}*") if all(word in name for word in words)]
-    hint = (
-        f" timm has it too (timm.list_pretrained('*{words[0]}*')): from timm/<name> it is a stock checkpoint."
-        if known
-        else ""
-    )
+    hint = f" timm has it too (timm.list_pretrained('*{words[0]}*')): from timm/<name> it is a stock checkpoint."
     warnings.warn(
         f"{location} is a {config.model_type!r} model, of which transformers has no class for image classification: the head "
         "reads its pooled output, and what is saved is read by etf_adapt and by sentence-transformers, and its encoder alone "
-        f"by AutoModel.{hint}",
+        f"by AutoModel.{hint if known else ''}",
         stacklevel=4,
     )
 
 
 def _output(states: Any, logits: Tensor, labels: Tensor | None) -> SequenceClassifierOutput:
     loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-    return SequenceClassifierOutput(
-        loss=cast(Any, loss),
-        logits=cast(Any, logits),
-        hidden_states=states.get("hidden_states"),
-        attentions=states.get("attentions"),
-    )
-
-
-_POOLING_FOLDER = "1_Pooling"
-_DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
-
-
-def trained_pooling(location: str | Path, **options: Any) -> str | None:
-    """Return the pooling in a folder of sentence-transformers: ``"mean"``, ``"cls"``, ``"max"``, ...; None in others."""
-    file = find_file(location, f"{_POOLING_FOLDER}/config.json", **options)
-    settings = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
-    named = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
-    if len(modes) == 1:
-        mode = modes[0].removeprefix("pooling_mode_")
-        return named.get(mode, mode)
-    mode = settings.get("pooling_mode")
-    return mode if isinstance(mode, str) else None
+    further = {name: states.get(name) for name in ("hidden_states", "attentions")}
+    return SequenceClassifierOutput(loss=cast(Any, loss), logits=cast(Any, logits), **further)
 
 
 def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[str, Tensor]) -> None:
@@ -326,7 +269,13 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
     }
     if model.pooling == "mean":
         modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-        files["sentence_bert_config.json"] = {"max_seq_length": _max_length(model), "do_lower_case": False}
+        # The number of tokens that tokenizer and position embeddings both have room for.
+        limits = [
+            getattr(model.processor, "model_max_length", None),
+            getattr(model.config, "max_position_embeddings", None),
+        ]
+        max_length = min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
+        files["sentence_bert_config.json"] = {"max_seq_length": max_length, "do_lower_case": False}
         files[f"{_POOLING_FOLDER}/config.json"] = {
             "word_embedding_dimension": weight.shape[1],
             **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
@@ -342,20 +291,3 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     save_file({"linear.weight": weight, "linear.bias": bias}, Path(folder, dense, "model.safetensors"))
-
-
-def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, Tensor] | None:
-    """Read the linear layer that ``write_sentence_folder`` wrote; None where another tool has saved the encoder alone."""
-    file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", is_needed=True, **options)
-    if file is None:
-        return None
-    return {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
-
-
-def _max_length(model: Any) -> int | None:
-    """Return the largest number of tokens for tokenizer and position embeddings, None where neither has a limit."""
-    limits = (
-        getattr(model.processor, "model_max_length", None),
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)

@@ -138,7 +138,10 @@ def swap_head(
             leaf = _submodule(model, path)
             require_plain_weight(leaf, path)
             new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
-            for parent, name in _places_of(model, leaf):
+            places = [
+                (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is leaf
+            ]
+            for parent, name in places:  # several of a shared layer
                 record.set(parent, name, new)
     except Exception as error:
         record.undo(model)
@@ -273,8 +276,3 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
             f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer that makes the logits."
         )
     return module
-
-
-def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parents of a module, which may be shared, and its name in each."""
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
