@@ -39,21 +39,17 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         raise ValueError("`model` has adapters already: call merge_adapters(model) first.")
     settings = _read(config)
     if settings.get("modules_to_save"):
-        raise ValueError(
-            f"`modules_to_save` (={settings['modules_to_save']}) would copy layers: leave it out, a head that learns is "
-            "trained beside the adapters anyway."
-        )
+        raise ValueError("`modules_to_save` would copy layers: leave it out, a head that learns is trained anyway.")
     # Layers that the model's file had no weights for, such as the one that RoBERTa's class puts before the head, are trained as
     # a whole: random ones would stay random under an adapter.
     new = new_weights(model)
-    whole = [
-        path
-        for path, module in model.named_modules()
-        if (parameters := set(module.parameters())) and parameters <= set(new.values())
-    ]
-    # A pooler beside the mean of the tokens is not read.
-    unread = [path for path, _ in model.named_modules() if isinstance(model, MeanPooling) and "encoder.pooler" in path]
-    fixed = [*heads, *whole, *unread]
+    fixed = list(heads)
+    for path, module in model.named_modules():
+        is_new = bool(parameters := set(module.parameters())) and parameters <= set(new.values())
+        if is_new or (
+            isinstance(model, MeanPooling) and path.startswith("encoder.pooler")
+        ):  # a pooler that is not read
+            fixed.append(path)
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)
         if settings["peft_type"] == "LORA" and any(isinstance(model.get_submodule(path), Conv1D) for path in targets):
@@ -118,17 +114,15 @@ def _read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(LORA)
     settings: Any = config
     if not isinstance(config, Mapping):
-        if not Path(config).is_file():
-            raise ValueError(
-                f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file with a configuration of peft."
-            )
         try:
             settings = json.loads(Path(config).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`peft` (={str(config)!r}) is no JSON: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file of peft's: {error}"
+            ) from error
     if not isinstance(settings, Mapping) or "peft_type" not in settings:
         raise ValueError(
-            f"`peft` (={str(config)!r}) names no `peft_type`, such as LORA: it is no configuration of peft."
+            f"`peft` (={str(config)!r}) is no configuration of peft: it names no `peft_type`, such as LORA."
         )
     return {**settings, "peft_type": str(settings["peft_type"]).upper()}
 

@@ -96,9 +96,9 @@ def find_processor(location: str, task: str, config: PreTrainedConfig, options: 
     """Load the processor beside a model; None where there is none, or timm's configuration holds it."""
     if isinstance(config, TimmWrapperConfig):
         return None
-    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+    trust = {name: options[name] for name in ("trust_remote_code",) if name in options}
     try:
-        return load_processor(location, task, **{name: options[name] for name in names if name in options})
+        return load_processor(location, task, **hub_options(options), **trust)
     except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own
         return None
 
@@ -131,11 +131,9 @@ def find_file(location: str | Path, name: str, *, is_needed: bool = False, **opt
     """
     try:
         return Path(cast(str, cached_file(location, name, **options)))
-    except (
-        OSError
-    ) as error:  # cached_file's flags do not tell a file that is missing from one that nobody can be asked for
-        is_missing = error.__cause__ is None
-        if is_missing or (isinstance(error.__cause__, LocalEntryNotFoundError) and not is_needed):
+    except OSError as error:
+        # Its flags do not tell a file that is missing, an error without a cause, from one that nobody can be asked for.
+        if error.__cause__ is None or (isinstance(error.__cause__, LocalEntryNotFoundError) and not is_needed):
             return None
         raise
 

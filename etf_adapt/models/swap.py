@@ -24,6 +24,7 @@ SENTINEL = 1013  # a number of classes that no layer of a pretrained model has
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECORD = "_etf_adapt_swap"
+_REMEDY = 'name the layer that makes the logits, such as head="classifier".'
 
 
 @dataclass
@@ -63,8 +64,7 @@ def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> 
     paths = [path for path, module in twin.items() if _outputs(module) == SENTINEL]
     if not paths:
         raise HeadError(
-            f"{name} has no classification layer: load its classification class, or name the layer that makes the logits with "
-            "`head`."
+            f"{name} has no classification layer: load its classification class, or name the layer with `head`."
         )
     if _lacks_classifier(model):
         raise HeadError(f"{name} was built with num_classes=0 and has no classification layer: swap_head gives it one.")
@@ -138,11 +138,9 @@ def swap_head(
             leaf = _submodule(model, path)
             require_plain_weight(leaf, path)
             new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
-            places = [
-                (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is leaf
-            ]
-            for parent, name in places:  # several of a shared layer
-                record.set(parent, name, new)
+            for parent in [*model.modules()]:
+                for name in [name for name, child in parent._modules.items() if child is leaf]:  # it may be shared
+                    record.set(parent, name, new)
     except Exception as error:
         record.undo(model)
         if isinstance(error, (TypeError, ValueError)) and not isinstance(error, HeadError):
@@ -201,10 +199,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """Build the model's architecture on the meta device with ``SENTINEL`` classes."""
     architecture = _architecture(model)
     if architecture is None and not isinstance(model, PreTrainedModel):
-        raise HeadError(
-            f"{type(model).__name__} is neither a timm model nor a transformers model: name the layer that makes the "
-            'logits, such as head="classifier".'
-        )
+        raise HeadError(f"{type(model).__name__} is of neither timm nor transformers: {_REMEDY}")
     try:
         # Some constructors draw on the CPU all the same.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -216,8 +211,7 @@ def _twin(model: nn.Module) -> nn.Module:
             return timm.create_model(cast(str, architecture), **{**get_model_args(model), "num_classes": SENTINEL})
     except Exception as error:  # whatever a model's own constructor raises
         raise HeadError(
-            f"{_name(model)} cannot be built again to find its head ({type(error).__name__}: {error}): name the "
-            'layer that makes the logits, such as head="classifier".'
+            f"{_name(model)} cannot be built again to find its head ({type(error).__name__}: {error}): {_REMEDY}"
         ) from error
 
 
@@ -241,8 +235,7 @@ def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
         raise HeadError(
-            f"{_name(model)} is an encoder without a classification head, and timm can give it none: choose a model that "
-            "classifies."
+            f"{_name(model)} has no classification head and timm gives it none: choose a model that classifies."
         )
     before = [(module, {**vars(module), **module._modules}) for module in model.modules()]
     cast(Any, reset)(SENTINEL)

@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg
-from torch import Tensor, contiguous_format
+from torch import Tensor
 from transformers import TimmWrapperConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
@@ -104,19 +104,8 @@ def write_timm_folder(
     if isinstance(getattr(model, "global_pool", None), str):
         contents["global_pool"] = model.global_pool
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(_unshared(state_dict), Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
     text = json.dumps({name: value for name, value in contents.items() if value not in (None, {})}, indent=2)
     Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with another, which safetensors refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in state_dict.items():
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = (
-            tensor.detach().clone(memory_format=contiguous_format) if storage in seen else tensor.detach().contiguous()
-        )
-        seen.add(storage)
-    return result

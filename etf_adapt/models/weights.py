@@ -32,9 +32,7 @@ class ConvertedState:
 
     tensors: dict[str, Tensor]
     unexpected: list[str]  # names for which the model has no place
-    unfit: list[
-        str
-    ]  # the model's names of tensors in another shape, or of which a part is missing where several are merged
+    unfit: list[str]  # the model's names of tensors in another shape, or merged from several of which one is missing
 
 
 def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> ConvertedState:
@@ -84,23 +82,20 @@ def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     tensors: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in tensors:
+        if tensor is not None and id(tensor) not in tensors:
             blank = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             tensors[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
-        return tensors[id(tensor)]
+        return None if tensor is None else tensors[id(tensor)]
 
     def copy(module: nn.Module | None) -> nn.Module | None:
-        if module is None or id(module) in modules:
-            return None if module is None else modules[id(module)]
-        twin = modules[id(module)] = object.__new__(type(module))
-        twin.__dict__.update(vars(module))
-        twin.__dict__["_parameters"] = {name: empty(parameter) for name, parameter in module._parameters.items()}
-        twin.__dict__["_buffers"] = {name: empty(buffer) for name, buffer in module._buffers.items()}
-        twin.__dict__["_modules"] = {name: copy(child) for name, child in module._modules.items()}
-        return twin
+        if module is not None and id(module) not in modules:
+            twin = modules[id(module)] = object.__new__(type(module))
+            twin.__dict__.update(vars(module))
+            twin.__dict__["_parameters"] = {name: empty(parameter) for name, parameter in module._parameters.items()}
+            twin.__dict__["_buffers"] = {name: empty(buffer) for name, buffer in module._buffers.items()}
+            twin.__dict__["_modules"] = {name: copy(child) for name, child in module._modules.items()}
+        return None if module is None else modules[id(module)]
 
     return cast(PreTrainedModel, copy(model))
 
@@ -123,20 +118,15 @@ def new_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if name in names and value not in inside}
 
 
-_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def describe_layers(layers: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
     """Describe weight and bias of each head as they are saved: dtype, digest, and digest after rounding to half precision."""
-    halves = {
-        name: [(weight.to(half), None if bias is None else bias.to(half)) for weight, bias in layers]
-        for name, half in _HALVES.items()
-    }
-    return {
-        "dtype": str(layers[0][0].dtype).removeprefix("torch."),
-        "sha256": layer_digest(layers),
-        "rounded": {name: layer_digest(rounded) for name, rounded in halves.items()},
-    }
+    rounded = {}
+    for name in ("bfloat16", "float16"):
+        half = getattr(torch, name)
+        halves = [(weight.to(half), None if bias is None else bias.to(half)) for weight, bias in layers]
+        rounded[name] = layer_digest(halves)
+    dtype = str(layers[0][0].dtype).removeprefix("torch.")
+    return {"dtype": dtype, "sha256": layer_digest(layers), "rounded": rounded}
 
 
 def is_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[str, Any]) -> bool:
