@@ -71,27 +71,23 @@ class _Factory(ETFModel):
 
         A folder saved here comes back with its head, loss and settings, unless other labels or another head are asked
         for. Any other model gets a new head. Weights are loaded as float32 whatever their file holds: half-precision weights
-        would be trained in half precision.
+        would be trained in half precision. An image encoder without a classification class (DINOv3) is read by its pooled
+        output.
 
         Args:
-            pretrained_model_name_or_path: Folder in transformers' or timm's layout, Hub id, timm name or short name
-                (``etf_adapt.models.names``). An image encoder without a classification class (DINOv3) is read by its pooled
-                output.
+            pretrained_model_name_or_path: Folder in transformers' or timm's layout, Hub id, timm name or short name.
             num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
             id2label: Names of the classes.
             label2id: Their inverse, where that is at hand.
             head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``; as saved, or ``"etf"``, where None.
             trainable: Whether the head learns; as saved, or the kind's default, where None.
-            loss: Arguments of ``etf_adapt.losses.registry.make_loss``, or its name; as saved, or the kind's default, where
-                None.
+            loss: Arguments of ``losses.registry.make_loss``, or its name; as saved, or the kind's default, where None.
             class_counts: Training rows of each class (num_classes,), for losses that need them.
             head_path: Module path or paths of the layer to replace, for models in which it is not found.
             pooling: Feature of a text: ``"stock"``, as in the stock class, or ``"mean"`` of the tokens, as most sentence
-                encoders were trained; as saved, or ``"stock"``, where None. Where the stock class cannot be set to the mean,
-                the model is a ``MeanPoolingForSequenceClassification``, saved in sentence-transformers' layout.
+                encoders were trained (``models.pooling``); as saved, or ``"stock"``, where None.
             pretrained: Whether to load weights; otherwise they are random.
-            checkpoint_path: Bare file of weights (``.safetensors``, or as torch saves it) for the architecture that the name
-                stands for; its classifier is left out.
+            checkpoint_path: Bare file of weights for the architecture of this name; its classifier is left out.
             seed: Seed of the random frame and of weights that are not in the file.
             kwargs: Passed on to the stock class's ``from_pretrained``; to its ``from_config`` without weights.
 
@@ -115,7 +111,8 @@ class _Factory(ETFModel):
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
-        count, names = _resolve_labels(num_labels, id2label, label2id)
+        names = _label_names(id2label, label2id)
+        count = len(names) if num_labels is None and names is not None else num_labels
         saved = getattr(config, ENTRY, None) if pretrained else None
         if saved is not None and saved.get("adapters"):
             raise ValueError(
@@ -280,10 +277,9 @@ def adapt(
             f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
             "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
         )
-    count, names = _resolve_labels(num_labels, id2label, label2id)
     is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
     factory = ETFForImageClassification if is_image else ETFForSequenceClassification
-    return cast(_Model, _adapt(factory, model, cast(int, count), names, **options))
+    return cast(_Model, _adapt(factory, model, num_labels, _label_names(id2label, label2id), **options))
 
 
 def _adapt(
@@ -384,15 +380,9 @@ def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTra
     return all(value is None or value == own[name] for name, value in asked.items())
 
 
-def _resolve_labels(
-    num_labels: int | None, id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None
-) -> tuple[int | None, dict[int, str] | None]:
-    if id2label is None and label2id is not None:
-        id2label = {index: name for name, index in label2id.items()}
-    names = None if id2label is None else {int(index): str(name) for index, name in sorted(id2label.items())}
-    if names is not None and num_labels is not None and len(names) != num_labels:
-        raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
-    return (len(names) if num_labels is None and names is not None else num_labels), names
+def _label_names(id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None) -> dict[int, str] | None:
+    pairs = id2label.items() if id2label is not None else ((index, name) for name, index in (label2id or {}).items())
+    return {int(index): str(name) for index, name in pairs} or None
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -199,7 +199,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """Build the model's architecture on the meta device with ``SENTINEL`` classes."""
     architecture = _architecture(model)
     if architecture is None and not isinstance(model, PreTrainedModel):
-        raise HeadError(f"{type(model).__name__} is of neither timm nor transformers: {_REMEDY}")
+        raise HeadError(f"{type(model).__name__} is neither a timm model nor one of transformers: {_REMEDY}")
     try:
         # Some constructors draw on the CPU all the same.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
