@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from etf_adapt.geometry.frames import NEED_INTERCEPT
 from etf_adapt.geometry.simplex import reachable_cosine
 from etf_adapt.heads.in_model import head_modules, replace_module
 from etf_adapt.heads.layers import ClassifierHead, fold_head
@@ -158,17 +157,6 @@ class ETFModel(_Base):
         if len(self._has_bias) > 1:
             raise ValueError(
                 "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
-            )
-
-    def require_frame(self, frame: str) -> None:
-        """Check that the classifier can be set to a frame, now or once its head is folded.
-
-        Raises:
-            ValueError: The frame needs a bias, and the classifier has none.
-        """
-        if frame in NEED_INTERCEPT and not all(self._has_bias.values()):
-            raise ValueError(
-                f"`frame` (={frame!r}) needs a layer with a bias; use 'whitened' or 'ridge' for this model."
             )
 
     def reset_temperature(self) -> None:

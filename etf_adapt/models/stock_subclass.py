@@ -10,14 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
-from etf_adapt.heads.in_model import logits_of, score_features
+from etf_adapt.heads.in_model import logits_of
 from etf_adapt.heads.layers import ClassifierHead
-
-FEATURES = "features"
-"""Input that a model takes in place of all others: what its head reads (batch, in_features)."""
 
 _MADE: dict[tuple[type, type], type] = {}
 
@@ -52,15 +48,11 @@ def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
             labels, args = args[position], (*args[:position], None, *args[position + 1 :])
         else:
             labels = kwargs.pop("labels", None)
-        features = kwargs.pop(FEATURES, None)
         if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
             return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_in_training(labels)
-        if features is None:
-            output = stock_forward(self, *args, **kwargs)
-        else:
-            output = SequenceClassifierOutput(logits=score_features(self, features))
+        output = stock_forward(self, *args, **kwargs)
         if labels is None:
             return output
         loss = self.compute_loss_from_logits(logits_of(output), labels)

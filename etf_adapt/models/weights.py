@@ -20,7 +20,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from etf_adapt.heads.layers import is_head
+from etf_adapt.heads.in_model import head_modules
 from etf_adapt.models.swap import find_heads
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def new_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     # Stock classes put such layers before the head (`classifier.dense` of RoBERTa, `pooler.dense` of DeBERTa), which
     # checkpoints that were pretrained for something else do not have.
     names = getattr(model, "_new_weights", ())
-    inside = {parameter for module in model.modules() if is_head(module) for parameter in module.parameters()}
+    inside = {parameter for head in head_modules(model).values() for parameter in head.parameters()}
     return {name: value for name, value in model.named_parameters() if name in names and value not in inside}
 
 
