@@ -235,7 +235,7 @@ def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
         raise HeadError(
-            f"{_name(model)} has no classification head and timm gives it none: choose a model that classifies."
+            f"{_name(model)} is an encoder, and timm gives it no classifier: choose a model that classifies."
         )
     before = [(module, {**vars(module), **module._modules}) for module in model.modules()]
     cast(Any, reset)(SENTINEL)
