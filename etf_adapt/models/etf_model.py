@@ -68,8 +68,6 @@ class ETFModel(_Base):
     _has_bias: Mapping[str, bool] = MappingProxyType({})
     _new_weights: tuple[str, ...] = ()
 
-    # Settings and loss
-
     @property
     def etf_settings(self) -> dict[str, Any]:
         """Head, loss and calibration of the model: its entry in ``config.json``."""
@@ -169,7 +167,8 @@ class ETFModel(_Base):
             folded = _folded(self, head, path)
             if folded is not head:
                 replace_module(self, path, folded)
-                self.set_loss(without_unit_features(self._loss_settings))
+                # The features of a folded head have norms again.
+                self.set_loss({name: value for name, value in self._loss_settings.items() if name != "unit_features"})
 
     def compute_loss_from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of logits (batch, num_classes) as ``forward`` returns them; labels are indices or probabilities."""
@@ -201,8 +200,6 @@ class ETFModel(_Base):
                     f"model.set_loss({ {**self._loss_settings, 'label_smoothing': 0.1} }).",
                     stacklevel=3,
                 )
-
-    # Saving and loading
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -297,7 +294,7 @@ class ETFModel(_Base):
                     del tensors[f"{path}.{name}"]
                 tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
                 settings["head"]["folded"] = True
-                settings["loss"] = without_unit_features(settings["loss"])
+                settings["loss"].pop("unit_features", None)
         if not heads:
             return None
         present = [path for path in heads if f"{path}.weight" in tensors]
@@ -371,8 +368,3 @@ def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
     if folded is not head:
         folded.folded_from = head.kind  # type: ignore[assignment]
     return folded
-
-
-def without_unit_features(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a loss for logits whose features have lengths again, as those of a folded head do."""
-    return {name: value for name, value in loss.items() if name != "unit_features"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ class PooledEncoder(PreTrainedModel):
     """An encoder, a pooled feature, and a linear layer; a random encoder where only a configuration is given."""
 
     pooling: str  # "mean" of the tokens, or "pooler_output"
+    _count_features: Callable[[PreTrainedConfig], int]
     lacks_layer: bool = False  # another tool has saved the encoder of such a model alone
     _unread: tuple[str, ...] = ()  # weights of the encoder on which the feature does not depend, by their beginning
     _new_weights: tuple[str, ...] = ()
@@ -51,19 +52,12 @@ class PooledEncoder(PreTrainedModel):
         self.classifier = nn.Linear(in_features, cast(int, self.num_labels)).to(encoder.device, encoder.dtype)
 
     @classmethod
-    def _count_features(cls, config: PreTrainedConfig) -> int:
-        raise NotImplementedError
-
-    @classmethod
-    def from_folder(
-        cls, location: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
-    ) -> PooledEncoder:
+    def from_folder(cls, location: str | Path, **options: Any) -> PooledEncoder:
         """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one.
 
         Options are ``AutoModel.from_pretrained``'s.
         """
-        settings = {} if config is None else {"config": config}
-        encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
+        encoder: Any = load_noting_new(AutoModel, location, **options)
         model = cls(encoder.config, encoder)
         model._new_weights = tuple(
             f"encoder.{name}" for name in encoder._new_weights if not name.startswith(cls._unread)
