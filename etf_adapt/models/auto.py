@@ -20,14 +20,7 @@ from transformers import (
 from etf_adapt.heads.in_model import head_modules, seeded_torch
 from etf_adapt.losses.registry import LOSSES, make_loss
 from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
-from etf_adapt.models.folders import (
-    HUB_OPTIONS,
-    find_processor,
-    load_config,
-    locate,
-    read_weights,
-    resolve_dtype,
-)
+from etf_adapt.models.folders import HUB_OPTIONS, find_processor, load_config, locate, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere
 from etf_adapt.models.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.models.quantization import spare_heads

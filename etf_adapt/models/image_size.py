@@ -21,10 +21,8 @@ def set_image_size(model: Any, processor: Any, size: int) -> None:
         scale = size / (own.get("height") or own["shortest_edge"])
         for name in ("size", "crop_size"):
             if getattr(processor, name, None):
-                sides = {
-                    side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length
-                }
-                setattr(processor, name, sides)
+                lengths = dict(getattr(processor, name)).items()
+                setattr(processor, name, {side: round(scale * length) for side, length in lengths if length})
         for module in model.modules():
             embeddings = getattr(module, "position_embeddings", None)
             if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):

@@ -164,12 +164,7 @@ def pooled_features(config: PreTrainedConfig) -> int | None:
 
 
 def choose_encoder_class(
-    auto_model: Any,
-    config: PreTrainedConfig,
-    location: str,
-    *,
-    pooling: str | None,
-    saved: Mapping[str, Any] | None,
+    auto_model: Any, config: PreTrainedConfig, location: str, *, pooling: str | None, saved: Mapping[str, Any] | None
 ) -> type[PooledEncoder] | None:
     """Return the class that stands in for a stock classification class, None where none has to.
 
@@ -191,17 +186,13 @@ def choose_encoder_class(
     if not is_text and pooled_features(config) is not None:
         _warn_of_encoder(config, location)
         return PooledOutputForImageClassification
-    remedy = (
-        "text classification: choose another model, pooling='mean' for an encoder of texts, or ETFForImageClassification for "
-        "images."
-        if is_text
-        else "image classification, and which makes no pooled output of images alone: choose another model, or "
-        "ETFForSequenceClassification for texts."
-    )
-    raise ValueError(
-        f"`pretrained_model_name_or_path` (={location!r}) is a {config.model_type!r} model, of which transformers has no class "
-        f"for {remedy}"
-    )
+    name = f"`pretrained_model_name_or_path` (={location!r})"
+    is_a = f"{name} is a {config.model_type!r} model, of which transformers has no class for"
+    if is_text:
+        ways = "pooling='mean' for an encoder of texts, or ETFForImageClassification for images"
+        raise ValueError(f"{is_a} text classification: choose another model, {ways}.")
+    ways = "choose another model, or ETFForSequenceClassification for texts"
+    raise ValueError(f"{is_a} image classification, and which makes no pooled output of images alone: {ways}.")
 
 
 def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:

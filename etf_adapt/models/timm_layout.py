@@ -70,10 +70,7 @@ def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> d
 
 
 def write_timm_folder(
-    folder: str | Path,
-    config: TimmWrapperConfig,
-    model: Any,
-    state_dict: Mapping[str, Tensor],
+    folder: str | Path, config: TimmWrapperConfig, model: Any, state_dict: Mapping[str, Tensor]
 ) -> None:
     """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read."""
     # TimmWrapper's own folder is read by neither timm nor pipeline; timm's own export holds num_classes among model_args, which

@@ -6,9 +6,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ from etf_adapt.models.swap import find_heads
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ConvertedState:
+class ConvertedState(NamedTuple):
     """A state dict in a model's own names and shapes."""
 
     tensors: dict[str, Tensor]
@@ -161,13 +159,12 @@ def load_weight_file(model: PreTrainedModel, path: str | Path, *, head_path: str
             f"{argument} holds no state dict that can be read without running code ({reason}): save the tensors of "
             "model.state_dict() with safetensors."
         ) from error
-    heads = tuple(f"{place}." for place in find_heads(model, head=head_path))
+    prefix = f"{model.base_model_prefix}."  # which names in a file may lack
+    heads = tuple(f"{place.removeprefix(prefix)}." for place in find_heads(model, head=head_path))
 
     def of_backbone(names: Iterable[str]) -> list[str]:
-        # Names that the model does not know may lack the prefix that its wrapper gives them.
-        return [name for name in names if not any(f"{part}{name}".startswith(heads) for part in ("", prefix))]
+        return [name for name in names if not name.removeprefix(prefix).startswith(heads)]
 
-    prefix = f"{model.base_model_prefix}."
     # Files of old versions of torch do not count the batches of a BatchNorm.
     missing = [name for name in find_missing(model, converted.tensors) if not name.endswith(".num_batches_tracked")]
     names = {"lacks, or has in another shape,": of_backbone(missing), "has beside": of_backbone(converted.unexpected)}
