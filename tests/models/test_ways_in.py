@@ -60,7 +60,6 @@ OPTIONS = {
     "auto": ({"dtype": "auto"}, torch.float32),
     "one device": ({"device_map": "cpu"}, torch.float32),
     "any device": ({"device_map": "auto", "dtype": torch.bfloat16}, torch.bfloat16),
-    "little memory": ({"low_cpu_mem_usage": True}, torch.float32),
 }
 
 
@@ -95,14 +94,14 @@ def test_a_new_head_is_the_frame_whatever_the_file_holds(name, tmp_path):
         assert same_head(again, frame, dtype) and {tensor.dtype for tensor in again.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16", HALF])
-@pytest.mark.parametrize("head", ["cosine", "etf"])
+@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
+@pytest.mark.parametrize("head", ["cosine", "etf", "paper"])
 @pytest.mark.parametrize("name", ["vit", "resnet", "pooled"])
 def test_a_training_checkpoint_is_loaded_in_any_precision(name, head, dtype, tmp_path):
-    model = KINDS[name](head=head)
+    model = KINDS[name](head=head, seed=4)  # another frame than that of a new head
     model.save_pretrained(tmp_path / "checkpoint-7")
     again = load(name, tmp_path / "checkpoint-7", **({} if dtype is None else {"dtype": dtype}))
-    expected = HALF if dtype in (HALF, "bfloat16") else torch.float32
+    expected = HALF if dtype == "bfloat16" else torch.float32
     assert same_head(again, model, expected) and {tensor.dtype for tensor in again.parameters()} == {expected}
     assert again.etf_settings == model.etf_settings
 
