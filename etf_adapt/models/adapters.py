@@ -117,13 +117,9 @@ def _read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         try:
             settings = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file of peft's: {error}"
-            ) from error
+            raise ValueError(f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file: {error}") from error
     if not isinstance(settings, Mapping) or "peft_type" not in settings:
-        raise ValueError(
-            f"`peft` (={str(config)!r}) is no configuration of peft: it names no `peft_type`, such as LORA."
-        )
+        raise ValueError(f"`peft` (={str(config)!r}) names no `peft_type`, such as LORA.")
     return {**settings, "peft_type": str(settings["peft_type"]).upper()}
 
 

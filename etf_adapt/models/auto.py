@@ -96,9 +96,7 @@ class _Factory(ETFModel):
         head_path = [head_path] if isinstance(head_path, str) else head_path and list(head_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
         if checkpoint_path is not None and not pretrained:
-            raise ValueError(
-                f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one of them."
-            )
+            raise ValueError(f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one.")
         pretrained = pretrained and checkpoint_path is None
         location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
@@ -120,9 +118,7 @@ class _Factory(ETFModel):
         )
         wants_info = kwargs.pop("output_loading_info", False)
         if wants_info and (is_checkpoint or encoder_class is not None or not pretrained):
-            raise ValueError(
-                "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
-            )
+            raise ValueError("`output_loading_info` (=True) is for weights that a stock class reads: leave it out.")
         options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
         with seeded_torch(seed):
             if saved is not None and is_checkpoint:

@@ -109,7 +109,7 @@ class ETFModel(_Base):
         counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
         if counts is not None and len(counts) != heads[0].num_classes:
             raise ValueError(
-                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes: give one a class."
+                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes."
             )
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
@@ -125,12 +125,10 @@ class ETFModel(_Base):
         heads = list(head_modules(self).values())
         for head in heads:
             if not head.is_stock_layer:
-                raise ValueError(
-                    f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it."
-                )
+                raise ValueError(f"A {head.kind!r} head is no stock layer: call fold_heads() before calibrating.")
             if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
                 raise ValueError(
-                    f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
+                    f"`prior_adjustment` has {len(prior_adjustment)} entries, the head {head.num_classes} classes."
                 )
         if prior_adjustment is not None:
             self.require_adjustable()
@@ -153,9 +151,7 @@ class ETFModel(_Base):
         if not all(self._has_bias.values()):
             raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
         if len(self._has_bias) > 1:
-            raise ValueError(
-                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
-            )
+            raise ValueError("`prior_adjustment` cannot be split over several heads: fit the temperature alone.")
 
     def reset_temperature(self) -> None:
         """Forget what was folded into the head, after its class vectors were set anew."""

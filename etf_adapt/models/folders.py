@@ -66,10 +66,7 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
 
 
 def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
-    """Load the tokenizer, with a padding token, or the image processor of any model that ``from_pretrained`` takes.
-
-    Of timm's models it is the data configuration (``timm_layout.data_config``).
-    """
+    """Load a model's tokenizer, with a padding token, or image processor; of timm's models the data configuration."""
     check_choice("task", task, ("image", "text"))
     location = _resolve(name_or_path, options)
     if task == "image":
@@ -84,9 +81,7 @@ def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
             raise ValueError("the tokenizer made from the configuration alone has an empty vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("If you were trying")[0].strip(" .\n")
-        raise FileNotFoundError(
-            f"`{name_or_path}` holds no {what} ({reason}): save the one that belongs to the model there."
-        ) from error
+        raise FileNotFoundError(f"`{name_or_path}` holds no {what} ({reason}): save the model's own there.") from error
     if task == "text" and processor.pad_token is None and processor.eos_token is not None:
         processor.pad_token = processor.eos_token
     return processor

@@ -53,10 +53,7 @@ class PooledEncoder(PreTrainedModel):
 
     @classmethod
     def from_folder(cls, location: str | Path, **options: Any) -> PooledEncoder:
-        """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one.
-
-        Options are ``AutoModel.from_pretrained``'s.
-        """
+        """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one."""
         encoder: Any = load_noting_new(AutoModel, location, **options)
         model = cls(encoder.config, encoder)
         model._new_weights = tuple(
@@ -111,10 +108,9 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
         **kwargs: Any,
     ) -> Any:
         """Return the logits (batch, num_labels) of texts (batch, tokens), and the loss where labels (batch,) are given."""
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        named |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        given = {name: value for name, value in named.items() if value is not None}
-        states = self.encoder(**given, **{**kwargs, "return_dict": True})
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs, "return_dict": True}
+        states = self.encoder(**{name: value for name, value in inputs.items() if value is not None})
         tokens = states.last_hidden_state
         mask = tokens.new_ones(tokens.shape[:2]) if attention_mask is None else attention_mask.to(tokens.dtype)
         mean = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1e-9)
@@ -131,9 +127,7 @@ class PooledOutputForImageClassification(PooledEncoder):
     def _count_features(cls, config: PreTrainedConfig) -> int:
         in_features = pooled_features(config)
         if in_features is None:
-            raise ValueError(
-                f"A {config.model_type!r} model makes no pooled output of images alone: use another model."
-            )
+            raise ValueError(f"A {config.model_type!r} model makes no pooled output of images alone: use another.")
         return in_features
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:

@@ -63,9 +63,7 @@ def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> 
     name, twin, layers = _name(model), dict(_twin(model).named_modules()), dict(model.named_modules())
     paths = [path for path, module in twin.items() if _outputs(module) == SENTINEL]
     if not paths:
-        raise HeadError(
-            f"{name} has no classification layer: load its classification class, or name the layer with `head`."
-        )
+        raise HeadError(f"{name} has no classification layer: load its classification class or name it as `head`.")
     if _lacks_classifier(model):
         raise HeadError(f"{name} was built with num_classes=0 and has no classification layer: swap_head gives it one.")
     # A model that timm's create_model did not build does not say how it was built, and any may have been changed since.
@@ -116,9 +114,7 @@ def swap_head(
         (torch.Size([3, 64]), 3)
     """
     if num_classes < 2:
-        raise HeadError(
-            f"`num_classes` (={num_classes}) must be at least 2: a classifier needs two classes; check the label column."
-        )
+        raise HeadError(f"`num_classes` (={num_classes}) must be at least 2: check the label column.")
     names = dict(sorted((int(index), str(label)) for index, label in (id2label or {}).items()))
     if id2label is not None and list(names) != list(range(num_classes)):
         raise HeadError(f"`id2label` must name the classes 0 to {num_classes - 1}; it names {list(names)[:5]} ...")
@@ -234,9 +230,7 @@ def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
     """Give a timm model that was built without a classifier one, which loses nothing trained, and return its paths."""
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
-        raise HeadError(
-            f"{_name(model)} is an encoder, and timm gives it no classifier: choose a model that classifies."
-        )
+        raise HeadError(f"{_name(model)} is an encoder without a classifier in timm: choose a model that classifies.")
     before = [(module, {**vars(module), **module._modules}) for module in model.modules()]
     cast(Any, reset)(SENTINEL)
     for module, values in before:
@@ -265,7 +259,5 @@ def require_plain_weight(leaf: nn.Module, path: str) -> None:
 def _submodule(model: nn.Module, path: str) -> nn.Module:
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     if module is None or module is model:
-        raise HeadError(
-            f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer that makes the logits."
-        )
+        raise HeadError(f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer of the logits.")
     return module

@@ -29,9 +29,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
     try:
         known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models()."
-        ) from error
+        raise ValueError(f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models.") from error
     settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
     settings.pop("architecture", None)
     labels = [f"LABEL_{index}" for index in range(known.num_classes)]
@@ -41,10 +39,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
 
 
 def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return how timm prepares images, at the size that the model was built with: ``input_size``, ``mean``, ``std``, ...
-
-    ``default`` is the model's own ``pretrained_cfg``, for a configuration that holds none.
-    """
+    """Return how timm prepares images at the model's size; ``default`` is for configurations without ``pretrained_cfg``."""
     settings = dict(getattr(config, "pretrained_cfg", None) or default or {})
     size = (config.model_args or {}).get("img_size")
     if size is not None:
