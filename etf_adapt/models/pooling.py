@@ -108,8 +108,9 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
         **kwargs: Any,
     ) -> Any:
         """Return the logits (batch, num_labels) of texts (batch, tokens), and the loss where labels (batch,) are given."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs, "return_dict": True}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs |= {**kwargs, "return_dict": True}
         states = self.encoder(**{name: value for name, value in inputs.items() if value is not None})
         tokens = states.last_hidden_state
         mask = tokens.new_ones(tokens.shape[:2]) if attention_mask is None else attention_mask.to(tokens.dtype)
