@@ -103,7 +103,7 @@ def save_tokenizer(folder, **tokens):
 def finished(name, seed=0):
     """Make a model as a run leaves it: rows of its own, calibrated, with its processor."""
     torch.manual_seed(seed)
-    model = {**MAKERS, **KINDS}[name](class_counts=[9, 3, 1], loss={"name": "dot_regression", "form": "ball"})
+    model = {**MAKERS, **KINDS}[name](class_counts=[9, 3, 1], loss={"name": "dot_regression", "form": "one_sided"})
     for head in head_modules(model).values():
         weight, _ = head.class_vectors()
         bias = None if head.bias is None else torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)

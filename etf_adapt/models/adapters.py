@@ -1,4 +1,4 @@
-"""Adapters of peft inside a model: LoRA and its relatives train the backbone, and the head stays what it is."""
+"""Adapters of peft (LoRA and its relatives) in a model's backbone; the head stays as it is."""
 
 from __future__ import annotations
 
@@ -16,41 +16,16 @@ from etf_adapt.heads.in_model import head_modules, replace_module, seeded_torch
 from etf_adapt.models.pooling import MeanPoolingForSequenceClassification as MeanPooling
 from etf_adapt.models.weights import new_weights
 
+# LoRA of Hu et al. (2021), https://arxiv.org/abs/2106.09685, of rank 16, its updates counted twice.
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
-"""What ``"lora"`` stands for: rank 16, updates counted twice; on all linear layers, or convolutions where there are none."""
 
 
 def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lora", *, seed: int = 0) -> list[str]:
-    """Put trainable adapters into the layers of a backbone and fix all else but a head that learns, in place.
+    """Put trainable adapters into a backbone's layers, in place, and fix all else but a head that learns; return their paths.
 
-    The model keeps its class: it trains, evaluates and is aligned as before. Its head is neither adapted nor copied. Layers
-    that its file had no weights for, such as the one that RoBERTa's class puts before the head, are trained as a whole:
-    random ones would stay random under an adapter.
-    ``save_pretrained`` writes the merged weights, a stock folder; a training checkpoint holds backbone and adapters apart.
-
-    Args:
-        model: An adapted model (``ETFFor...``, ``adapt``, ``swap_head``).
-        config: ``"lora"``; arguments of one of peft's configurations with their ``peft_type``; or a JSON file with these, such
-            as an ``adapter_config.json``. ``target_modules`` are by default all linear layers, and where there are none all
-            convolutions that are not grouped.
-        seed: Seed of the adapters' first weights.
-
-    Returns:
-        Module paths of the layers that have an adapter.
-
-    Raises:
-        ImportError: peft is missing: ``pip install "etf_adapt[peft]"``.
-        ValueError: The configuration is not one of peft's, or it reaches for the head or for no layer.
-
-    References:
-        Hu et al. (2021). LoRA: Low-Rank Adaptation of Large Language Models. https://arxiv.org/abs/2106.09685
-
-    Example:
-        >>> import timm
-        >>> from etf_adapt import swap_head
-        >>> model = swap_head(timm.create_model("test_vit"), 3)
-        >>> add_adapters(model, {"peft_type": "LORA", "r": 4, "target_modules": ["qkv"]})[:1]  # doctest: +SKIP
-        ['blocks.0.attn.qkv']
+    ``config`` is ``"lora"``, the arguments of one of peft's configurations with their ``peft_type``, or a JSON file of these.
+    ``target_modules`` are by default all linear layers; without any, all convolutions that are not grouped. The model keeps
+    its class; ``save_pretrained`` merges the adapters, and a training checkpoint holds backbone and adapters apart.
     """
     try:
         import peft
@@ -64,17 +39,17 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         raise ValueError("`model` has adapters already: call merge_adapters(model) first.")
     settings = _read(config)
     if settings.get("modules_to_save"):
-        raise ValueError(
-            f"`modules_to_save` (={settings['modules_to_save']}) would copy layers: leave it out, a head that learns is "
-            "trained beside the adapters anyway."
-        )
+        raise ValueError("`modules_to_save` would copy layers: leave it out, a head that learns is trained anyway.")
+    # Layers that the model's file had no weights for, such as the one that RoBERTa's class puts before the head, are trained as
+    # a whole: random ones would stay random under an adapter.
     new = new_weights(model)
-    whole = [
-        path
-        for path, module in model.named_modules()
-        if (parameters := set(module.parameters())) and parameters <= set(new.values())
-    ]
-    fixed = [*heads, *whole, *(_layers_at(model, "encoder.pooler") if isinstance(model, MeanPooling) else [])]
+    fixed = list(heads)
+    for path, module in model.named_modules():
+        is_new = bool(parameters := set(module.parameters())) and parameters <= set(new.values())
+        if is_new or (
+            isinstance(model, MeanPooling) and path.startswith("encoder.pooler")
+        ):  # a pooler that is not read
+            fixed.append(path)
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)
         if settings["peft_type"] == "LORA" and any(isinstance(model.get_submodule(path), Conv1D) for path in targets):
@@ -90,13 +65,8 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
         reached = [path for path, head in heads.items() if model.get_submodule(path) is not head]
         if reached:
             raise ValueError(f"`target_modules` reaches the head `{reached[0]}`, which stays as it is: leave it out.")
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # what peft raises at mistakes
+    # What peft raises at mistakes.
+    except (TypeError, KeyError, AttributeError, ValueError, NotImplementedError) as error:
         _take_out(model)
         for parameter, was_trained in modes:
             parameter.requires_grad_(was_trained)
@@ -110,14 +80,7 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
 
 
 def merge_adapters(model: nn.Module) -> list[str]:
-    """Fold the adapters of a model into the layers that they adapt, in place: the model is then a stock one again.
-
-    Args:
-        model: A model that was given to ``add_adapters``.
-
-    Returns:
-        Module paths of the layers that had one; none where the model had none.
-    """
+    """Fold the adapters of a model into the layers that they adapt, in place; return the paths of these."""
     adapted = _adapted(model)
     for layer in adapted.values():
         layer.merge(safe_merge=True)
@@ -126,7 +89,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
 
 
 def _take_out(model: nn.Module) -> None:
-    """Put the layers that adapters were put around back into their places, innermost first."""
+    """Put adapted layers back into the places of their adapters, innermost first."""
     for path, layer in reversed(_adapted(model).items()):
         replace_module(model, path, layer.get_base_layer())
     with suppress(AttributeError):
@@ -151,18 +114,12 @@ def _read(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(LORA)
     settings: Any = config
     if not isinstance(config, Mapping):
-        if not Path(config).is_file():
-            raise ValueError(
-                f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file with a configuration of peft."
-            )
         try:
             settings = json.loads(Path(config).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`peft` (={str(config)!r}) is no JSON: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`peft` (={str(config)!r}) is neither 'lora' nor a JSON file: {error}") from error
     if not isinstance(settings, Mapping) or "peft_type" not in settings:
-        raise ValueError(
-            f"`peft` (={str(config)!r}) names no `peft_type`, such as LORA: it is no configuration of peft."
-        )
+        raise ValueError(f"`peft` (={str(config)!r}) names no `peft_type`, such as LORA.")
     return {**settings, "peft_type": str(settings["peft_type"]).upper()}
 
 
@@ -171,7 +128,3 @@ def _default_targets(model: nn.Module, fixed: Sequence[str]) -> list[str]:
     layers = [(path, module) for path, module in model.named_modules() if path not in fixed]
     linear = [path for path, module in layers if isinstance(module, (nn.Linear, Conv1D))]
     return linear or [path for path, module in layers if isinstance(module, nn.Conv2d) and module.groups == 1]
-
-
-def _layers_at(model: nn.Module, path: str) -> list[str]:
-    return [name for name, _ in model.named_modules() if name == path or name.startswith(f"{path}.")]

@@ -1,4 +1,4 @@
-"""Loading: any stock classification model with a new head and loss of ours, or one saved here with its own."""
+"""Loading: any stock classification model with a new head and loss, or one saved here with its own."""
 
 from __future__ import annotations
 
@@ -18,15 +18,9 @@ from transformers import (
 )
 
 from etf_adapt.heads.in_model import head_modules, seeded_torch
+from etf_adapt.losses.registry import LOSSES, make_loss
 from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
-from etf_adapt.models.folders import (
-    HUB_OPTIONS,
-    find_processor,
-    load_config,
-    locate,
-    read_weights,
-    resolve_dtype,
-)
+from etf_adapt.models.folders import HUB_OPTIONS, find_processor, load_config, locate, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere
 from etf_adapt.models.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.models.quantization import spare_heads
@@ -66,58 +60,50 @@ class _Factory(ETFModel):
         seed: int = 0,
         **kwargs: Any,
     ) -> ETFModel:
-        """Load a pretrained model and give it a head and a loss of ours; or load one that has them back.
+        """Load a pretrained model and give it a head and a loss; or load a folder saved here with its own.
 
         A folder saved here comes back with its head, loss and settings, unless other labels or another head are asked
-        for. Any other model gets a new head. Weights are loaded as float32 whatever their file holds, since half-precision
-        weights would be trained in half precision.
+        for. Any other model gets a new head. Weights are loaded as float32 whatever their file holds: half-precision weights
+        would be trained in half precision. An image encoder without a classification class (DINOv3) is read by its pooled
+        output.
 
         Args:
-            pretrained_model_name_or_path: Hub id; ``timm/<name>``; a timm name; a short name (``etf_adapt.model_names``);
-                a folder in transformers' or timm's layout. Of an image encoder without a classification class (DINOv3) the
-                pooled output is read, by ``etf_adapt.models.pooling.PooledOutputForImageClassification``.
+            pretrained_model_name_or_path: Folder in transformers' or timm's layout, Hub id, timm name or short name.
             num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
             id2label: Names of the classes.
             label2id: Their inverse, where that is at hand.
-            head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``. Where None: as saved, or ``"etf"``.
-            trainable: Whether the head learns; as saved, or as usual for its kind, where None.
-            loss: Arguments of ``etf_adapt.losses.registry.make_loss``, or its name; as saved, or the head's usual one,
-                where None.
-            class_counts: Training rows of each class, for the loss that needs them.
+            head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``; as saved, or ``"etf"``, where None.
+            trainable: Whether the head learns; as saved, or the kind's default, where None.
+            loss: Arguments of ``losses.registry.make_loss``, or its name; as saved, or the kind's default, where None.
+            class_counts: Training rows of each class (num_classes,), for losses that need them.
             head_path: Module path or paths of the layer to replace, for models in which it is not found.
-            pooling: What makes one feature of a text's tokens: ``"stock"``, as the stock class has it, or ``"mean"``, their
-                mean, as most sentence encoders were trained. Where the stock class can be set to that (ModernBERT) it is;
-                elsewhere the model is a ``etf_adapt.models.pooling.MeanPoolingForSequenceClassification`` and is saved as
-                sentence-transformers reads it. As saved, or ``"stock"``, where None.
-            pretrained: Whether to load weights; otherwise they are random, in the same architecture.
-            checkpoint_path: File of weights with nothing beside it, such as timm's own training leaves, as ``.safetensors`` or
-                as torch saves it. The name of the model then stands for the architecture alone, and a classifier in the file is
-                passed over, whatever its number of classes.
+            pooling: Feature of a text: ``"stock"``, as in the stock class, or ``"mean"`` of the tokens, as most sentence
+                encoders were trained (``models.pooling``); as saved, or ``"stock"``, where None.
+            pretrained: Whether to load weights; otherwise they are random.
+            checkpoint_path: Bare file of weights for the architecture of this name; its classifier is left out.
             seed: Seed of the random frame and of weights that are not in the file.
-            kwargs: Passed on to the stock class's ``from_pretrained``; its ``from_config`` without weights.
+            kwargs: Passed on to the stock class's ``from_pretrained``; to its ``from_config`` without weights.
 
         Returns:
-            The stock model, of a class that is both the stock one and this one; with ``output_loading_info=True`` a tuple
-            of it and what the stock class missed in its file or found there too much, as in transformers.
+            The model, an instance of its stock class and of this one; with ``output_loading_info=True`` a tuple of it and
+            the stock class's loading info, as in transformers.
 
         Raises:
-            OSError: The model is not here and cannot be fetched.
+            OSError: The model is not on this machine and cannot be fetched.
             ValueError: No model has this name, it does not do this task, or arguments do not fit each other.
         """
         factory = factory_of(cls)
-        if "torch_dtype" in kwargs:
-            kwargs["dtype"] = kwargs.pop("torch_dtype")
-        dtype = kwargs.pop("dtype", torch.float32)
+        head_path = [head_path] if isinstance(head_path, str) else head_path and list(head_path)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
         if checkpoint_path is not None and not pretrained:
-            raise ValueError(
-                f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one of them."
-            )
+            raise ValueError(f"`checkpoint_path` (={str(checkpoint_path)!r}) and pretrained=False: leave out one.")
         pretrained = pretrained and checkpoint_path is None
         location = locate(pretrained_model_name_or_path, fetch=pretrained, options=kwargs)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
-        count, names = _resolve_labels(num_labels, id2label, label2id)
+        names = _label_names(id2label, label2id)
+        count = len(names) if num_labels is None and names is not None else num_labels
         saved = getattr(config, ENTRY, None) if pretrained else None
         if saved is not None and saved.get("adapters"):
             raise ValueError(
@@ -127,54 +113,47 @@ class _Factory(ETFModel):
         if pooling is None and saved is None and pretrained and factory._task == "text":
             warn_of_pooling(location, config, kwargs)
         encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
-        is_unfolded = saved is not None and _is_unfolded(saved)
+        is_checkpoint = saved is not None and (
+            _is_live(saved) or (encoder_class is not None and encoder_class.__name__ in (config.architectures or ()))
+        )
         wants_info = kwargs.pop("output_loading_info", False)
-        if wants_info and (is_unfolded or encoder_class is not None or not pretrained):
-            raise ValueError(
-                "`output_loading_info` (=True) is known of weights that a stock class reads: leave it out."
-            )
+        if wants_info and (is_checkpoint or encoder_class is not None or not pretrained):
+            raise ValueError("`output_loading_info` (=True) is for weights that a stock class reads: leave it out.")
+        options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
         with seeded_torch(seed):
-            if saved is not None and is_unfolded:
-                options = {"encoder_class": encoder_class, "dtype": dtype, **kwargs}
+            if saved is not None and is_checkpoint:
                 model = factory._load_checkpoint(location, config, saved, **options)
             else:
                 path = head_path or (saved["head"]["paths"] if saved is not None else None)
-                options = {"pretrained": pretrained, "encoder_class": encoder_class, "dtype": dtype, **kwargs}
-                model = factory._load_stock(location, config, count, head_path=path, **options)
+                model = factory._load_stock(location, config, count, pretrained=pretrained, head_path=path, **options)
             if checkpoint_path is not None:
                 load_weight_file(model, checkpoint_path, head_path=head_path)
         info = vars(model).pop("_loading_info", None)
-        before = cast(int, model.config.num_labels)
         lacks_layer = getattr(model, "lacks_layer", False)
-        kept = saved is not None and _is_kept(saved, model.config, count, names, head, head_path, encoder_class)
-        if saved is not None and kept and not lacks_layer:
+        asked = {"num_labels": count, "id2label": names, "kind": head, "paths": head_path}
+        asked["pooling"] = getattr(encoder_class, "pooling", "stock")
+        if saved is not None and not lacks_layer and _is_saved(asked, saved, model.config):
             if not isinstance(model, ETFModel):
                 model = _restore(factory, model, saved)
-            _override(model, trainable, loss, class_counts)
+            if trainable is not None:
+                for layer in head_modules(model).values():
+                    layer.trainable = trainable
+                    layer.fix()
+            if loss is not None or class_counts is not None:
+                model.set_loss(model._loss_settings if loss is None else loss, class_counts)
         else:
+            before = cast(int, model.config.num_labels)
             if saved is not None:
-                why = (
-                    "another tool has saved the encoder without it"
-                    if lacks_layer
-                    else "other labels or another head were asked for"
-                )
+                other = "other labels or another head were asked for"
+                why = "another tool has saved the encoder without it" if lacks_layer else other
                 warnings.warn(
                     f"The head saved in {location} ({saved['head']['kind']!r}, {before} classes) is replaced by a new one "
                     f"({head or 'etf'!r}, {count or before} classes): {why}.",
                     stacklevel=2,
                 )
-            model = _adapt(
-                factory,
-                model,
-                count or before,
-                head=head or "etf",
-                trainable=trainable,
-                loss=loss,
-                class_counts=class_counts,
-                id2label=names,
-                head_path=head_path,
-                seed=seed,
-            )
+            settings: dict[str, Any] = {"trainable": trainable, "loss": loss, "class_counts": class_counts}
+            settings |= {"head": head or "etf", "head_path": head_path, "seed": seed}
+            model = _adapt(factory, model, count or before, names, **settings)
         model.processor = find_processor(location, factory._task, model.config, kwargs)
         if factory._task == "text":
             _set_padding(model)
@@ -188,16 +167,16 @@ class _Factory(ETFModel):
         num_labels: int | None,
         *,
         pretrained: bool,
+        dtype: Any,
         encoder_class: type[PooledEncoder] | None = None,
         head_path: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load the stock model with its own head, so that no part of ours was ever on the meta device."""
         if encoder_class is not None and pretrained:
-            return encoder_class.from_folder(location, config=config, **kwargs)
-        dtype = kwargs.pop("dtype") if pretrained else resolve_dtype(kwargs.pop("dtype"), config)
+            return encoder_class.from_folder(location, config=config, dtype=dtype, **kwargs)
         if encoder_class is not None:
-            return cast(Any, encoder_class(config)).to(dtype).eval()
+            return cast(Any, encoder_class(config)).to(resolve_dtype(dtype, config)).eval()
         if isinstance(config, TimmWrapperConfig) and config.num_labels == 0:
             if num_labels is None:
                 raise ValueError(f"`num_labels` (=None) is needed: {location} is a backbone without classes.")
@@ -210,7 +189,8 @@ class _Factory(ETFModel):
                 )
             return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
-        model = cast(PreTrainedModel, cls._auto_model.from_config(config, dtype=dtype, **options)).eval()
+        options["dtype"] = resolve_dtype(dtype, config)
+        model = cast(PreTrainedModel, cls._auto_model.from_config(config, **options)).eval()
         if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better
             name = location.removeprefix("timm/") if is_by_timm else config.architecture
             model.timm_model.load_state_dict(timm_weights(name, config, pretrained=is_by_timm))
@@ -218,28 +198,24 @@ class _Factory(ETFModel):
 
     @classmethod
     def _load_checkpoint(
-        cls,
-        location: str,
-        config: PreTrainedConfig,
-        saved: Mapping[str, Any],
-        *,
-        encoder_class: type[PooledEncoder] | None,
-        dtype: Any,
-        **options: Any,
-    ) -> Any:
-        """Load a training checkpoint whose head is no stock layer: build the model as it was, then read the weights."""
-        model = cls._load_stock(location, config, None, pretrained=False, encoder_class=encoder_class, dtype=dtype)
+        cls, location: str, config: PreTrainedConfig, saved: Mapping[str, Any], **options: Any
+    ) -> ETFModel:
+        """Load a training checkpoint that no stock class reads: build the model as it was, then load its weights."""
+        kind = {name: options.pop(name) for name in ("encoder_class", "dtype")}
+        model = cls._load_stock(location, config, None, pretrained=False, **kind)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
         model.load_state_dict(read_weights(location, **options), strict=False)
         model._require_complete()
+        for head in head_modules(model).values():
+            head.frame = saved["head"]["frame"]
         return model
 
 
 class ETFForImageClassification(_Factory):
-    """Factory of image classification models with a head and a loss of ours.
+    """Make image classification models with an ETF head and its loss, by ``from_pretrained``.
 
-    ``from_pretrained`` returns the stock model of transformers, or timm's in transformers' wrapper, with its last layer
-    replaced. What it returns is an instance of its stock class and of this one.
+    It returns the stock model of transformers, or timm's in transformers' wrapper, with its last layer replaced: an instance
+    of its stock class and of this one.
 
     Example:
         >>> model = ETFForImageClassification.from_pretrained("timm/test_vit.r160_in1k", num_labels=3, pretrained=False)
@@ -254,7 +230,7 @@ class ETFForImageClassification(_Factory):
 
 
 class ETFForSequenceClassification(_Factory):
-    """Factory of text classification models with a head and a loss of ours; as ``ETFForImageClassification``.
+    """Make text classification models with an ETF head and its loss, as ``ETFForImageClassification`` does for images.
 
     Decoders need ``config.pad_token_id``: it is taken from the tokenizer beside the model.
 
@@ -277,80 +253,36 @@ def adapt(
     model: _Model,
     num_labels: int,
     *,
-    head: str = "etf",
-    trainable: bool | None = None,
-    loss: Mapping[str, Any] | str | None = None,
-    class_counts: Sequence[int] | None = None,
     id2label: Mapping[int, str] | None = None,
     label2id: Mapping[str, int] | None = None,
-    head_path: str | Sequence[str] | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> _Model:
-    """Give a stock classification model a head and a loss of ours, in place.
+    """Give a stock classification model of transformers, or timm's in its TimmWrapper, a head and a loss, in place.
 
-    Args:
-        model: A classification model of transformers; timm's in transformers' TimmWrapper.
-        num_labels: Number of classes.
-        head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
-        trainable: Whether the head learns; as usual for its kind where None.
-        loss: Arguments of ``etf_adapt.losses.registry.make_loss``, or its name; the head's usual one where None.
-        class_counts: Training rows of each class, for the loss that needs them.
-        id2label: Names of the classes.
-        label2id: Their inverse, where that is at hand.
-        head_path: Module path or paths of the layer to replace, where it is not found.
-        seed: Seed of the random frame.
-
-    Returns:
-        The same object, now of a class that is a subclass of its own and of ``ETFForImageClassification`` or
-        ``ETFForSequenceClassification``.
-
-    Raises:
-        TypeError: The model is not one of transformers.
-        ValueError: Arguments do not fit each other or the model.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = adapt(ViTForImageClassification(ViTConfig(**sizes)), 3)
-        >>> model.etf_settings["head"]["kind"], model.classifier.weight.requires_grad
-        ('etf', False)
+    Options are ``head``, ``trainable``, ``loss``, ``class_counts``, ``head_path`` and ``seed``, as in ``from_pretrained``.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
             "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
         )
-    count, names = _resolve_labels(num_labels, id2label, label2id)
     is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
-    return cast(
-        _Model,
-        _adapt(
-            ETFForImageClassification if is_image else ETFForSequenceClassification,
-            model,
-            cast(int, count),
-            head=head,
-            trainable=trainable,
-            loss=loss,
-            class_counts=class_counts,
-            id2label=names,
-            head_path=head_path,
-            seed=seed,
-        ),
-    )
+    factory = ETFForImageClassification if is_image else ETFForSequenceClassification
+    return cast(_Model, _adapt(factory, model, num_labels, _label_names(id2label, label2id), **options))
 
 
 def _adapt(
     factory: type[_Factory],
     model: PreTrainedModel,
     num_labels: int,
+    names: Mapping[int, str] | None,
     *,
-    head: str,
-    trainable: bool | None,
-    loss: Mapping[str, Any] | str | None,
-    class_counts: Sequence[int] | None,
-    id2label: Mapping[int, str] | None,
-    head_path: str | Sequence[str] | None,
-    seed: int,
+    head: str = "etf",
+    trainable: bool | None = None,
+    loss: Mapping[str, Any] | str | None = None,
+    class_counts: Sequence[int] | None = None,
+    head_path: str | Sequence[str] | None = None,
+    seed: int = 0,
 ) -> Any:
     if isinstance(model, ETFModel):
         model.fold_heads()  # so that the new layer has the bias of the stock one
@@ -363,7 +295,7 @@ def _adapt(
     has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}
     with seeded_torch(seed):
         generator = torch.Generator().manual_seed(seed)
-        swap_head(model, num_labels, head=paths, kind=head, trainable=trainable, id2label=id2label, generator=generator)
+        swap_head(model, num_labels, head=paths, kind=head, trainable=trainable, id2label=names, generator=generator)
     if not isinstance(model, ETFModel):
         model.__class__ = made_class(factory, type(model))
     made = cast(ETFModel, model)
@@ -376,32 +308,21 @@ def _adapt(
 
 def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str, Any]) -> Any:
     """Give a model that was loaded with its saved layer the head, loss and settings that it was saved with."""
-    if saved.get("version") != 1:
-        raise ValueError(
-            f"The folder was written by a newer etf_adapt (entry version {saved.get('version')}): upgrade it."
-        )
+    if (version := saved.get("version")) != 1:
+        raise ValueError(f"The folder was written by a newer etf_adapt (entry version {version}): upgrade it.")
     entry, paths = saved["head"], saved["head"]["paths"]
     layers = {path: model.get_submodule(path) for path in paths}
     for path, layer in layers.items():
         require_plain_weight(layer, path)
     tensors = [(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)) for layer in layers.values()]
     was_changed = entry.get("sha256") is not None and is_changed(tensors, entry)
-    counts = saved["class_counts"]
-    has_counts = counts is not None and len(counts) == model.config.num_labels
-    model = _adapt(
-        factory,
-        model,
-        cast(int, model.config.num_labels),
-        head="linear" if entry["folded"] else entry["kind"],
-        trainable=entry["trainable"],
-        loss=saved["loss"] if has_counts or saved["loss"]["name"] != "logit_adjusted" else None,
-        class_counts=counts if has_counts else None,
-        id2label=None,
-        head_path=paths,
-        seed=0,
-    )
+    num_labels = cast(int, model.config.num_labels)
+    counts = saved["class_counts"] if len(saved["class_counts"] or ()) == num_labels else None
+    kind = "linear" if entry["folded"] else entry["kind"]
+    settings = {"trainable": entry["trainable"], "loss": _known_loss(saved["loss"], counts), "class_counts": counts}
+    model = _adapt(factory, model, num_labels, None, head=kind, head_path=paths, **settings)
     for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
-        if not _is_unfolded(saved):
+        if not _is_live(saved):
             head.set_class_vectors(weight, bias)
         head.frame = "changed" if was_changed else entry["frame"]
         if entry["folded"]:
@@ -417,55 +338,40 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     return model
 
 
-def _is_kept(
-    saved: Mapping[str, Any],
-    config: PreTrainedConfig,
-    num_labels: int | None,
-    id2label: Mapping[int, str] | None,
-    head: str | None,
-    head_path: str | Sequence[str] | None,
-    encoder_class: type[PooledEncoder] | None,
-) -> bool:
-    """Return whether what was asked for is the head that was saved."""
-    entry = saved["head"]
-    paths = [head_path] if isinstance(head_path, str) else head_path
-    return (
-        num_labels in (None, config.num_labels)
-        and (id2label is None or id2label == dict(config.id2label or {}))
-        and (head is None or (head == entry["kind"] and not entry["folded"]))
-        and (paths is None or list(paths) == entry["paths"])
-        and saved.get("pooling", "stock") == getattr(encoder_class, "pooling", "stock")
-    )
+def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) -> dict[str, Any] | None:
+    """Return the loss settings of a folder without options that this version lacks; None where no such loss can be made."""
+    options = LOSSES[saved["name"]].options if saved["name"] in LOSSES else ()
+    kept = {name: value for name, value in saved.items() if name in ("name", *options)}
+    dropped = [f"{name}={value!r}" for name, value in saved.items() if name not in kept]
+    try:
+        make_loss(kept, class_counts=class_counts)
+    except (TypeError, ValueError) as error:  # TypeError: class_weights="effective_number" where numbers are due
+        warnings.warn(f"The folder's loss {dict(saved)} is replaced by its head's default loss: {error}", stacklevel=4)
+        return None
+    if dropped:
+        warnings.warn(
+            f"The folder's loss {saved['name']!r} is used without {', '.join(dropped)}, which this version lacks.",
+            stacklevel=4,
+        )
+    return kept
 
 
-def _is_unfolded(saved: Mapping[str, Any]) -> bool:
+def _is_live(saved: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds a head that is no stock layer, as training checkpoints do."""
     return saved["head"]["kind"] not in STOCK_SHAPED and not saved["head"]["folded"]
 
 
-def _override(
-    model: ETFModel,
-    trainable: bool | None,
-    loss: Mapping[str, Any] | str | None,
-    class_counts: Sequence[int] | None,
-) -> None:
-    """Change what was asked for by name in a model that was restored."""
-    if trainable is not None:
-        for head in head_modules(model).values():
-            head.trainable = trainable
-            head.fix()
-    if loss is not None or class_counts is not None:
-        model.set_loss(model._loss_settings if loss is None else loss, class_counts)
+def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Return whether labels, kind of head, its place and the pooling that were asked for are the saved ones."""
+    entry = saved["head"]
+    own = {"num_labels": config.num_labels, "id2label": dict(config.id2label or {}), "paths": entry["paths"]}
+    own |= {"kind": None if entry["folded"] else entry["kind"], "pooling": saved.get("pooling", "stock")}
+    return all(value is None or value == own[name] for name, value in asked.items())
 
 
-def _resolve_labels(
-    num_labels: int | None, id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None
-) -> tuple[int | None, dict[int, str] | None]:
-    if id2label is None and label2id is not None:
-        id2label = {index: name for name, index in label2id.items()}
-    names = None if id2label is None else {int(index): str(name) for index, name in sorted(id2label.items())}
-    if names is not None and num_labels is not None and len(names) != num_labels:
-        raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
-    return (len(names) if num_labels is None and names is not None else num_labels), names
+def _label_names(id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None) -> dict[int, str] | None:
+    pairs = id2label.items() if id2label is not None else ((index, name) for name, index in (label2id or {}).items())
+    return {int(index): str(name) for index, name in pairs} or None
 
 
 def _set_padding(model: ETFModel) -> None:

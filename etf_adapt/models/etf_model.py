@@ -1,4 +1,4 @@
-"""The class of the models: a stock classification class with our loss in its forward, and folders that read back exactly."""
+"""What a stock classification class gains: our loss in its forward, calibration, and folders that read back exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from etf_adapt.geometry.frames import NEED_INTERCEPT
 from etf_adapt.geometry.simplex import reachable_cosine
 from etf_adapt.heads.in_model import head_modules, replace_module
 from etf_adapt.heads.layers import ClassifierHead, fold_head
@@ -39,7 +38,7 @@ DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
 """Settings of the loss that goes with each kind of head."""
 
 STOCK_SHAPED = ("etf", "linear")
-"""Kinds of head that are saved as they are; the others are folded."""
+"""Kinds whose heads are stock layers (``head.is_stock_layer``), for entries of ``config.json``."""
 
 _TIMM_PREFIX = "timm_model."
 
@@ -51,18 +50,12 @@ else:
 
 
 class ETFModel(_Base):
-    """What a stock classification model gains: our loss in its forward, and folders and checkpoints that read back exactly.
+    """Base of the classes made on the fly (``stock_subclass``), which are subclasses of a stock class too."""
 
-    Classes with these methods are made on the fly, as subclasses of the stock class with its name; see ``adapt``.
-
-    Attributes:
-        accepts_loss_kwargs: False, so that ``Trainer`` averages the loss over accumulated batches. (True by a ``**kwargs``
-            in the signature would multiply the gradients by their number.)
-        processor: Tokenizer or image processor that ``save_pretrained`` writes beside the model; None where there is none.
-    """
-
+    # `Trainer` then averages the loss over accumulated batches. True, which it would take from a `**kwargs` in the signature,
+    # would multiply the gradients by their number.
     accepts_loss_kwargs = False
-    processor: Any = None
+    processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
     _stock_class: type[PreTrainedModel]
     _loss: Loss | None = None
     _loss_settings: Mapping[str, Any] = MappingProxyType({})
@@ -75,25 +68,16 @@ class ETFModel(_Base):
     _has_bias: Mapping[str, bool] = MappingProxyType({})
     _new_weights: tuple[str, ...] = ()
 
-    # Settings and loss
-
     @property
     def etf_settings(self) -> dict[str, Any]:
-        """Head, loss and calibration of the model, as they stand in ``config.json``.
-
-        ``head``: ``kind``, ``frame``, ``trainable``, ``folded`` (the layer was folded from a head of that kind) and
-        ``paths``; ``loss``: arguments of ``etf_adapt.losses.registry.make_loss``; ``class_counts``; ``temperature`` and
-        ``prior_adjustment``: what ``set_temperature`` folded into the head; ``pooling``: ``"stock"``, or what is
-        read of an encoder (``etf_adapt.models.pooling.ENCODER_CLASSES``);
-        ``adapters``: whether it holds adapters that are not merged.
-        """
+        """Head, loss and calibration of the model: its entry in ``config.json``."""
         heads = head_modules(self)
         first = next(iter(heads.values()), None)
         head = {
             "kind": getattr(first, "folded_from", getattr(first, "kind", None)),
             "frame": getattr(first, "frame", None),
             "trainable": getattr(first, "trainable", None),
-            "folded": hasattr(first, "folded_from"),
+            "folded": hasattr(first, "folded_from"),  # into a stock layer, from a head of that kind
             "paths": list(heads),
         }
         library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"
@@ -112,57 +96,39 @@ class ETFModel(_Base):
     def set_loss(
         self, settings: Mapping[str, Any] | str | None = None, class_counts: Sequence[int] | None = None
     ) -> None:
-        """Choose the loss that ``forward`` returns.
+        """Choose the loss of ``forward``: arguments of ``losses.registry.make_loss``, its name, or None for the head's default.
 
-        Args:
-            settings: Arguments of ``etf_adapt.losses.registry.make_loss``, or the loss's name; the default of the head's
-                kind where None. With an ETF head, dot regression on vertices that cannot all be reached regresses to the
-                cosine that can (``etf_adapt.geometry.simplex.reachable_cosine``), unless it is given a ``target``.
-            class_counts: Training rows of each class (num_classes,); those known so far where None.
-
-        Raises:
-            ValueError: The settings are not those of a loss, or class counts are missing or of another number.
+        Class counts (num_classes,) that are None stay as they are.
         """
         heads = list(head_modules(self).values())
         chosen = DEFAULT_LOSSES[heads[0].kind] if settings is None else settings
         chosen = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
         reachable = min(reachable_cosine(head.num_classes, head.weight.shape[1]) for head in heads)
         if chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0:
-            chosen.setdefault("target", reachable)
+            chosen.setdefault("target", reachable)  # more classes than features: not all vertices can be reached
         counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
         if counts is not None and len(counts) != heads[0].num_classes:
             raise ValueError(
-                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes: give one a class."
+                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes."
             )
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
 
     def set_temperature(self, temperature: float, prior_adjustment: Sequence[float] | None = None) -> None:
-        r"""Fold a factor s of the logits, and offsets a, into the head, in place of those folded before.
+        r"""Fold a logit scale s and offsets a into the head in place of earlier ones: W <- s W, b <- s b + a.
 
-        .. math:: W \leftarrow s W, \qquad b \leftarrow s b + a
-
-        The stock layer then gives calibrated confidences. The loss of ``forward`` takes both out again, so that training
-        goes on as before. The factor changes no argmax; offsets do.
-
-        Args:
-            temperature: The factor s, above 0 (1 / T in the terms of temperature scaling).
-            prior_adjustment: The offsets a (num_classes,); none where None.
-
-        Raises:
-            ValueError: s is not positive, a has another length or the layer no bias, or the head is not a stock layer yet.
+        The stock layer then gives calibrated confidences; the loss of ``forward`` takes both out again, so that training goes
+        on as before. The scale (``temperature``) changes no argmax; the offsets (``prior_adjustment``) do.
         """
         if not temperature > 0.0:
             raise ValueError(f"`temperature` (={temperature}) must be above 0.")
         heads = list(head_modules(self).values())
         for head in heads:
-            if head.kind not in STOCK_SHAPED:
-                raise ValueError(
-                    f"A {head.kind!r} head is no stock layer: call fold_heads() first, and calibrate after it."
-                )
+            if not head.is_stock_layer:
+                raise ValueError(f"A {head.kind!r} head is no stock layer: call fold_heads() before calibrating.")
             if prior_adjustment is not None and len(prior_adjustment) != head.num_classes:
                 raise ValueError(
-                    f"`prior_adjustment` has {len(prior_adjustment)} entries, but the head has {head.num_classes} classes."
+                    f"`prior_adjustment` has {len(prior_adjustment)} entries, the head {head.num_classes} classes."
                 )
         if prior_adjustment is not None:
             self.require_adjustable()
@@ -181,54 +147,27 @@ class ETFModel(_Base):
         return len(self._has_bias) == 1 and all(self._has_bias.values())
 
     def require_adjustable(self) -> None:
-        """Check that offsets of the logits can be folded into the classifier, now or once its head is folded.
-
-        Raises:
-            ValueError: The classifier has no bias, or there are several.
-        """
+        """Refuse offsets of the logits where the classifier has no bias, or several layers."""
         if not all(self._has_bias.values()):
             raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
         if len(self._has_bias) > 1:
-            raise ValueError(
-                "`prior_adjustment` cannot be split over several heads: calibrate with the temperature alone."
-            )
-
-    def require_frame(self, frame: str) -> None:
-        """Check that the classifier can be set to a frame, now or once its head is folded.
-
-        Raises:
-            ValueError: The frame needs a bias, and the classifier has none.
-        """
-        if frame in NEED_INTERCEPT and not all(self._has_bias.values()):
-            raise ValueError(
-                f"`frame` (={frame!r}) needs a layer with a bias; use 'whitened' or 'ridge' for this model."
-            )
+            raise ValueError("`prior_adjustment` cannot be split over several heads: fit the temperature alone.")
 
     def reset_temperature(self) -> None:
-        """Forget what was folded into the head, after its rows were set anew."""
+        """Forget what was folded into the head, after its class vectors were set anew."""
         self._temperature, self._prior_adjustment = 1.0, None
 
     def fold_heads(self) -> None:
-        """Replace cosine and paper heads by the stock layer with the same argmax, as ``save_pretrained`` would.
-
-        Other heads stay. The confidences change: calibrate afterwards.
-        """
+        """Replace cosine and paper heads by the stock layer with the same argmax; confidences change: calibrate afterwards."""
         for path, head in head_modules(self).items():
             folded = _folded(self, head, path)
             if folded is not head:
                 replace_module(self, path, folded)
-                self.set_loss(without_unit_features(self._loss_settings))
+                # The features of a folded head have norms again.
+                self.set_loss({name: value for name, value in self._loss_settings.items() if name != "unit_features"})
 
     def compute_loss_from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the model's loss.
-
-        Args:
-            logits: Tensor (batch, num_classes), as ``forward`` returns them.
-            labels: Tensor (batch,) of class indices, or (batch, num_classes) of probabilities.
-
-        Returns:
-            Scalar tensor, float32.
-        """
+        """Return the loss of logits (batch, num_classes) as ``forward`` returns them; labels are indices or probabilities."""
         self._unlabelled_steps = 0
         if self._loss is None:  # a copy: functions are not pickled
             self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
@@ -239,9 +178,9 @@ class ETFModel(_Base):
         return self._loss(logits, labels.to(logits.device))
 
     def _warn_in_training(self, labels: Tensor | None) -> None:
-        """Say once what would train on in silence: an unaligned head, and a loss that is not the model's."""
+        """Warn once of an unaligned head, and of a loss that is not the model's."""
         is_first, self._has_trained = not self._has_trained, True
-        if is_first and any(head.kind == "etf" and head.frame == "random" for head in head_modules(self).values()):
+        if is_first and any(head.is_set_from_data and head.frame == "random" for head in head_modules(self).values()):
             warnings.warn(
                 "The ETF head is a random frame, to which the features of a pretrained model have to turn first. "
                 "etf_adapt.align_head(model, dataloader) sets it from the training rows before the first step and learns the "
@@ -250,15 +189,13 @@ class ETFModel(_Base):
             )
         if labels is None:
             self._unlabelled_steps += 1
-            if self._unlabelled_steps == 2:  # Whoever calls compute_loss_from_logits has done so by now.
+            if self._unlabelled_steps == 2:  # a loop that calls compute_loss_from_logits has done so by now
                 warnings.warn(
                     f"This model is trained without its labels, so that its loss ({self._loss_settings['name']}) is not used. "
                     "Trainer does that for `label_smoothing_factor` and applies a cross-entropy: set it to 0 and call "
                     f"model.set_loss({ {**self._loss_settings, 'label_smoothing': 0.1} }).",
                     stacklevel=3,
                 )
-
-    # Saving and loading
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -269,17 +206,10 @@ class ETFModel(_Base):
         fold: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a folder that stock transformers reads, and for timm's backbones timm too, and this library in full.
+        """Write a folder that stock transformers (timm too, for its backbones) reads, and this library in full.
 
-        Args:
-            save_directory: Folder.
-            is_main_process: Whether this process writes.
-            state_dict: The model's weights, where they have to be gathered; its own otherwise.
-            fold: Whether cosine and paper heads are folded into the stock layer with the same argmax. Where None, all
-                folders but ``Trainer``'s ``checkpoint-<step>`` are folded: a checkpoint must hold the head as it trains,
-                and those of the two kinds are read here only.
-            kwargs: Passed on to transformers' ``save_pretrained``. The layouts of timm and sentence-transformers have one
-                weight file a module and need none of them.
+        ``fold`` puts the stock layer with the same argmax in place of cosine and paper heads. None folds all folders but
+        ``Trainer``'s ``checkpoint-<step>``, which hold the head as it trains. ``kwargs`` are transformers'.
         """
         self._require_complete()
         if kwargs.pop("push_to_hub", False):
@@ -325,23 +255,10 @@ class ETFModel(_Base):
         revision: str | None = None,
         max_shard_size: int | str = "50GB",
     ) -> str:
-        """Publish the model on the Hub, in one commit: what ``save_pretrained`` writes, and a card where there is none yet.
+        """Publish what ``save_pretrained`` writes in one commit, with a card where there is none yet; return its address.
 
-        A finished run is published with its own card by ``etf_adapt.hub.publish.publish``.
-
-        Args:
-            repo_id: ``user/name`` or ``organization/name``; made where it does not exist.
-            commit_message: Title of the commit.
-            private: Whether the repository is to be private; None leaves that to its owner's settings, or as it is.
-            token: None takes the one of the environment (HF_TOKEN) or of the login.
-            revision: Branch, made where it does not exist; None is the main one.
-            max_shard_size: Largest file of weights.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            HubError: The Hub has not taken it.
+        Repository and branch are made where they do not exist; ``private=None`` leaves that to the owner's settings. A
+        finished run is published with its own card by ``etf_adapt.hub.publish.publish``.
         """
         check_name_and_token(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
@@ -365,7 +282,7 @@ class ETFModel(_Base):
         heads = head_modules(self)
         for path, head in heads.items():
             own = {name: tensors[f"{path}.{name}"] for name in head.state_dict() if f"{path}.{name}" in tensors}
-            if fold and head.kind not in STOCK_SHAPED:
+            if fold and not head.is_stock_layer:
                 copy = deepcopy(head)
                 copy.load_state_dict(own)
                 stock = _folded(self, copy, path)
@@ -373,34 +290,19 @@ class ETFModel(_Base):
                     del tensors[f"{path}.{name}"]
                 tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
                 settings["head"]["folded"] = True
-                settings["loss"] = without_unit_features(settings["loss"])
+                settings["loss"].pop("unit_features", None)
         if not heads:
             return None
         present = [path for path in heads if f"{path}.weight" in tensors]
         layers = [(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")) for path in present]
-        if len(layers) == len(heads):  # Processes that do not write may hold no weights.
+        if len(layers) == len(heads):  # processes that do not write may hold no weights
             settings["head"] |= describe_layers(layers)
         return settings
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights under the model's names or under those of its files (``etf_adapt.state_dict``).
-
-        ``Trainer`` calls this with the contents of a checkpoint's file, or of one shard after another, and
-        ``strict=False``. Nothing is loaded before all of the backbone is there, so that a half-loaded model can be neither
-        run nor saved.
-
-        Args:
-            state_dict: Tensors by name: all of them, those of the head, or those of one shard.
-            strict: Whether missing and unexpected names are an error.
-            assign: As in ``torch.nn.Module.load_state_dict``.
-
-        Returns:
-            Names that are missing and unexpected.
-
-        Raises:
-            RuntimeError: Names are missing or unexpected and ``strict`` is set, or the weights are those of another model
-                or of another kind of head.
-        """
+        """Load weights by the model's names or by those of its files: all of them, those of the head, or one shard's."""
+        # `Trainer` calls this with the contents of a checkpoint's file, or of one shard after another, and strict=False.
+        # Nothing is loaded before all of the backbone is there, so that a half-loaded model can be neither run nor saved.
         if getattr(self, "hf_quantizer", None) is not None:
             return super().load_state_dict(state_dict, strict, assign)
         collected = {**(self._shards or {}), **state_dict}
@@ -422,8 +324,8 @@ class ETFModel(_Base):
         self._shards = None
         before = [head.class_vectors()[0] for head in heads.values()]
         super().load_state_dict(converted.tensors, False, assign)
-        for head, rows in zip(heads.values(), before, strict=True):
-            if head.frame == "random" and not torch.equal(head.class_vectors()[0], rows):
+        for head, weight in zip(heads.values(), before, strict=True):
+            if head.frame == "random" and not torch.equal(head.class_vectors()[0], weight):
                 head.frame = "loaded"
         return _IncompatibleKeys(missing, converted.unexpected)
 
@@ -462,8 +364,3 @@ def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
     if folded is not head:
         folded.folded_from = head.kind  # type: ignore[assignment]
     return folded
-
-
-def without_unit_features(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a loss for logits whose features have lengths again, as those of a folded head do."""
-    return {name: value for name, value in loss.items() if name != "unit_features"}

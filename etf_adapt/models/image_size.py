@@ -8,18 +8,8 @@ import torch
 
 
 def set_image_size(model: Any, processor: Any, size: int) -> None:
-    """Make a model, and what its folder says of its input, expect images of another size.
-
-    Networks of convolutions take any. Position embeddings of transformers are interpolated once, to stay stock weights.
-
-    Args:
-        model: Image classification model of transformers, or timm's in transformers' TimmWrapper.
-        processor: Its image processor; a timm model's is its configuration, and not looked at.
-        size: Pixels a side.
-
-    Raises:
-        ValueError: The model takes no images of that size.
-    """
+    """Set a model and its image processor (timm's: its configuration) to images of another size, in pixels a side."""
+    # Convolutional networks take any. Position embeddings of transformers are interpolated once, to stay stock weights.
     config = model.config
     if hasattr(model, "timm_model"):
         if hasattr(model.timm_model, "set_input_size"):
@@ -31,10 +21,8 @@ def set_image_size(model: Any, processor: Any, size: int) -> None:
         scale = size / (own.get("height") or own["shortest_edge"])
         for name in ("size", "crop_size"):
             if getattr(processor, name, None):
-                sides = {
-                    side: round(scale * length) for side, length in dict(getattr(processor, name)).items() if length
-                }
-                setattr(processor, name, sides)
+                lengths = dict(getattr(processor, name)).items()
+                setattr(processor, name, {side: round(scale * length) for side, length in lengths if length})
         for module in model.modules():
             embeddings = getattr(module, "position_embeddings", None)
             if isinstance(embeddings, torch.nn.Parameter) and hasattr(module, "interpolate_pos_encoding"):

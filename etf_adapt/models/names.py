@@ -1,4 +1,4 @@
-"""Short names of models, what they stand for, and whether the weights behind a name can be had."""
+"""Names of models: short names, timm names, folders and Hub ids; and whether the weights behind a name can be had."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _PROBE_SECONDS = 5.0
 
 
 class UnavailableError(OSError):
-    """Raised where the files of a model cannot be fetched and are not cached."""
+    """The files of a model cannot be fetched and are not cached."""
 
 
 def micro_folder() -> str:
@@ -63,35 +63,14 @@ def micro_folder() -> str:
 
 
 def model_task(name: str) -> str | None:
-    """Return ``"image"`` or ``"text"`` where the name alone tells which, else None.
-
-    Example:
-        >>> model_task("bert_base"), model_task("timm/resnet34.a1_in1k"), model_task("me/my-model")
-        ('text', 'image', None)
-    """
+    """Return ``"image"`` or ``"text"`` where the name alone decides, else None."""
     if name in IMAGE_MODELS or name.startswith("timm/"):
         return "image"
     return "text" if name in TEXT_MODELS else None
 
 
 def resolve_model_name(name: str) -> str:
-    """Turn a short name, a timm name, a Hub id or a folder into what ``from_pretrained`` takes.
-
-    Args:
-        name: A key of ``MODEL_NAMES``; a folder with a ``config.json``; a timm model name, with or without its tag;
-            or a Hub id ``owner/name``.
-
-    Returns:
-        A folder or a Hub id. Whether the Hub has it is asked by ``locate_model``, here only of a name without a slash.
-
-    Raises:
-        FileNotFoundError: The name can only be a folder, and there is none or it holds no model.
-        ValueError: The name is none of these; the nearest valid ones are named.
-
-    Example:
-        >>> resolve_model_name("vit_base")
-        'timm/vit_base_patch16_224.augreg2_in21k_ft_in1k'
-    """
+    """Turn a short name, a timm name with or without its tag, a Hub id or a folder into what ``from_pretrained`` takes."""
     if name == "micro":
         return micro_folder()
     if name in MODEL_NAMES:
@@ -107,15 +86,14 @@ def resolve_model_name(name: str) -> str:
             "weights with nothing beside it, the name of its architecture, and the file as checkpoint_path."
         )
     if name.count("/") == 1 and all(name.split("/")):
-        return name
+        return timm_location(name.removeprefix("timm/")) if name.startswith("timm/") and "." not in name else name
     return _timm_or_old_id(name)
 
 
 def _timm_or_old_id(name: str) -> str:
-    """Return the Hub id of a name without a slash; timm is asked late because its import takes seconds."""
-    import timm
+    import timm  # late: its import takes seconds
 
-    if name in timm.list_models():
+    if timm.is_model(name) and "." not in name:
         return timm_location(name)
     if name in timm.list_pretrained():
         return f"timm/{name}"
@@ -126,29 +104,18 @@ def _timm_or_old_id(name: str) -> str:
     raise ValueError(f"`model` (={name!r}) is no short name, timm model, folder or Hub id (owner/name): {hint}.")
 
 
-def timm_location(name: str) -> str:
-    """Return ``timm/<name>`` with the tag of the weights that timm prefers, where it has some.
-
-    Example:
-        >>> timm_location("resnet50"), timm_location("cspnext_l")
-        ('timm/resnet50.a1_in1k', 'timm/cspnext_l.rsb_a1_in1k')
-    """
+def timm_location(architecture: str) -> str:
+    """Return ``timm/<architecture>`` with the tag of the weights that timm prefers, where it has some."""
     import timm
 
-    config = timm.get_pretrained_cfg(name)
-    return f"timm/{name}" if config is None or not config.tag or "." in name else f"timm/{name}.{config.tag}"
+    config = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    return f"timm/{architecture}" if config is None or not config.tag else f"timm/{architecture}.{config.tag}"
 
 
 def is_timm_elsewhere(location: str) -> bool:
-    """Return whether timm's weights of this name lie elsewhere than in the Hub's repository of this name.
-
-    timm's own loader knows where: in repositories of others, in other forms, or at addresses of their own (55 of 1,826 sets of
-    weights as of timm 1.0.31).
-
-    Example:
-        >>> is_timm_elsewhere("timm/resnet50.a1_in1k"), is_timm_elsewhere("timm/cspnext_l.rsb_a1_in1k")
-        (False, True)
-    """
+    """Return whether timm's weights of this name lie elsewhere than in the Hub repository of this name."""
+    # timm's own loader knows where: in repositories of others, in other forms, or at addresses of their own (55 of 1,826 sets
+    # of weights as of timm 1.0.31).
     if not location.startswith("timm/") or Path(location).is_dir():
         return False
     import timm
@@ -161,21 +128,8 @@ def is_timm_elsewhere(location: str) -> bool:
 
 
 def locate_model(location: str) -> str:
-    """Make sure, within seconds and without a download, that a model's files can be had.
-
-    One HEAD request tells. ``from_pretrained`` would find out too, but only after minutes of retries, and after the
-    data were prepared.
-
-    Args:
-        location: A folder or a Hub id, from ``resolve_model_name``.
-
-    Returns:
-        The location itself; for a Hub id that cannot be reached but is cached, the folder of the cached files.
-
-    Raises:
-        UnavailableError: The Hub cannot be reached and the model is not cached, or access to it is refused.
-        ValueError: The Hub has no model of this name.
-    """
+    """Check within seconds, by one HEAD request, that a model's files can be had; offline, return the cached folder."""
+    # from_pretrained would find out too, but only after minutes of retries, and after the data were prepared.
     if Path(location).is_dir() or is_timm_elsewhere(location):
         return location
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
@@ -195,12 +149,15 @@ def locate_model(location: str) -> str:
         ) from error
     cached = _cached_folder(location)
     if cached is None:
-        raise UnavailableError(_no_model(location, f"the Hub cannot be reached ({_short(error)})")) from error
+        reason = (
+            (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]
+        )  # no addresses
+        raise UnavailableError(_no_model(location, f"the Hub cannot be reached ({reason})")) from error
     return cached
 
 
 def _ask_hub(location: str) -> Exception | None:
-    """Ask the Hub for a model's config.json by one HEAD request; return None where it is there, else the error."""
+    """Ask the Hub for a model's config.json by one HEAD request; return the error, None where it is found."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
@@ -228,8 +185,3 @@ def _cached_folder(location: str) -> str | None:
         return None
     weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
     return str(folder) if weights and (folder / "config.json").is_file() else None
-
-
-def _short(error: BaseException) -> str:
-    """Return the first sentence of an error, without the addresses that follow it."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]

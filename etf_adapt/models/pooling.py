@@ -1,4 +1,4 @@
-"""Classifiers on what an encoder makes of a row, where no stock class does that; in sentence-transformers' folders.
+"""Classifiers on an encoder's pooled features, where no stock class has them; in sentence-transformers' folders.
 
 For texts the mean of the tokens, for encoders that were trained so; for images the pooled output of encoders that
 transformers has no classification class for.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -21,31 +21,22 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from etf_adapt.errors import check_choice
-from etf_adapt.models.folders import HUB_OPTIONS, find_file, read_weights, resolve_dtype
+from etf_adapt.models.folders import find_file, hub_options
 from etf_adapt.models.names import ENTRY
-from etf_adapt.models.weights import convert_state_dict, find_missing, load_noting_new
+from etf_adapt.models.weights import load_noting_new
 
-POOLINGS = ("stock", "mean")
-"""What makes one feature of a text's tokens: what the stock class has, or their mean."""
-
-_TINY = 1e-9
-_SIDE = 224
+POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
+_POOLING_FOLDER = "1_Pooling"
+_DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
 
 
 class PooledEncoder(PreTrainedModel):
-    """An encoder, one feature of what it makes of a row, and a linear layer.
+    """An encoder, a pooled feature, and a linear layer; a random encoder where only a configuration is given."""
 
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Attributes:
-        pooling: What the feature is: ``"mean"`` of the tokens, or ``"pooler_output"``.
-        lacks_layer: Whether the folder tells of a linear layer that is not there: another tool has saved the encoder alone.
-    """
-
-    pooling: str
-    lacks_layer: bool = False
+    pooling: str  # "mean" of the tokens, or "pooler_output"
+    _count_features: Callable[[PreTrainedConfig], int]
+    lacks_layer: bool = False  # another tool has saved the encoder of such a model alone
+    _unread: tuple[str, ...] = ()  # weights of the encoder on which the feature does not depend, by their beginning
     _new_weights: tuple[str, ...] = ()
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
@@ -61,91 +52,41 @@ class PooledEncoder(PreTrainedModel):
         self.classifier = nn.Linear(in_features, cast(int, self.num_labels)).to(encoder.device, encoder.dtype)
 
     @classmethod
-    def _count_features(cls, config: PreTrainedConfig) -> int:
-        raise NotImplementedError
-
-    @classmethod
-    def _reads(cls, weight: str) -> bool:
-        """Return whether a weight of the encoder is of use."""
-        return True
-
-    @classmethod
-    def from_folder(
-        cls, location: str | Path, *, config: PreTrainedConfig | None = None, **options: Any
-    ) -> PooledEncoder:
-        """Load an encoder, with the linear layer that lies beside it in a folder of sentence-transformers, if one does.
-
-        Args:
-            location: Folder or Hub id: an encoder of transformers or sentence-transformers (a linear layer of another's is
-                not read), what ``write_sentence_folder`` left, or a training checkpoint of this class.
-            config: Its configuration, if that was read before.
-            options: Arguments of ``AutoModel.from_pretrained``.
-
-        Returns:
-            The model; its linear layer is random where none was saved.
-        """
-        if config is not None and (config.architectures or [""])[0] == cls.__name__:  # a training checkpoint
-            model = cls(config)
-            tensors = convert_state_dict(model, read_weights(location, **options)).tensors
-            if missing := find_missing(model, tensors):
-                raise ValueError(
-                    f"{location} lacks {len(missing)} tensors of its model, such as {missing[0]}: take another."
-                )
-            model.load_state_dict(tensors, strict=False)
-            return cast(Any, model).to(resolve_dtype(options.get("dtype"), config)).eval()
-        settings = {} if config is None else {"config": config}
-        encoder: Any = load_noting_new(AutoModel, location, **settings, **options)
+    def from_folder(cls, location: str | Path, **options: Any) -> PooledEncoder:
+        """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one."""
+        encoder: Any = load_noting_new(AutoModel, location, **options)
         model = cls(encoder.config, encoder)
-        model._new_weights = tuple(f"encoder.{name}" for name in encoder._new_weights if cls._reads(name))
-        hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-        if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # we have written it
-            dense = read_dense(location, cls.pooling, **hub_options)
-            model.lacks_layer = dense is None
-            if dense is not None:
-                model.classifier.load_state_dict(dense)
+        model._new_weights = tuple(
+            f"encoder.{name}" for name in encoder._new_weights if not name.startswith(cls._unread)
+        )
+        if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # written by this library
+            dense = f"{_DENSE_FOLDERS[cls.pooling]}/model.safetensors"
+            file = find_file(location, dense, is_needed=True, **hub_options(options))
+            model.lacks_layer = file is None
+            if file is not None:
+                tensors = {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
+                model.classifier.load_state_dict(tensors)
         return model.eval()
 
 
 class MeanPoolingForSequenceClassification(PooledEncoder):
-    r"""A text encoder, the mean of what it makes of the tokens, and a linear layer.
+    r"""A text encoder, the mean of its tokens and a linear layer.
 
     .. math:: h = \frac{\sum_t a_t\, z_t}{\sum_t a_t}, \qquad u = W h + b
 
     with :math:`z_t` the encoder's last hidden state at token t and :math:`a_t` its attention mask: the sentence embedding of
-    Reimers and Gurevych. Stock classification classes of most encoders read the first token instead, many through a layer
-    and a hyperbolic tangent that a sentence encoder was not trained with. A pooler that the encoder brings along is kept as
-    it is, not trained.
-
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Raises:
-        ValueError: The model has a decoder.
-
-    References:
-        Reimers, Gurevych (2019). Sentence-BERT. https://arxiv.org/abs/1908.10084
-
-    Example:
-        >>> from transformers import BertConfig
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = MeanPoolingForSequenceClassification(BertConfig(**sizes, vocab_size=20, num_labels=3)).eval()
-        >>> texts = {"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> alone = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]])}
-        >>> torch.allclose(model(**texts).logits, model(**alone).logits, atol=1e-6)  # padding does not matter
-        True
+    Reimers and Gurevych (2019), Sentence-BERT, https://arxiv.org/abs/1908.10084.
     """
 
+    # Stock classification classes of most encoders read the first token instead, many through a layer and a hyperbolic tangent
+    # that a sentence encoder was not trained with. A pooler that the encoder brings along is kept as it is, not trained.
     pooling = "mean"
+    _unread = ("pooler.",)
 
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config, encoder)
         if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
             self.encoder.pooler.requires_grad_(False)
-
-    @classmethod
-    def _reads(cls, weight: str) -> bool:
-        return not weight.startswith("pooler.")
 
     @classmethod
     def _count_features(cls, config: PreTrainedConfig) -> int:
@@ -166,34 +107,19 @@ class MeanPoolingForSequenceClassification(PooledEncoder):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the logits (batch, num_labels) of texts (batch, tokens); the loss as well where there are labels (batch,)."""
-        named = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        named |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        given = {name: value for name, value in named.items() if value is not None}
-        states = self.encoder(**given, **{**kwargs, "return_dict": True})
+        """Return the logits (batch, num_labels) of texts (batch, tokens), and the loss where labels (batch,) are given."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs |= {**kwargs, "return_dict": True}
+        states = self.encoder(**{name: value for name, value in inputs.items() if value is not None})
         tokens = states.last_hidden_state
         mask = tokens.new_ones(tokens.shape[:2]) if attention_mask is None else attention_mask.to(tokens.dtype)
-        mean = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(_TINY)
+        mean = (tokens * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1e-9)
         return _output(states, self.classifier(mean), labels)
 
 
 class PooledOutputForImageClassification(PooledEncoder):
-    """An image encoder without a classification class, such as DINOv3: its pooled output and a linear layer.
-
-    Args:
-        config: The encoder's, with ``num_labels``.
-        encoder: The encoder; a random one of that configuration where None.
-
-    Raises:
-        ValueError: The encoder makes no pooled output of images alone.
-
-    Example:
-        >>> from transformers import DINOv3ViTConfig
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = PooledOutputForImageClassification(DINOv3ViTConfig(**sizes, image_size=32, num_labels=3))
-        >>> model(torch.randn(2, 3, 32, 32)).logits.shape
-        torch.Size([2, 3])
-    """
+    """An image encoder without a classification class, such as DINOv3: its pooled output and a linear layer."""
 
     pooling = "pooler_output"
     main_input_name = "pixel_values"
@@ -202,44 +128,27 @@ class PooledOutputForImageClassification(PooledEncoder):
     def _count_features(cls, config: PreTrainedConfig) -> int:
         in_features = pooled_features(config)
         if in_features is None:
-            raise ValueError(
-                f"A {config.model_type!r} model makes no pooled output of images alone: use another model."
-            )
+            raise ValueError(f"A {config.model_type!r} model makes no pooled output of images alone: use another.")
         return in_features
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the logits (batch, num_labels) of images; the loss as well where there are labels (batch,)."""
+        """Return the logits (batch, num_labels) of images, and the loss where labels (batch,) are given."""
         states = self.encoder(pixel_values=pixel_values, **{**kwargs, "return_dict": True})
         return _output(states, self.classifier(states.pooler_output), labels)
 
 
-ENCODER_CLASSES = {
-    kind.pooling: kind for kind in (MeanPoolingForSequenceClassification, PooledOutputForImageClassification)
-}
-"""The classes of this file, by what they read."""
+ENCODER_CLASSES = {"mean": MeanPoolingForSequenceClassification, "pooler_output": PooledOutputForImageClassification}
 
 
 def pooled_features(config: PreTrainedConfig) -> int | None:
-    """Return the width of the pooled output that ``AutoModel`` makes of images, found by a forward on the meta device.
-
-    Args:
-        config: Of any model.
-
-    Returns:
-        None where there is none: another kind of input, patches for each image only, or further inputs that are needed.
-
-    Example:
-        >>> from transformers import BertConfig, DINOv3ConvNextConfig
-        >>> pooled_features(DINOv3ConvNextConfig()), pooled_features(BertConfig())
-        (768, None)
-    """
+    """Return the width of the pooled output that ``AutoModel`` makes of images alone, None where it makes none."""
     kinds = AutoModel._model_mapping.get(type(config), ())
     kind = kinds[0] if isinstance(kinds, (list, tuple)) and kinds else kinds
     if getattr(kind, "main_input_name", None) != "pixel_values":
         return None
-    side = getattr(config, "image_size", None) or _SIDE
+    side = getattr(config, "image_size", None) or 224
     size = (side, side) if isinstance(side, int) else tuple(side)
-    try:
+    try:  # a forward on the meta device
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(deepcopy(config)).eval()
             images = torch.empty(2, getattr(config, "num_channels", 3), *size, dtype=encoder.dtype)
@@ -250,27 +159,11 @@ def pooled_features(config: PreTrainedConfig) -> int | None:
 
 
 def choose_encoder_class(
-    auto_model: Any,
-    config: PreTrainedConfig,
-    location: str,
-    *,
-    pooling: str | None,
-    saved: Mapping[str, Any] | None,
+    auto_model: Any, config: PreTrainedConfig, location: str, *, pooling: str | None, saved: Mapping[str, Any] | None
 ) -> type[PooledEncoder] | None:
-    """Return the class that stands in for a stock classification class, if one has to.
+    """Return the class that stands in for a stock classification class, None where none has to.
 
-    Args:
-        auto_model: ``AutoModelForImageClassification`` or ``AutoModelForSequenceClassification``.
-        config: The model's; set to the pooling where its stock class can be.
-        location: Its folder or Hub id, for messages.
-        pooling: One of ``POOLINGS``; as saved, or the stock class's, where None.
-        saved: Our entry of ``config.json``, if there is one.
-
-    Returns:
-        A class of this file; None for the stock class.
-
-    Raises:
-        ValueError: No class makes logits of this model, or the pooling is not for it.
+    Where the stock class can be set to the pooling, ``config`` is; ``saved`` is our entry in ``config.json``.
     """
     is_text = "Sequence" in auto_model.__name__
     if pooling is None and saved is not None and saved.get("pooling", "stock") != "stock":
@@ -291,26 +184,20 @@ def choose_encoder_class(
     name = f"`pretrained_model_name_or_path` (={location!r})"
     is_a = f"{name} is a {config.model_type!r} model, of which transformers has no class for"
     if is_text:
-        raise ValueError(
-            f"{is_a} text classification: choose another model, pooling='mean' for an encoder of texts, or "
-            "ETFForImageClassification for images."
-        )
-    raise ValueError(
-        f"{is_a} image classification, and which makes no pooled output of images alone: choose another model, or "
-        "ETFForSequenceClassification for texts."
-    )
+        ways = "pooling='mean' for an encoder of texts, or ETFForImageClassification for images"
+        raise ValueError(f"{is_a} text classification: choose another model, {ways}.")
+    ways = "choose another model, or ETFForSequenceClassification for texts"
+    raise ValueError(f"{is_a} image classification, and which makes no pooled output of images alone: {ways}.")
 
 
 def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
-    """Say that a sentence encoder was trained with another pooling than its stock class has.
-
-    Args:
-        location: Folder or Hub id.
-        config: The encoder's.
-        options: Among others, where on the Hub and in its cache files are.
-    """
-    hub_options = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if getattr(config, "classifier_pooling", None) != "mean" and trained_pooling(location, **hub_options) == "mean":
+    """Warn where a sentence encoder was trained to be read by the mean of its tokens, and its stock class does not do so."""
+    if getattr(config, "classifier_pooling", None) == "mean":
+        return
+    file = find_file(location, f"{_POOLING_FOLDER}/config.json", **hub_options(options))
+    settings = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    if modes == ["pooling_mode_mean_tokens"] or settings.get("pooling_mode") == "mean":  # of older and newer versions
         warnings.warn(
             f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
             "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
@@ -319,66 +206,28 @@ def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[st
 
 
 def _warn_of_encoder(config: PreTrainedConfig, location: str) -> None:
-    """Say what reads a model whose architecture has no stock class, and where a stock one is to be had."""
+    """Warn that a model's architecture has no stock class, with the libraries that read it and timm's stock checkpoints."""
     words = [word for word in config.model_type.split("_") if word not in ("vision", "model")]
     known = [name for name in timm.list_pretrained(f"*{words[0]}*") if all(word in name for word in words)]
-    hint = (
-        f" timm has it too (timm.list_pretrained('*{words[0]}*')): from timm/<name> it is a stock checkpoint."
-        if known
-        else ""
-    )
+    hint = f" timm has it too (timm.list_pretrained('*{words[0]}*')): from timm/<name> it is a stock checkpoint."
     warnings.warn(
         f"{location} is a {config.model_type!r} model, of which transformers has no class for image classification: the head "
         "reads its pooled output, and what is saved is read by etf_adapt and by sentence-transformers, and its encoder alone "
-        f"by AutoModel.{hint}",
+        f"by AutoModel.{hint if known else ''}",
         stacklevel=4,
     )
 
 
 def _output(states: Any, logits: Tensor, labels: Tensor | None) -> SequenceClassifierOutput:
     loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-    return SequenceClassifierOutput(
-        loss=cast(Any, loss),
-        logits=cast(Any, logits),
-        hidden_states=states.get("hidden_states"),
-        attentions=states.get("attentions"),
-    )
-
-
-_POOLING_FOLDER = "1_Pooling"
-_DENSE_FOLDERS = {"mean": "2_Dense", "pooler_output": "1_Dense"}
-
-
-def trained_pooling(location: str | Path, **options: Any) -> str | None:
-    """Return the pooling that a sentence encoder was trained with, as its folder tells.
-
-    Args:
-        location: Folder or Hub id.
-        options: Where on the Hub and in its cache files are.
-
-    Returns:
-        ``"mean"``, ``"cls"``, ``"max"``, ...; None where the folder is not one of sentence-transformers.
-    """
-    settings = _read_sentence_json(location, f"{_POOLING_FOLDER}/config.json", **options) or {}
-    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
-    named = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
-    if len(modes) == 1:
-        mode = modes[0].removeprefix("pooling_mode_")
-        return named.get(mode, mode)
-    mode = settings.get("pooling_mode")
-    return mode if isinstance(mode, str) else None
+    further = {name: states.get(name) for name in ("hidden_states", "attentions")}
+    return SequenceClassifierOutput(loss=cast(Any, loss), logits=cast(Any, logits), **further)
 
 
 def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[str, Tensor]) -> None:
-    """Write a model as sentence-transformers reads it: ``SentenceTransformer(folder).encode(rows)`` are its logits.
+    """Write a model so that ``SentenceTransformer(folder).encode(rows)`` are its logits.
 
-    The encoder lies at the top, where ``AutoModel`` finds it; the linear layer and, for texts, the pooling in folders of
-    their own.
-
-    Args:
-        folder: Made where it does not exist.
-        model: An ``etf_adapt.models.pooling.PooledEncoder`` whose head is a stock layer.
-        state_dict: Its weights.
+    The encoder lies at the top, where ``AutoModel`` finds it; linear layer and, for texts, pooling in folders of their own.
     """
     prefix = "encoder."
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
@@ -400,7 +249,13 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
     }
     if model.pooling == "mean":
         modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-        files["sentence_bert_config.json"] = {"max_seq_length": _max_length(model), "do_lower_case": False}
+        # The number of tokens that tokenizer and position embeddings both have room for.
+        limits = [
+            getattr(model.processor, "model_max_length", None),
+            getattr(model.config, "max_position_embeddings", None),
+        ]
+        max_length = min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
+        files["sentence_bert_config.json"] = {"max_seq_length": max_length, "do_lower_case": False}
         files[f"{_POOLING_FOLDER}/config.json"] = {
             "word_embedding_dimension": weight.shape[1],
             **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
@@ -416,37 +271,3 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     save_file({"linear.weight": weight, "linear.bias": bias}, Path(folder, dense, "model.safetensors"))
-
-
-def read_dense(location: str | Path, pooling: str, **options: Any) -> dict[str, Tensor] | None:
-    """Read the linear layer of a folder that ``write_sentence_folder`` wrote.
-
-    Args:
-        location: Folder or Hub id.
-        pooling: ``"mean"`` or ``"pooler_output"``.
-        options: Where on the Hub and in its cache files are.
-
-    Returns:
-        ``weight`` (num_classes, in_features) and ``bias`` (num_classes,); None where another tool has saved the encoder alone.
-
-    Raises:
-        OSError: The Hub cannot be asked, and the layer is not cached.
-    """
-    file = find_file(location, f"{_DENSE_FOLDERS[pooling]}/model.safetensors", is_needed=True, **options)
-    if file is None:
-        return None
-    return {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
-
-
-def _max_length(model: Any) -> int | None:
-    """Return the tokens of a text that tokenizer and positions both have room for; None where neither has a limit."""
-    limits = (
-        getattr(model.processor, "model_max_length", None),
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    return min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
-
-
-def _read_sentence_json(location: str | Path, name: str, **options: Any) -> Any:
-    file = find_file(location, name, **options)
-    return None if file is None else json.loads(file.read_text(encoding="utf-8"))

@@ -19,20 +19,9 @@ _SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  
 def spare_heads(
     settings: Any, auto_model: Any, config: PreTrainedConfig, *, head_path: str | Sequence[str] | None = None
 ) -> Any:
-    """Add a model's classification layers to what a quantization leaves as it is.
-
-    transformers spares the layer of a model's last parameter, and so only heads without a bias: of a ``classifier.bias`` it
-    looks for a layer of that name (``get_keys_to_not_convert``, as of transformers 5.24).
-
-    Args:
-        settings: A quantization configuration of transformers, or its arguments; not changed.
-        auto_model: The Auto class that loads the model.
-        config: The model's configuration.
-        head_path: Module path or paths of the layers, where they are not found.
-
-    Returns:
-        A copy that spares the heads beside what it spared before.
-    """
+    """Return a copy of a quantization configuration (or of its arguments) that spares a model's classification layers too."""
+    # transformers spares the layer of a model's last parameter, and so only heads without a bias: of a `classifier.bias` it
+    # looks for a layer of that name (`get_keys_to_not_convert`, as of transformers 5.24).
     spared = AutoQuantizationConfig.from_dict(dict(settings)) if isinstance(settings, Mapping) else deepcopy(settings)
     name = next((name for name in _SKIPPED if hasattr(spared, name)), None)
     if name is not None:

@@ -10,26 +10,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
-from etf_adapt.heads.in_model import logits_of, score_features
+from etf_adapt.heads.in_model import logits_of
 from etf_adapt.heads.layers import ClassifierHead
-
-FEATURES = "features"
-"""Input that a model takes in place of all others: what its head reads (batch, in_features)."""
 
 _MADE: dict[tuple[type, type], type] = {}
 
 
 def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
-    """Make the subclass of a stock class that adds a factory, and ``etf_adapt.models.etf_model.ETFModel`` with it.
-
-    It bears the stock class's names, those of its module too: transformers takes a class from another module for custom
-    code, saves it as such, and converts no weights for it.
-    """
+    """Make the subclass of a stock class and a factory (and so of ``etf_model.ETFModel``), under the stock class's name."""
     if (factory, stock) not in _MADE:
         namespace = {
+            # transformers takes a class from another module for custom code, saves it as such, and converts no weights for it.
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
@@ -42,12 +35,9 @@ def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
 
 
 def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
-    """Wrap a stock class's forward: without its labels, so that its loss is not computed; then add ours.
-
-    The signature stays, by which ``Trainer`` chooses the columns to keep.
-    """
+    """Wrap a stock class's forward: it gets no labels and so computes no loss of its own; ours is added."""
     stock_forward = stock.forward
-    signature = inspect.signature(stock_forward)
+    signature = inspect.signature(stock_forward)  # kept: by it `Trainer` chooses the columns to keep
     names = list(signature.parameters)[1:]  # without self
     position = names.index("labels") if "labels" in names else None
 
@@ -58,15 +48,11 @@ def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
             labels, args = args[position], (*args[:position], None, *args[position + 1 :])
         else:
             labels = kwargs.pop("labels", None)
-        features = kwargs.pop(FEATURES, None)
         if labels is not None and not any(isinstance(module, ClassifierHead) for module in self.modules()):
             return stock_forward(self, *args, labels=labels, **kwargs)  # after restore_head
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_in_training(labels)
-        if features is None:
-            output = stock_forward(self, *args, **kwargs)
-        else:
-            output = SequenceClassifierOutput(logits=score_features(self, features))
+        output = stock_forward(self, *args, **kwargs)
         if labels is None:
             return output
         loss = self.compute_loss_from_logits(logits_of(output), labels)
@@ -86,7 +72,7 @@ def _with_loss(stock: type[PreTrainedModel]) -> Callable[..., Any]:
 
 
 def factory_of(made: type) -> Any:
-    """Return the factory that a class made on the fly belongs to; a factory itself as it is."""
+    """Return the factory of a class made on the fly; a factory itself as it is."""
     return next(base for base in made.__mro__ if not issubclass(base, PreTrainedModel))
 
 

@@ -1,8 +1,7 @@
 """Find, replace and put back the classification head of any timm or transformers model.
 
-This is the only file that knows how the two libraries lay out their models. One rule serves both: build the same
-architecture again on the meta device with a number of classes that no layer has; the layers whose output has that size are
-the head.
+One rule serves both libraries: build the same architecture again on the meta device with a number of classes that no layer
+has; the layers whose output has that size are the head.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from transformers import PreTrainedModel
 from etf_adapt.heads.in_model import HeadError, head_modules
 from etf_adapt.heads.layers import ClassifierHead, make_head
 
-SENTINEL = 1013
-"""A number of classes that no layer of a pretrained model has."""
+SENTINEL = 1013  # a number of classes that no layer of a pretrained model has
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECORD = "_etf_adapt_swap"
+_REMEDY = 'name the layer that makes the logits, such as head="classifier".'
 
 
 @dataclass
 class _Record:
-    """First values of all that swaps changed: attributes of modules, layers among them, and of the configuration."""
+    """First values of everything that swaps changed: attributes of modules, layers included, and of the configuration."""
 
     attributes: dict[tuple[nn.Module, str], Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -50,23 +49,9 @@ class _Record:
 
 
 def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> list[str]:
-    """Find the layer or layers that make a model's class logits.
+    """Return the module paths of the layers that make a model's class logits, several where logits are averaged or added.
 
-    No forward pass is run, no weight is touched and no random number is drawn.
-
-    Args:
-        model: A timm model or a classification model of transformers, with a head.
-        head: Module path or paths of the layer, for models whose architecture cannot be built again; only checked.
-
-    Returns:
-        Module paths, as ``model.get_submodule`` takes them; several for models that average or add several logits.
-
-    Raises:
-        HeadError: There is no head, or it cannot be found.
-
-    Example:
-        >>> find_heads(timm.create_model("test_vit", num_classes=7))
-        ['head']
+    No forward pass is run, no weight is touched and no random number is drawn. Paths given as ``head`` are only checked.
     """
     if head is not None:
         paths = [head] if isinstance(head, str) else list(head)
@@ -78,10 +63,7 @@ def find_heads(model: nn.Module, *, head: str | Sequence[str] | None = None) -> 
     name, twin, layers = _name(model), dict(_twin(model).named_modules()), dict(model.named_modules())
     paths = [path for path, module in twin.items() if _outputs(module) == SENTINEL]
     if not paths:
-        raise HeadError(
-            f"{name} has no classification layer: load its classification class, or name the layer that makes the logits with "
-            "`head`."
-        )
+        raise HeadError(f"{name} has no classification layer: load its classification class or name it as `head`.")
     if _lacks_classifier(model):
         raise HeadError(f"{name} was built with num_classes=0 and has no classification layer: swap_head gives it one.")
     # A model that timm's create_model did not build does not say how it was built, and any may have been changed since.
@@ -105,27 +87,26 @@ def swap_head(
     id2label: Mapping[int, str] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replace the last layer of a classification model, in place, and all settings that speak of its classes.
+    """Replace the last layer of a classification model and all settings of its classes, in place.
 
-    Only the layer that makes the logits is replaced: norms, hidden layers and pooling before it stay as they are
-    (``reset_classifier`` of timm destroys trained ones in 55 models). What is not preserved: the old layer's weights,
-    which ``restore_head`` brings back in the same process.
+    Norms, hidden layers and pooling before that layer stay as they are (timm's ``reset_classifier`` destroys trained ones in
+    55 models). The old layer's weights are not in the model any more; ``restore_head`` brings them back in the same process.
 
     Args:
         model: A timm model or a classification model of transformers.
         num_classes: Number of classes of the new head, at least 2.
         head: Module path or paths of the layer, where it cannot be found.
-        kind: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"`` (``etf_adapt.heads.layers.make_head``).
+        kind: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
         trainable: Whether the new head learns; the kind's default where None.
         id2label: Names of the classes 0 .. num_classes - 1, for models that keep them.
-        generator: Source of a random frame.
+        generator: Source of a random frame; the global CPU generator where None.
 
     Returns:
         The same model.
 
     Raises:
         HeadError: The head cannot be found or replaced, or the model is set up for regression or several labels. The model
-            is then as it was.
+            is then unchanged.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -133,9 +114,7 @@ def swap_head(
         (torch.Size([3, 64]), 3)
     """
     if num_classes < 2:
-        raise HeadError(
-            f"`num_classes` (={num_classes}) must be at least 2: a classifier needs two classes; check the label column."
-        )
+        raise HeadError(f"`num_classes` (={num_classes}) must be at least 2: check the label column.")
     names = dict(sorted((int(index), str(label)) for index, label in (id2label or {}).items()))
     if id2label is not None and list(names) != list(range(num_classes)):
         raise HeadError(f"`id2label` must name the classes 0 to {num_classes - 1}; it names {list(names)[:5]} ...")
@@ -155,8 +134,9 @@ def swap_head(
             leaf = _submodule(model, path)
             require_plain_weight(leaf, path)
             new = make_head(leaf, num_classes, kind=kind, trainable=trainable, generator=generator)
-            for parent, name in _places_of(model, leaf):
-                record.set(parent, name, new)
+            for parent in [*model.modules()]:
+                for name in [name for name, child in parent._modules.items() if child is leaf]:  # it may be shared
+                    record.set(parent, name, new)
     except Exception as error:
         record.undo(model)
         if isinstance(error, (TypeError, ValueError)) and not isinstance(error, HeadError):
@@ -184,7 +164,7 @@ def swap_head(
 
 
 def restore_head(model: nn.Module) -> nn.Module:
-    """Put back the layers and settings that the first ``swap_head`` of this process replaced.
+    """Put back the layers and settings that the first ``swap_head`` of this process replaced, in place.
 
     Args:
         model: A model that was given to ``swap_head``.
@@ -193,7 +173,7 @@ def restore_head(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        HeadError: Nothing was replaced here, as in a model that was loaded with its new head.
+        HeadError: No head was replaced in this process, as in a model that was loaded with its new head.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -215,10 +195,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """Build the model's architecture on the meta device with ``SENTINEL`` classes."""
     architecture = _architecture(model)
     if architecture is None and not isinstance(model, PreTrainedModel):
-        raise HeadError(
-            f"{type(model).__name__} is neither a timm model nor a transformers model: name the layer that makes the "
-            'logits, such as head="classifier".'
-        )
+        raise HeadError(f"{type(model).__name__} is neither a timm model nor one of transformers: {_REMEDY}")
     try:
         # Some constructors draw on the CPU all the same.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -230,8 +207,7 @@ def _twin(model: nn.Module) -> nn.Module:
             return timm.create_model(cast(str, architecture), **{**get_model_args(model), "num_classes": SENTINEL})
     except Exception as error:  # whatever a model's own constructor raises
         raise HeadError(
-            f"{_name(model)} cannot be built again to find its head ({type(error).__name__}: {error}): name the "
-            'layer that makes the logits, such as head="classifier".'
+            f"{_name(model)} cannot be built again to find its head ({type(error).__name__}: {error}): {_REMEDY}"
         ) from error
 
 
@@ -251,13 +227,10 @@ def _lacks_classifier(model: nn.Module) -> bool:
 
 
 def _build_classifier(model: nn.Module, record: _Record) -> list[str]:
-    """Give a timm model that was built without a classifier one and return its paths; nothing trained is lost there."""
+    """Give a timm model that was built without a classifier one, which loses nothing trained, and return its paths."""
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
-        raise HeadError(
-            f"{_name(model)} is an encoder without a classification head, and timm can give it none: choose a model that "
-            "classifies."
-        )
+        raise HeadError(f"{_name(model)} is an encoder without a classifier in timm: choose a model that classifies.")
     before = [(module, {**vars(module), **module._modules}) for module in model.modules()]
     cast(Any, reset)(SENTINEL)
     for module, values in before:
@@ -273,11 +246,7 @@ def _outputs(module: nn.Module | None) -> int | None:
 
 
 def require_plain_weight(leaf: nn.Module, path: str) -> None:
-    """Check that the weight of a linear layer or convolution is a tensor of real numbers.
-
-    Raises:
-        HeadError: It is quantized, sharded or parametrized.
-    """
+    """Refuse a linear layer or convolution whose weight is quantized, sharded or parametrized."""
     weight = getattr(leaf, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS
     if isinstance(leaf, (nn.Linear, nn.Conv2d)) and not plain:
@@ -290,12 +259,5 @@ def require_plain_weight(leaf: nn.Module, path: str) -> None:
 def _submodule(model: nn.Module, path: str) -> nn.Module:
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     if module is None or module is model:
-        raise HeadError(
-            f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer that makes the logits."
-        )
+        raise HeadError(f"`head` (={path!r}) is no module of {type(model).__name__}: name the layer of the logits.")
     return module
-
-
-def _places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parents of a module and its name in each; a layer may be shared."""
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

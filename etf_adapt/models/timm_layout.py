@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg
-from torch import Tensor, contiguous_format
+from torch import Tensor
 from transformers import TimmWrapperConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
@@ -20,8 +20,8 @@ from etf_adapt.models.names import ENTRY, UnavailableError
 
 NOTE = f"{ENTRY}: "
 
+# Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it.
 ARGS_OF_WEIGHTS = {"fbnetc_100": {"bn_eps": 1e-3}}
-"""Arguments that timm builds a model with only where it loads weights by itself, which transformers' wrapper never lets it."""
 
 
 def timm_config(name: str) -> TimmWrapperConfig:
@@ -29,9 +29,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
     try:
         known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models()."
-        ) from error
+        raise ValueError(f"`pretrained_model_name_or_path` (='timm/{name}'): {error} See timm.list_models.") from error
     settings = filter_pretrained_cfg(known.to_dict(), remove_source=True, remove_null=True)
     settings.pop("architecture", None)
     labels = [f"LABEL_{index}" for index in range(known.num_classes)]
@@ -41,15 +39,7 @@ def timm_config(name: str) -> TimmWrapperConfig:
 
 
 def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return how timm prepares the images of a model, at the size that the model was built with.
-
-    Args:
-        config: The wrapper's configuration.
-        default: The model's own ``pretrained_cfg``, for a configuration that holds none.
-
-    Returns:
-        ``input_size`` (channels, height, width), ``interpolation``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
-    """
+    """Return how timm prepares images at the model's size; ``default`` is for configurations without ``pretrained_cfg``."""
     settings = dict(getattr(config, "pretrained_cfg", None) or default or {})
     size = (config.model_args or {}).get("img_size")
     if size is not None:
@@ -60,19 +50,7 @@ def data_config(config: TimmWrapperConfig, default: Mapping[str, Any] | None = N
 
 
 def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> dict[str, Tensor]:
-    """Return the weights that timm itself draws or fetches for one of its models.
-
-    Args:
-        name: Name in timm's registry, with the tag of weights that are fetched.
-        config: The wrapper's configuration.
-        pretrained: Whether to fetch them, from wherever timm knows that they are.
-
-    Returns:
-        Tensors under timm's names.
-
-    Raises:
-        UnavailableError: They cannot be fetched.
-    """
+    """Return the weights that timm itself draws for one of its models, or fetches from wherever it knows that they are."""
     arguments = {"num_classes": config.num_labels, **(config.model_args or {})}
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments).state_dict()
@@ -87,22 +65,11 @@ def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> d
 
 
 def write_timm_folder(
-    folder: str | Path,
-    config: TimmWrapperConfig,
-    model: Any,
-    state_dict: Mapping[str, Tensor],
+    folder: str | Path, config: TimmWrapperConfig, model: Any, state_dict: Mapping[str, Tensor]
 ) -> None:
-    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read.
-
-    TimmWrapper's own folder is read by neither ``timm`` nor ``pipeline``; timm's own export holds ``num_classes`` among
-    ``model_args``, which TimmWrapper refuses, and names no labels, which then become ImageNet's.
-
-    Args:
-        folder: Made where it does not exist.
-        config: The wrapper's configuration, with label names and our entry.
-        model: The timm model itself.
-        state_dict: Its weights under timm's names.
-    """
+    """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read."""
+    # TimmWrapper's own folder is read by neither timm nor pipeline; timm's own export holds num_classes among model_args, which
+    # TimmWrapper refuses, and names no labels, which then become ImageNet's.
     pretrained_cfg = getattr(config, "pretrained_cfg", None)
     if not pretrained_cfg:
         pretrained_cfg = filter_pretrained_cfg(dict(model.pretrained_cfg), remove_source=True, remove_null=True)
@@ -129,19 +96,8 @@ def write_timm_folder(
     if isinstance(getattr(model, "global_pool", None), str):
         contents["global_pool"] = model.global_pool
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(_unshared(state_dict), Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
     text = json.dumps({name: value for name, value in contents.items() if value not in (None, {})}, indent=2)
     Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with another, which safetensors refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in state_dict.items():
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = (
-            tensor.detach().clone(memory_format=contiguous_format) if storage in seen else tensor.detach().contiguous()
-        )
-        seen.add(storage)
-    return result

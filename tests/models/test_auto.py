@@ -174,7 +174,7 @@ def test_gradients_reach_the_backbone_and_not_the_fixed_head():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", ["vit", "resnet", "llama"])
 def test_a_copy_is_the_same_model(name, copied):
-    model, inputs = MAKERS[name](loss={"name": "dot_regression", "form": "ball"}), batch(name)
+    model, inputs = MAKERS[name](loss={"name": "dot_regression", "form": "one_sided"}), batch(name)
     model.set_temperature(3.0)
     twin = copied(model)
     assert type(twin) is type(model) and twin.etf_settings == model.etf_settings
@@ -251,7 +251,7 @@ def test_labels_are_named_as_everywhere_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_labels": 4, "id2label": NAMES}, "`num_labels` .=4.*=3"),
+        ({"num_labels": 4, "id2label": NAMES}, "`id2label` must name the classes 0 to 3"),
         ({"num_labels": 1}, "at least 2"),
         ({"id2label": {0: "a", 2: "b"}}, "`id2label` must name the classes 0 to 1"),
         ({"num_labels": 3, "head": "liner"}, "liner"),

@@ -100,8 +100,9 @@ def test_one_file_and_shards_read_alike_and_a_lost_shard_is_named(tmp_path):
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors"):
         read_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
-        read_weights(tmp_path / "nowhere")
+        read_weights(tmp_path)
 
 
 def test_unknown_models_are_refused_and_local_ones_found(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save
-from small_models import save_tokenizer
+from small_models import LABELS, batch, finished, logits, save_tokenizer
 from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
@@ -236,7 +236,10 @@ def test_a_stock_tool_that_gave_the_folder_other_classes_is_recognised(tmp_path)
         tmp_path / "ours", num_labels=4, ignore_mismatched_sizes=True
     )
     stock.save_pretrained(tmp_path / "theirs")
-    with pytest.warns(UserWarning, match="another tool has changed"):
+    with (
+        pytest.warns(UserWarning, match="another tool has changed"),
+        pytest.warns(UserWarning, match=r"logit_adjusted.*default loss: `class_counts`"),
+    ):
         again = ETFForImageClassification.from_pretrained(tmp_path / "theirs")
     assert torch.equal(again.classifier.weight, stock.classifier.weight)
     assert again.etf_settings["class_counts"] is None and again.etf_settings["loss"] == {
@@ -252,6 +255,39 @@ def test_a_model_spread_over_devices_is_refused(tmp_path):
         ETFForImageClassification.from_pretrained(
             tmp_path, num_labels=4, device_map=spread, offload_folder=tmp_path / "offload"
         )
+
+
+OLD_LOSSES = {
+    "no loss of this name": ({"name": "of_old", "width": 3}, None),
+    "no option of this name": ({"name": "margin_dot_regression", "margin": 0.5, "of_old": 3}, "of_old=3"),
+    "two options": ({"name": "margin_dot_regression", "of_old": True, "older": [1]}, r"of_old=True, older=\[1\]"),
+    "no such value": ({"name": "dot_regression", "form": "of_old"}, None),
+    "ldam": ({"name": "ldam", "max_margin": 0.5}, None),
+    "ball": ({"name": "dot_regression", "form": "ball"}, None),
+    "huber": ({"name": "margin_dot_regression", "form": "huber", "huber": 0.5}, "form='huber', huber=0.5"),
+    "class weights": ({"name": "margin_dot_regression", "class_weights": "effective_number"}, "class_weights"),
+}
+
+
+@pytest.mark.parametrize("case", OLD_LOSSES)
+def test_loss_settings_of_older_versions_are_dropped_with_one_warning(case, tmp_path):
+    settings, dropped = OLD_LOSSES[case]
+    model, inputs = finished("vit"), batch("vit")
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    config["etf_adapt"]["loss"] = settings
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=dropped or rf"{settings['name']}.*default loss") as warned:
+        again = ETFForImageClassification.from_pretrained(tmp_path)
+    assert len(warned) == 1 and torch.equal(logits(again, inputs), logits(model, inputs))
+    found = again.etf_settings
+    assert found["loss"]["name"] == "margin_dot_regression" and found["loss"].keys() <= {"name", "margin"}
+    assert found["temperature"] == 2.5 and found["head"] == model.etf_settings["head"]
+    assert again(**inputs, labels=LABELS).loss.isfinite()
+    again.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ETFForImageClassification.from_pretrained(tmp_path / "saved").etf_settings == found
 
 
 # Processors

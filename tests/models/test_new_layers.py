@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from datasets import Dataset
-from export_onnx import example_inputs
 from transformers import (
     DebertaV2Config,
     DebertaV2Model,
@@ -22,7 +18,6 @@ from etf_adapt.heads.in_model import head_modules
 from etf_adapt.models.adapters import add_adapters
 from etf_adapt.models.auto import ETFForSequenceClassification
 from etf_adapt.models.weights import new_weights
-from etf_adapt.training.feature_cache import cache_features
 from etf_adapt.training.parameters import fix_parameters
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
@@ -78,17 +73,3 @@ def test_they_are_trained_as_a_whole_beside_adapters_and_over_a_frozen_backbone(
 def test_nothing_is_new_in_a_classifier_with_other_labels(tmp_path):
     RobertaForSequenceClassification(RobertaConfig(**SIZES, num_labels=5)).save_pretrained(tmp_path)
     assert not new_weights(ETFForSequenceClassification.from_pretrained(tmp_path, num_labels=3))
-
-
-def test_kept_features_say_that_they_stay_random(tmp_path):
-    model = load(tmp_path, "roberta", head="linear")
-    batch = example_inputs(model)
-    columns = {name: value.tolist() for name, value in batch.items()} | {"labels": [0, 1], "row_id": [0, 1]}
-    data = Dataset.from_dict(columns).with_format("torch")
-    with pytest.warns(UserWarning, match=r"2 weights before the head, such as classifier\.dense"):
-        cache_features(model, data, torch.utils.data.default_collate)
-    fix_parameters(model, freeze="backbone")
-    assert trained(model) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cache_features(model, data, torch.utils.data.default_collate)

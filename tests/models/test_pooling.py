@@ -29,7 +29,7 @@ from transformers import (
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import head_modules, read_features
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
-from etf_adapt.models.pooling import MeanPoolingForSequenceClassification, trained_pooling
+from etf_adapt.models.pooling import MeanPoolingForSequenceClassification
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.evaluation import load_stock
 from etf_adapt.training.trainer import ETFTrainer
@@ -160,24 +160,19 @@ def test_another_pooling_than_the_saved_one_brings_a_new_head(tmp_path):
         assert load(tmp_path / "stock", pooling="mean").etf_settings["pooling"] == "mean"
 
 
-@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", None])
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "newer form", None])
 def test_an_encoder_trained_for_the_mean_says_so_once(pooling, tmp_path):
     folder = save_encoder(tmp_path, pooling=pooling)
-    assert trained_pooling(folder) == {"mean_tokens": "mean", "cls_token": "cls", None: None}[pooling]
+    if pooling == "newer form":
+        (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 16, "pooling_mode": "mean"}')
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load(folder, num_labels=3)
         load(folder, num_labels=3, pooling="stock")
         load(folder, num_labels=3, pooling="mean")
     told = [str(warning.message) for warning in said if "pooling" in str(warning.message)]
-    assert len(told) == (pooling == "mean_tokens")
+    assert len(told) == (pooling in ("mean_tokens", "newer form"))
     assert not told or "--pooling mean" in told[0]
-
-
-def test_the_newer_form_of_the_pooling_file_is_known(tmp_path):
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 16, "pooling_mode": "lasttoken"}')
-    assert trained_pooling(tmp_path) == "lasttoken"
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -17,7 +17,6 @@ from small_models import KINDS, LABELS, NAMES, SIZES, batch, factory, finished, 
 from transformers import AutoModelForImageClassification, BitsAndBytesConfig, QuantoConfig
 
 from etf_adapt.heads.in_model import HeadError
-from etf_adapt.models import folders
 from etf_adapt.models.adapters import add_adapters
 from etf_adapt.models.auto import ETFForImageClassification
 from etf_adapt.models.folders import load_processor
@@ -61,7 +60,6 @@ OPTIONS = {
     "auto": ({"dtype": "auto"}, torch.float32),
     "one device": ({"device_map": "cpu"}, torch.float32),
     "any device": ({"device_map": "auto", "dtype": torch.bfloat16}, torch.bfloat16),
-    "little memory": ({"low_cpu_mem_usage": True}, torch.float32),
 }
 
 
@@ -96,14 +94,14 @@ def test_a_new_head_is_the_frame_whatever_the_file_holds(name, tmp_path):
         assert same_head(again, frame, dtype) and {tensor.dtype for tensor in again.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16", HALF])
-@pytest.mark.parametrize("head", ["cosine", "etf"])
+@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
+@pytest.mark.parametrize("head", ["cosine", "etf", "paper"])
 @pytest.mark.parametrize("name", ["vit", "resnet", "pooled"])
 def test_a_training_checkpoint_is_loaded_in_any_precision(name, head, dtype, tmp_path):
-    model = KINDS[name](head=head)
+    model = KINDS[name](head=head, seed=4)  # another frame than that of a new head
     model.save_pretrained(tmp_path / "checkpoint-7")
     again = load(name, tmp_path / "checkpoint-7", **({} if dtype is None else {"dtype": dtype}))
-    expected = HALF if dtype in (HALF, "bfloat16") else torch.float32
+    expected = HALF if dtype == "bfloat16" else torch.float32
     assert same_head(again, model, expected) and {tensor.dtype for tensor in again.parameters()} == {expected}
     assert again.etf_settings == model.etf_settings
 
@@ -293,7 +291,6 @@ def test_the_token_goes_with_every_request_and_into_no_file(repositories, name, 
 
     for function in ("cached_files", "hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(transformers.utils.hub, function, recorded(getattr(transformers.utils.hub, function)))
-    monkeypatch.setattr(folders, "hf_hub_download", recorded(folders.hf_hub_download))
     model = load(name, f"me/{name}", token="hf_very_secret")
     assert "config.json" in asked and set(asked.values()) == {"hf_very_secret"}
     parts = {"vit": "preprocessor_config.json", "resnet": "model.safetensors", "pooled": "2_Dense/model.safetensors"}
