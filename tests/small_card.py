@@ -21,7 +21,7 @@ def card_facts(**changes: Any) -> CardFacts:
         dataset={"name": "digits", "kind": "embedded", "rows": {"train": 10}},
         label_names=["no", "yes"],
         class_counts=[200, 8],
-        head={"kind": "etf", "frame": "ridge", "trainable": False},
+        head={"kind": "etf", "frame": "whitened", "trainable": False},
         loss={"name": "dot_regression", "form": "one_sided"},
         split="test",
         scores=scores,
