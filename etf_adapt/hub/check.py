@@ -1,19 +1,18 @@
-"""What of a finished folder is published, and whether it is fit to be: complete, readable, and silent about this machine."""
+"""Checks before publishing: complete, loadable, no tokens, no local paths."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (
-    *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "*.safetensors", "*.safetensors.index.json",
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "spm.model",
     "bpe.codes", "dict.txt", "entity_vocab.json",
     "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
@@ -21,36 +20,24 @@ PUBLISHED = (
     "*_Dense/model.safetensors",
     "README.md", "LICENSE*", "all_results.json",
 )  # fmt: skip
-"""What goes up, where the folder has it, beside the pictures that the card shows. All else stays here."""
+"""Names of the files that are published if they exist, beside the pictures of the card."""
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*\bsrc=[\"']([^\"']+)")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 class UnfinishedFolderError(ValueError):
-    """Raised where a folder is not fit to be published.
-
-    Args:
-        folder: The folder.
-        fault: What is wrong with it, and the way on.
-    """
+    """Raised where a folder is not fit to be published; ``fault`` completes a sentence about the folder."""
 
     def __init__(self, folder: str | os.PathLike[str], fault: str) -> None:
         super().__init__(f"`folder` (={str(folder)!r}) {fault}")
 
 
-def check_folder(folder: str | os.PathLike[str], *, there: Collection[str] = ()) -> dict[str, tuple[int, int]]:
-    """Make sure that a folder holds a complete model, and list what of it is published. Nothing is changed.
-
-    Args:
-        folder: A folder that ``save_pretrained`` or a finished run left.
-        there: Names of files that the repository has already, which the card may show.
-
-    Returns:
-        Size and time of change of each file to be sent, by its name in the folder.
+def check_folder(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the files to publish from a folder with a complete model; nothing is changed.
 
     Raises:
-        UnfinishedFolderError: Something is missing, cannot be read, or would tell readers of this machine.
+        UnfinishedFolderError: Something is missing or unreadable, or shows a token or a local path.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -66,35 +53,19 @@ def check_folder(folder: str | os.PathLike[str], *, there: Collection[str] = ())
     if "modules.json" in sent:
         for module in _read_json(path, "modules.json"):
             parts = ["config.json", *(["model.safetensors"] if str(module.get("type")).endswith("Dense") else [])]
-            lost = [f"{module['path']}/{part}" for part in parts if module.get("path")]
-            for part in lost:
+            for part in (f"{module['path']}/{part}" for part in parts if module.get("path")):
                 if part not in sent:
                     raise UnfinishedFolderError(folder, f"lacks {part}, which modules.json names.")
     if "README.md" in sent:
-        sent += [name for name in _check_card(path, there) if name not in sent]
+        sent += [name for name in _check_card(path) if name not in sent]
     for name in sent:
         _check_privacy(path, name)
-    return {name: file_state(path / name) for name in sorted(sent)}
-
-
-def is_weights(name: str) -> bool:
-    """Say whether a file of this name, at the top of a folder, holds weights or their index.
-
-    Example:
-        >>> is_weights("model-00001-of-00002.safetensors"), is_weights("2_Dense/model.safetensors")
-        (True, False)
-    """
-    return any(_matches(name, pattern) for pattern in WEIGHTS)
+    return sorted(sent)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Compare folder by folder: a star stands for no slash."""
+    """Match folder by folder: a star matches no slash."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
-def file_state(file: Path) -> tuple[int, int]:
-    """Return size and time of change of a file."""
-    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _read_json(folder: Path, name: str) -> Any:
@@ -109,7 +80,7 @@ def _read_json(folder: Path, name: str) -> Any:
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
-    """Read the head of each file of weights, which tells whether it is whole, and compare with the index."""
+    """Read the header of each file of weights, which fails for a truncated file, and compare with the index."""
     from safetensors import SafetensorError, safe_open
 
     keys: dict[str, set[str]] = {}
@@ -134,8 +105,8 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         raise UnfinishedFolderError(folder, f"lacks {missing[0]}: only finished safetensors weights are published.")
 
 
-def _check_card(folder: Path, there: Collection[str]) -> list[str]:
-    """Return the pictures of the folder that its card shows."""
+def _check_card(folder: Path) -> list[str]:
+    """Return the names of the pictures that the card shows."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -147,7 +118,6 @@ def _check_card(folder: Path, there: Collection[str]) -> list[str]:
         raise UnfinishedFolderError(folder, fault) from error
     found = [first or second for first, second in _PICTURE.findall(card.read_text(encoding="utf-8"))]
     names = [unquote(name) for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
-    names = [name for name in names if name not in there or (folder / name).is_file()]
     for name in names:
         inside = (folder / name).resolve().is_relative_to(folder.resolve())
         if not inside or not (folder / name).is_file():
@@ -156,11 +126,9 @@ def _check_card(folder: Path, there: Collection[str]) -> list[str]:
 
 
 def _check_privacy(folder: Path, name: str) -> None:
-    """Refuse a text that holds a token, or says where on this machine things are."""
-    is_vocabulary = name.startswith(("tokenizer.json", "vocab", "merges")) and not name.startswith("tokenizer_")
-    if (
-        Path(name).suffix not in (".json", ".md", ".txt", ".jinja", "") or is_vocabulary
-    ):  # whose words may be like paths
+    """Refuse a text with a token or a local path."""
+    is_vocabulary = name.startswith(("tokenizer.json", "vocab", "merges"))  # whose words may look like paths
+    if is_vocabulary or Path(name).suffix not in (".json", ".md", ".txt", ".jinja", ""):
         return
     text = (folder / name).read_bytes()
     if _TOKEN.search(text):
