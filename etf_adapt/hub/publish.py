@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etf_adapt.hub.send import carry_on_command, check_name_and_token, explained_errors, fetch_card, send_folder
 from etf_adapt.results.card import CARD_FILE, is_edited, is_edited_on_hub, note_published, read_facts, write_card
@@ -31,29 +32,21 @@ def publish(
     Raises:
         HubError: The folder is not complete, or the Hub refuses it; names the command that carries on.
     """
-    command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
-    facts, kept = read_facts(folder), []
+    options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
+    command = carry_on_command(folder, repo_id, **options)
+    facts, own, kept = read_facts(folder), Path(folder, CARD_FILE), []
     if facts is not None:
         with explained_errors(repo_id, command), tempfile.TemporaryDirectory() as place:
             check_name_and_token(repo_id, token)
-            there = fetch_card(repo_id, place, revision=revision, token=token)
-            if there is not None and is_edited_on_hub(folder, there):
+            card = fetch_card(repo_id, place, revision=revision, token=token)
+            if card is not None and is_edited_on_hub(folder, card):
                 logger.warning("%s was edited in %s and stays there as it is.", CARD_FILE, repo_id)
                 kept = [CARD_FILE]
-            elif is_edited(Path(folder, CARD_FILE)):
+            elif is_edited(own):
                 logger.warning("%s was edited and is published as it is.", CARD_FILE)
-            if not is_edited(Path(folder, CARD_FILE)):
+            if not is_edited(own):
                 write_card(folder, dataclasses.replace(facts, model_id=repo_id, on_hub=True))
-    url = send_folder(
-        folder,
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        token=token,
-        command=command,
-        kept=kept,
-    )
+    url = send_folder(folder, repo_id, **options, token=token, command=command, kept=kept)
     if not kept:
         note_published(folder)
     return url

@@ -11,7 +11,8 @@ from glob import escape
 from pathlib import Path
 
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
-from etf_adapt.results.card import CARD_FILE, with_digest
+from etf_adapt.results.card import CARD_FILE
+from etf_adapt.results.card import write_short_card as write_short_card
 
 SECONDS = 120.0  # for which the Hub may be silent; its client alone (2.4) waits for an upload for ever
 
@@ -20,11 +21,6 @@ _XET_LIMITS = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", "HF_XET_CLIENT_READ_TIME
 
 # Readers would find two models where weights of an earlier commit stayed beside the new ones.
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
-
-_REMEDIES = {
-    401: "log in anew (`hf auth login`), or set a valid HF_TOKEN",
-    403: "take a token with write access, or a name of your own",
-}
 
 
 class HubError(OSError):
@@ -39,65 +35,50 @@ def send_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | None = None,
-    command: str | None = None,
+    command: str,
     kept: Collection[str] = (),
 ) -> str:
     """Send a finished folder as one commit, which also removes stale weights, and return the commit's address.
 
     Retries and resumption are those of ``HfApi.upload_folder``: called again after a failure it sends what is missing.
-
-    Args:
-        folder: A folder of a finished run or of ``save_pretrained``; nothing in it is changed.
-        repo_id: ``user/name`` or ``organization/name``; made where it does not exist.
-        private: Whether the repository is to be private; None leaves that to its owner's settings, or as it is.
-        revision: Branch, made where it does not exist; None is the main one.
-        commit_message: Title of the commit.
-        token: None takes that of the environment (HF_TOKEN) or of the login.
-        command: Command that carries on after a failure; None is ``carry_on_command``'s.
-        kept: Files that are not sent where the repository has them.
+    Repository and branch (``revision``) are made where they do not exist; ``private=None`` leaves that to the owner's
+    settings; ``command`` carries on after a failure; ``kept`` names files that are not sent where the repository has them.
 
     Raises:
         HubError: The folder is not complete, or the Hub refuses it.
     """
     from huggingface_hub import HfApi
 
-    import etf_adapt
-
-    if command is None:
-        command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
     with explained_errors(repo_id, command):
         names = check_folder(folder)
-        token = check_name_and_token(repo_id, token)
-        api = HfApi(token=token, library_name="etf_adapt", library_version=etf_adapt.__version__)
-        with time_limits():
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if private is not None and api.model_info(repo_id).private is not private:
-                state = "public" if private else "private"
-                raise HubError(
-                    f"`private` (={private}): {repo_id} exists and is {state}: change that on its page, or take another name."
-                )
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            kept = [name for name in kept if api.file_exists(repo_id, name, revision=revision)]
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message or "Upload a fine-tuned classifier",
-                allow_patterns=[escape(name) for name in names if name not in kept],
-                delete_patterns=_WEIGHTS,
-            )
+        api = HfApi(token=check_name_and_token(repo_id, token), library_name="etf_adapt")
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private is not None and api.model_info(repo_id).private is not private:
+            state = f"{repo_id} exists and is {'public' if private else 'private'}"
+            raise HubError(f"`private` (={private}): {state}: change that on its page, or take another name.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        names = [name for name in names if name not in kept or not api.file_exists(repo_id, name, revision=revision)]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=Path(folder),
+            revision=revision,
+            commit_message=commit_message or "Upload a fine-tuned classifier",
+            allow_patterns=[escape(name) for name in names],
+            delete_patterns=_WEIGHTS,
+        )
     return commit.commit_url
 
 
 @contextmanager
 def explained_errors(repo_id: str, command: str) -> Iterator[None]:
-    """Raise what the user or time can mend as ``HubError`` with the command that carries on; a bug stays what it is."""
+    """Limit the client's waiting, and raise what the user or time can mend as ``HubError``; a bug stays what it is."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    transport_error = HfHubHTTPError.__bases__[0]  # its library has another name in each major version of the client
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx, or of httpx2 from version 2 on
     try:
-        yield
+        with _time_limits():
+            yield
     except UnfinishedFolderError as error:
         raise HubError(f"{error}\nThen: {command}") from error
     except (OSError, ValueError, RuntimeError, transport_error) as error:
@@ -106,7 +87,7 @@ def explained_errors(repo_id: str, command: str) -> Iterator[None]:
 
 
 @contextmanager
-def time_limits() -> Iterator[None]:
+def _time_limits() -> Iterator[None]:
     """Let neither the client nor Xet wait for ever; what the user has set for Xet stays."""
     from huggingface_hub import get_session
 
@@ -122,16 +103,13 @@ def time_limits() -> Iterator[None]:
             del os.environ[name]
 
 
-def fetch_card(
-    repo_id: str, folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> Path | None:
+def fetch_card(repo_id: str, folder: str, *, revision: str | None, token: str | None) -> Path | None:
     """Fetch the card of a repository into a folder and return its file; None where there is none yet."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        with time_limits():
-            return Path(hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token, local_dir=folder))
+        return Path(hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token, local_dir=folder))
     except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
 
@@ -158,10 +136,7 @@ def carry_on_command(
 
 
 def check_name_and_token(repo_id: str, token: str | None = None) -> str:
-    """Return the token; raise ``HubError`` where there is none or no repository can have this name. The Hub is not asked.
-
-    Called before a training that ends in publishing.
-    """
+    """Return the token; raise ``HubError`` where there is none or the name is invalid. The Hub is not asked."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -177,31 +152,12 @@ def check_name_and_token(repo_id: str, token: str | None = None) -> str:
     return token
 
 
-def write_short_card(folder: str | os.PathLike[str], repo_id: str, *, library: str, task: str) -> None:
-    """Write a card that only names what loads the model; ``etf_adapt.results.card`` writes that of a run."""
-    from huggingface_hub import ModelCardData
-
-    from etf_adapt.results.card_metadata import pipeline_of
-
-    tag = None if library == "sentence_transformers" else pipeline_of(task)
-    data = ModelCardData(library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"])
-    loaders = {"sentence_transformers": "sentence-transformers", "timm": "transformers and timm"}.get(library, library)
-    factory = "ETFForImageClassification" if task == "image" else "ETFForSequenceClassification"
-    text = (
-        f"---\n{data}\n---\n\n# {repo_id.split('/')[-1]}\n\nLoads in {loaders}; with its head and loss by "
-        f"`etf_adapt.{factory}.from_pretrained`.\n"
-    )
-    Path(folder, CARD_FILE).write_text(with_digest(text), encoding="utf-8")
-
-
 def _reason(error: BaseException) -> str:
-    """Return the words of the Hub or of its client in one line, without addresses and tokens, and the remedy if known."""
+    """Return the words of the Hub or of its client in one line, without addresses and tokens."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
         error = error.__cause__
-    response = getattr(error, "response", None)
-    text = str(error)
+    kind, text, response = type(error).__name__, str(error), getattr(error, "response", None)
     if response is not None:
-        text = f"{response.status_code} {response.reason_phrase}: {getattr(error, 'server_message', None) or 'no message'}"
-        text += f": {_REMEDIES[response.status_code]}" if response.status_code in _REMEDIES else ""
-    text = re.sub(r"https?://\S+|\bhf_\w+", "...", " ".join(text.split()))
-    return text[:300] if response is not None else f"{type(error).__name__}: {text}"[:300]
+        kind = f"{response.status_code} {response.reason_phrase}"
+        text = str(getattr(error, "server_message", None) or "no message")
+    return f"{kind}: " + re.sub(r"https?://\S+|\bhf_\w+", "...", " ".join(text.split()))[:300]

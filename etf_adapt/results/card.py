@@ -15,6 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from etf_adapt.results.card_metadata import is_finite, metadata, one_line, pipeline_of
 from etf_adapt.results.figures import draw_class_counts, draw_recalls
 from etf_adapt.results.run_folder import write_json
@@ -105,6 +107,19 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
         logger.warning("%s was edited and stays as it is; the new card is %s.", CARD_FILE, NEW_CARD_FILE)
     file.write_text(make_card(facts), encoding="utf-8")
     return file
+
+
+def write_short_card(folder: str | os.PathLike[str], repo_id: str, *, library: str, task: str) -> None:
+    """Write the card of a model without a run, which only names what loads it."""
+    tag = None if library == "sentence_transformers" else pipeline_of(task)
+    data = ModelCardData(library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"])
+    loaders = {"sentence_transformers": "sentence-transformers", "timm": "transformers and timm"}.get(library, library)
+    factory = "ETFForImageClassification" if task == "image" else "ETFForSequenceClassification"
+    text = (
+        f"---\n{data}\n---\n\n# {repo_id.split('/')[-1]}\n\nLoads in {loaders}; with its head and loss by "
+        f"`etf_adapt.{factory}.from_pretrained`.\n"
+    )
+    Path(folder, CARD_FILE).write_text(with_digest(text), encoding="utf-8")
 
 
 def read_facts(folder: str | os.PathLike[str]) -> CardFacts | None:

@@ -20,8 +20,8 @@ from small_card import card_facts
 from etf_adapt.hub import send
 from etf_adapt.hub.__main__ import main
 from etf_adapt.hub.publish import publish
-from etf_adapt.hub.send import HubError, write_short_card
-from etf_adapt.results.card import make_card, write_card
+from etf_adapt.hub.send import HubError
+from etf_adapt.results.card import make_card, write_card, write_short_card
 
 MODEL = "model.safetensors"
 READERS = {"config.json", MODEL, "README.md", "all_results.json", "preprocessor_config.json", "figures/shots.png"}
@@ -231,7 +231,7 @@ LASTING = {
     "create 403": ({"method": "POST", "pattern": "/repos/create", "status": 403}, "403 Forbidden"),
     "create silent": ({"method": "POST", "pattern": "/repos/create", "delay": 60}, "ReadTimeout"),
     "branch 500": ({"method": "POST", "pattern": "/branch/", "status": 500}, "500 Internal Server Error"),
-    "upload 403": ({"method": "PUT", "pattern": "/upload/", "status": 403}, "take a token with write access"),
+    "upload 403": ({"method": "PUT", "pattern": "/upload/", "status": 403}, "403 Forbidden"),
     "upload cut": ({"method": "PUT", "pattern": "/upload/"}, "Error: "),
     "commit 409": ({"method": "POST", "pattern": "/commit/", "status": 409}, "409 Conflict"),
     "commit cut": ({"method": "POST", "pattern": "/commit/"}, "Error: "),
@@ -264,9 +264,9 @@ def test_a_hub_that_is_away_ends_in_the_command(hub, folder, monkeypatch):
     ("token", "repo_id", "words"),
     [
         ("", "me/net", "no token was found: log in (`hf auth login`) or set HF_TOKEN"),
-        ("hf_wrong", "me/net", "log in anew (`hf auth login`)"),
-        ("hf_that_may_only_read", "me/net", "take a token with write access"),
-        ("hf_written_for_the_tests", "you/net", "or a name of your own"),
+        ("hf_wrong", "me/net", "401 Unauthorized: Invalid credentials"),
+        ("hf_that_may_only_read", "me/net", "403 Forbidden: This token has no permission to write"),
+        ("hf_written_for_the_tests", "you/net", "You don't have the rights to write to you/net"),
     ],
 )
 def test_who_may_not_write_is_refused_at_once(hub, folder, online, monkeypatch, token, repo_id, words):
