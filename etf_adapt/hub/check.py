@@ -27,11 +27,7 @@ class UnfinishedFolderError(ValueError):
 
 
 def check_folder(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the files to publish from a folder with a complete model; nothing is changed.
-
-    Raises:
-        UnfinishedFolderError: Something is missing or unreadable, or shows a token or a local path.
-    """
+    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path."""
     path = Path(folder)
     try:
         if not path.is_dir():
@@ -107,8 +103,8 @@ def _check_card(folder: Path) -> list[str]:
     found = [first or second for first, second in _PICTURE.findall(card.read_text(encoding="utf-8"))]
     names = [unquote(name) for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
     for name in names:
-        inside = (folder / name).resolve().is_relative_to(folder.resolve())
-        if not inside or not (folder / name).is_file():
+        file = (folder / name).resolve()
+        if not (file.is_file() and file.is_relative_to(folder.resolve())):
             raise UnfinishedFolderError(f"lacks {name}, which README.md shows.")
     return [Path(os.path.normpath(name)).as_posix() for name in names]
 

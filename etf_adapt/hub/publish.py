@@ -27,10 +27,7 @@ def publish(
     """Publish the folder of a finished run, or of ``save_pretrained``, as one commit, and return the commit's address.
 
     The card of a run is first written anew under the model's name on the Hub. A card that was edited in the folder is
-    published as it is; one that was edited on the Hub stays. All else is as in ``etf_adapt.hub.send.send_folder``.
-
-    Raises:
-        HubError: The folder is not complete, or the Hub refuses it; names the command that carries on.
+    published as it is; one that was edited on the Hub stays. Failures are ``HubError``.
     """
     options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
     command = carry_on_command(folder, repo_id, **options)

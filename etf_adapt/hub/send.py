@@ -43,9 +43,6 @@ def send_folder(
     Retries and resumption are those of ``HfApi.upload_folder``: called again after a failure it sends what is missing.
     Repository and branch (``revision``) are made where they do not exist; ``private=None`` leaves that to the owner's
     settings; ``command`` carries on after a failure; ``kept`` names files that are not sent where the repository has them.
-
-    Raises:
-        HubError: The folder is not complete, or the Hub refuses it.
     """
     from huggingface_hub import HfApi
 

@@ -149,14 +149,15 @@ def is_edited(card: Path) -> bool:
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8")
+    if _digest(text) == _read_state(card.parent).get("card_sha256"):  # written with section marks, as once
+        return False
     body = text.rstrip().rpartition("\n")[0] + "\n"
     return text.rstrip() != with_digest(body).rstrip()
 
 
 def with_digest(text: str) -> str:
-    """Add to a card the line that tells an edited card from one as we wrote it, whoever has the file."""
-    body = text.rstrip() + "\n\n"
-    return body + _DIGEST.format(_digest(body))
+    """Add to a card the line that tells an edited card from an unedited one, wherever the file is."""
+    return (body := text.rstrip() + "\n\n") + _DIGEST.format(_digest(body))
 
 
 def make_card(facts: CardFacts) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from small_card import HOSTILE_NAMES, card_facts
 
 from etf_adapt.results.card import CARD_FILES, escape_markdown, is_edited, make_card, read_facts, write_card
 from etf_adapt.results.card_metadata import is_hub_id, read_base_card
+from etf_adapt.results.run_folder import write_json
 
 
 def metadata_of(facts):
@@ -144,6 +146,13 @@ def test_an_edited_card_is_never_overwritten_and_the_new_one_stands_beside_it(tm
         new.name == "README.new.md"
         and caplog.messages == ["README.md was edited and stays as it is; the new card is README.new.md."] * 2
     )
+
+
+def test_an_unedited_card_of_an_earlier_version_is_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("# old\n")
+    write_json(tmp_path / "card.json", {"facts": {}, "card_sha256": hashlib.sha256(b"# old\n").hexdigest()})
+    assert write_card(tmp_path, card_facts()).name == "README.md"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "card.json", "class_counts.png"}
 
 
 def test_white_space_at_the_end_and_line_ends_are_no_edit(tmp_path):
