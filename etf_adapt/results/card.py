@@ -148,7 +148,7 @@ def is_edited(card: Path) -> bool:
     """Return whether a file is a card that a person has written or changed."""
     if not card.is_file():
         return False
-    text = card.read_text(encoding="utf-8")
+    text = card.read_text(encoding="utf-8", errors="replace")
     if _digest(text) == _read_state(card.parent).get("card_sha256"):  # written with section marks, as once
         return False
     body = text.rstrip().rpartition("\n")[0] + "\n"
