@@ -369,11 +369,11 @@ def test_a_card_that_no_person_edited_there_is_replaced(hub, run_folder):
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, run_folder, method):
     publish(run_folder, "me/net")
-    edit_there(hub, "# Theirs\n")
+    edit_there(hub, "---\nlicense: mit\n---\n# Theirs\n")
     hub.fail(method, "/resolve/.*README", status=503, times=math.inf)
     with pytest.raises(HubError, match=r"To carry on: python -m etf_adapt\.hub"):
         publish(run_folder, "me/net")
-    assert card_there(hub) == "# Theirs\n"
+    assert card_there(hub) == "---\nlicense: mit\n---\n# Theirs\n"
 
 
 # The program
