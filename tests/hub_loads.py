@@ -45,15 +45,15 @@ def main(token: str | None) -> None:
         "timm/": lambda: ours("timm/test_vit.r160_in1k"),
         "a timm name": lambda: timm.create_model("test_vit.r160_in1k", pretrained=True),
     }
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, load in loads.items():
         try:
-            told[name] = describe(load())
+            found[name] = describe(load())
         except Exception as error:  # is the answer for this model
-            told[name] = f"{type(error).__name__}: {error}"
-    told["tokens"] = AutoTokenizer.from_pretrained("me/words")("tree tree")["input_ids"]
-    told["processor"] = load_processor("me/net", "image")["input_size"]
-    print(json.dumps(told))
+            found[name] = f"{type(error).__name__}: {error}"
+    found["tokens"] = AutoTokenizer.from_pretrained("me/words")("tree tree")["input_ids"]
+    found["processor"] = load_processor("me/net", "image")["input_size"]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

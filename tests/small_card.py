@@ -1,4 +1,4 @@
-"""The facts of a card that tests begin with."""
+"""Facts of a model card, and names that try to break out of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 
 from etf_adapt.results import tables
 from etf_adapt.results.card import CardFacts
+
+HOSTILE_NAMES = [
+    "a|b",
+    "<script>alert(1)</script>",
+    "{{ 7 * 7 }}",
+    "two\nlines\n---\n# heading",
+    'quo"te',
+    "```\ncode",
+    "x\n<!-- Written by etf_adapt -->\ny",
+]
 
 
 def card_facts(**changes: Any) -> CardFacts:
@@ -21,7 +31,7 @@ def card_facts(**changes: Any) -> CardFacts:
         dataset={"name": "digits", "kind": "embedded", "rows": {"train": 10}},
         label_names=["no", "yes"],
         class_counts=[200, 8],
-        head={"kind": "etf", "frame": "ridge", "trainable": False},
+        head={"kind": "etf", "frame": "whitened", "trainable": False},
         loss={"name": "dot_regression", "form": "one_sided"},
         split="test",
         scores=scores,

@@ -10,11 +10,7 @@ from etf_adapt.hub.publish import publish
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Publish a folder as the command line says, and print the address of the commit.
-
-    Args:
-        argv: The arguments; None takes those of the process.
-    """
+    """Publish the folder of the command line and print the address of the commit."""
     parser = argparse.ArgumentParser(
         prog="python -m etf_adapt.hub",
         description="Publish a finished folder on the Hub, in one commit. The token is that of `hf auth login` or HF_TOKEN.",
@@ -26,10 +22,10 @@ def main(argv: list[str] | None = None) -> None:
     shown.add_argument("--public", action="store_false", dest="private", default=None, help="for everyone")
     parser.add_argument("--revision", help="branch, made where it does not exist; the main one by default")
     parser.add_argument("--commit_message", help="title of the commit")
-    wish = vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(argv))
     with one_line_errors():
         try:
-            print(publish(wish.pop("folder"), wish.pop("repo_id"), **wish))
+            print(publish(options.pop("folder"), options.pop("repo_id"), **options))
         except KeyboardInterrupt:
             print("stopped: the same command carries on", file=sys.stderr)
             raise SystemExit(130) from None

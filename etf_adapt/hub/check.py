@@ -1,115 +1,64 @@
-"""What of a finished folder is published, and whether it is fit to be: complete, readable, and silent about this machine."""
+"""Checks before publishing: complete, loadable, no tokens, no local paths."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Collection
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Files that are published if they exist, beside the pictures of the card; a star matches no slash.
 PUBLISHED = (
-    *WEIGHTS, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "LICENSE*", "all_results.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "sentence_bert_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "spm.model",
-    "bpe.codes", "dict.txt", "entity_vocab.json",
-    "sentencepiece*.model", "chat_template*", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json",
-    "*_Dense/model.safetensors",
-    "README.md", "LICENSE*", "all_results.json",
+    "sentencepiece*.model", "bpe.codes", "dict.txt", "entity_vocab.json", "chat_template*", "modules.json",
+    "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors",
 )  # fmt: skip
-"""What goes up, where the folder has it, beside the pictures that the card shows. All else stays here."""
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*\bsrc=[\"']([^\"']+)")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 class UnfinishedFolderError(ValueError):
-    """Raised where a folder is not fit to be published.
-
-    Args:
-        folder: The folder.
-        fault: What is wrong with it, and the way on.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], fault: str) -> None:
-        super().__init__(f"`folder` (={str(folder)!r}) {fault}")
+    """Raised where a folder is not fit to be published."""
 
 
-def check_folder(folder: str | os.PathLike[str], *, there: Collection[str] = ()) -> dict[str, tuple[int, int]]:
-    """Make sure that a folder holds a complete model, and list what of it is published. Nothing is changed.
-
-    Args:
-        folder: A folder that ``save_pretrained`` or a finished run left.
-        there: Names of files that the repository has already, which the card may show.
-
-    Returns:
-        Size and time of change of each file to be sent, by its name in the folder.
-
-    Raises:
-        UnfinishedFolderError: Something is missing, cannot be read, or would tell readers of this machine.
-    """
+def check_folder(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path."""
     path = Path(folder)
-    if not path.is_dir():
-        raise UnfinishedFolderError(folder, "is no folder: name the one that a finished run left.")
-    if re.fullmatch(r"checkpoint-\d+", path.resolve().name):
-        raise UnfinishedFolderError(folder, "is a checkpoint in the middle of a run: name the finished folder.")
-    config = _read_json(path, "config.json")
-    if not {"architectures", "architecture", "model_type"} & set(config):
-        raise UnfinishedFolderError(folder, "has a config.json that names no architecture: nothing can load it.")
-    names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
-    sent = [name for name in names if any(_matches(name, pattern) for pattern in PUBLISHED)]
-    _check_weights(path, sent)
-    if "modules.json" in sent:
-        for module in _read_json(path, "modules.json"):
-            parts = ["config.json", *(["model.safetensors"] if str(module.get("type")).endswith("Dense") else [])]
-            lost = [f"{module['path']}/{part}" for part in parts if module.get("path")]
-            for part in lost:
-                if part not in sent:
-                    raise UnfinishedFolderError(folder, f"lacks {part}, which modules.json names.")
-    if "README.md" in sent:
-        sent += [name for name in _check_card(path, there) if name not in sent]
-    for name in sent:
-        _check_privacy(path, name)
-    return {name: file_state(path / name) for name in sorted(sent)}
-
-
-def is_weights(name: str) -> bool:
-    """Say whether a file of this name, at the top of a folder, holds weights or their index.
-
-    Example:
-        >>> is_weights("model-00001-of-00002.safetensors"), is_weights("2_Dense/model.safetensors")
-        (True, False)
-    """
-    return any(_matches(name, pattern) for pattern in WEIGHTS)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Compare folder by folder: a star stands for no slash."""
-    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
-
-
-def file_state(file: Path) -> tuple[int, int]:
-    """Return size and time of change of a file."""
-    return file.stat().st_size, file.stat().st_mtime_ns
+    try:
+        if not path.is_dir():
+            raise UnfinishedFolderError("is no folder: name the one that a finished run left.")
+        if re.fullmatch(r"checkpoint-\d+", path.resolve().name):
+            raise UnfinishedFolderError("is a checkpoint in the middle of a run: name the finished folder.")
+        if not {"architectures", "architecture", "model_type"} & set(_read_json(path, "config.json")):
+            raise UnfinishedFolderError("has a config.json that names no architecture: nothing can load it.")
+        found = [file for pattern in PUBLISHED for file in path.glob(pattern) if file.is_file()]
+        names = [file.relative_to(path).as_posix() for file in found]
+        _check_weights(path, names)
+        _check_modules(path, names)
+        names += _check_card(path) if "README.md" in names else []
+        for name in names:
+            _check_privacy(path, name)
+    except UnfinishedFolderError as error:
+        raise UnfinishedFolderError(f"`folder` (={str(folder)!r}) {error}") from error.__cause__
+    return sorted({*names})
 
 
 def _read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UnfinishedFolderError(folder, f"holds no {name}: name the folder of a finished run.") from None
+        raise UnfinishedFolderError(f"holds no {name}: name the folder of a finished run.") from None
     except ValueError as error:
-        raise UnfinishedFolderError(
-            folder, f"holds a {name} that is no JSON ({error}): save the model again."
-        ) from error
+        raise UnfinishedFolderError(f"holds a {name} that is no JSON ({error}): save the model again.") from error
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
-    """Read the head of each file of weights, which tells whether it is whole, and compare with the index."""
+    """Read the header of each file of weights, which fails for a truncated file, and compare with the index."""
     from safetensors import SafetensorError, safe_open
 
     keys: dict[str, set[str]] = {}
@@ -119,23 +68,29 @@ def _check_weights(folder: Path, names: list[str]) -> None:
                 with safe_open(folder / name, framework="np") as file:
                     keys[name] = set(file.keys())
             except SafetensorError as error:
-                raise UnfinishedFolderError(
-                    folder, f"holds {name}, which is not whole ({error}): save the model again."
-                ) from error
+                fault = f"holds {name}, which is not whole ({error}): save the model again."
+                raise UnfinishedFolderError(fault) from error
     indexed = {"model.safetensors"}
     if "model.safetensors.index.json" in names:
         weight_map = _read_json(folder, "model.safetensors.index.json")["weight_map"]
         indexed = set(weight_map.values())
-        lost = [key for key, name in weight_map.items() if key not in keys.get(name, {key})]
-        if lost:
-            raise UnfinishedFolderError(folder, f"lacks {lost[0]}, which is in the index: save the model again.")
-    missing = sorted(indexed - set(keys))
-    if missing:
-        raise UnfinishedFolderError(folder, f"lacks {missing[0]}: only finished safetensors weights are published.")
+        if lost := [key for key, name in weight_map.items() if key not in keys.get(name, {key})]:
+            raise UnfinishedFolderError(f"lacks {lost[0]}, which is in the index: save the model again.")
+    if missing := sorted(indexed - set(keys)):
+        raise UnfinishedFolderError(f"lacks {missing[0]}: only finished safetensors weights are published.")
 
 
-def _check_card(folder: Path, there: Collection[str]) -> list[str]:
-    """Return the pictures of the folder that its card shows."""
+def _check_modules(folder: Path, names: list[str]) -> None:
+    """Find the files of all modules of a sentence-transformers folder."""
+    for module in _read_json(folder, "modules.json") if "modules.json" in names else ():
+        parts = ["config.json", *(["model.safetensors"] if str(module.get("type")).endswith("Dense") else [])]
+        for part in (f"{module['path']}/{part}" for part in parts if module.get("path")):
+            if part not in names:
+                raise UnfinishedFolderError(f"lacks {part}, which modules.json names.")
+
+
+def _check_card(folder: Path) -> list[str]:
+    """Return the names of the pictures that the card shows."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -144,29 +99,26 @@ def _check_card(folder: Path, there: Collection[str]) -> list[str]:
         metadata_load(card)
     except (YAMLError, ValueError) as error:
         fault = f"holds a README.md whose head is no YAML ({' '.join(str(error).split())}): mend it."
-        raise UnfinishedFolderError(folder, fault) from error
+        raise UnfinishedFolderError(fault) from error
     found = [first or second for first, second in _PICTURE.findall(card.read_text(encoding="utf-8"))]
     names = [unquote(name) for name in found if not re.match(r"[a-z][a-z0-9+.-]*:|/|#", name, re.IGNORECASE)]
-    names = [name for name in names if name not in there or (folder / name).is_file()]
     for name in names:
-        inside = (folder / name).resolve().is_relative_to(folder.resolve())
-        if not inside or not (folder / name).is_file():
-            raise UnfinishedFolderError(folder, f"lacks {name}, which README.md shows.")
+        file = (folder / name).resolve()
+        if not (file.is_file() and file.is_relative_to(folder.resolve())):
+            raise UnfinishedFolderError(f"lacks {name}, which README.md shows.")
     return [Path(os.path.normpath(name)).as_posix() for name in names]
 
 
 def _check_privacy(folder: Path, name: str) -> None:
-    """Refuse a text that holds a token, or says where on this machine things are."""
-    is_vocabulary = name.startswith(("tokenizer.json", "vocab", "merges")) and not name.startswith("tokenizer_")
-    if (
-        Path(name).suffix not in (".json", ".md", ".txt", ".jinja", "") or is_vocabulary
-    ):  # whose words may be like paths
+    """Refuse a text with a token or a local path."""
+    is_vocabulary = name.startswith(("tokenizer.json", "vocab", "merges"))  # whose words may look like paths
+    if is_vocabulary or Path(name).suffix not in (".json", ".md", ".txt", ".jinja", ""):
         return
     text = (folder / name).read_bytes()
     if _TOKEN.search(text):
-        raise UnfinishedFolderError(folder, f"holds what looks like a token of the Hub, in {name}: remove it.")
+        raise UnfinishedFolderError(f"holds what looks like a token of the Hub, in {name}: remove it.")
     for place in (Path.home(), Path.cwd(), folder.resolve()):
         forms = {os.fsencode(place), place.as_posix().encode(), json.dumps(str(place))[1:-1].encode()}
         found = [form for form in forms if re.search(rb"(?<![\w.])" + re.escape(form) + rb"(?![\w.-])", text)]
         if len(place.parts) > 1 and found:
-            raise UnfinishedFolderError(folder, f"holds {str(place)!r}, a path of this machine, in {name}: remove it.")
+            raise UnfinishedFolderError(f"holds {str(place)!r}, a path of this machine, in {name}: remove it.")

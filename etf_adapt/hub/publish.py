@@ -1,12 +1,18 @@
-"""Publishing a finished run on the Hub: its card under the name that it has there, then the folder in one commit."""
+"""Publishing a finished run on the Hub: its card under its name there, then the folder in one commit."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from etf_adapt.hub.send import carry_on_command, check_name_and_token, read_repository, send_folder, telling
-from etf_adapt.results.card import note_published, read_facts, write_card
+from etf_adapt.hub.send import carry_on_command, check_name_and_token, explained_errors, fetch_card, send_folder
+from etf_adapt.results.card import CARD_FILE, is_edited, is_edited_on_hub, note_published, read_facts, write_card
+
+logger = logging.getLogger(__name__)
 
 
 def publish(
@@ -18,46 +24,26 @@ def publish(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Publish a finished run's folder, or any that ``save_pretrained`` left, as one commit of a repository on the Hub.
+    """Publish the folder of a finished run, or of ``save_pretrained``, as one commit, and return the commit's address.
 
-    The card of a run is first renewed under the name that the model has there. What a person wrote into it stays: here, or
-    in the repository where the card here is as the run left it. All else is that of ``etf_adapt.hub.send.send_folder``.
-
-    Args:
-        folder: The folder.
-        repo_id: ``user/name`` or ``organization/name``; made where it does not exist.
-        private: Whether the repository is to be private; None leaves that to its owner's settings, or as it is.
-        revision: Branch, made where it does not exist; None is the main one.
-        commit_message: Title of the commit.
-        token: None takes the one of the environment (HF_TOKEN) or of the login.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        HubError: The folder is not complete, or the Hub has not taken it; names the command that carries on.
+    The card of a run is first written anew under the model's name on the Hub. A card that was edited in the folder is
+    published as it is; one that was edited on the Hub stays. Failures are ``HubError``.
     """
-    command = carry_on_command(folder, repo_id, private=private, revision=revision, commit_message=commit_message)
-    found = read_facts(folder)
-    names: list[str] = []
-    if found is not None:
-        facts, is_edited = found
-        with telling(repo_id, command):
+    options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
+    command = carry_on_command(folder, repo_id, **options)
+    facts, own, kept = read_facts(folder), Path(folder, CARD_FILE), []
+    if facts is not None:
+        with explained_errors(repo_id, command), tempfile.TemporaryDirectory() as place:
             check_name_and_token(repo_id, token)
-            card, names = read_repository(repo_id, revision=revision, token=token)
-            write_card(
-                folder,
-                dataclasses.replace(facts, model_id=repo_id, on_hub=True),
-                there=None if is_edited else card,
-            )
-    url = send_folder(
-        folder,
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        token=token,
-        there=names,
-    )
-    note_published(folder)
+            card = fetch_card(repo_id, place, revision=revision, token=token)
+            if card is not None and is_edited_on_hub(folder, card):
+                logger.warning("%s was edited in %s and stays there as it is.", CARD_FILE, repo_id)
+                kept = [CARD_FILE]
+            elif is_edited(own):
+                logger.warning("%s was edited and is published as it is.", CARD_FILE)
+            if not is_edited(own):
+                write_card(folder, dataclasses.replace(facts, model_id=repo_id, on_hub=True))
+    url = send_folder(folder, repo_id, **options, token=token, command=command, kept=kept)
+    if not kept:
+        note_published(folder)
     return url

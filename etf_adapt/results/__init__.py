@@ -1,6 +1,5 @@
 """Files and numbers that a run leaves; nothing here knows models.
 
-``run_folder``: the files of an output folder, and what may be written there; ``tables``: scores by name and as tables for
-a terminal; ``card``: the model card, with ``card_metadata`` (its head for the Hub), ``figures`` (its plots) and
-``card_template.md`` (its text).
+``run_folder``: files of an output folder, and when they may be replaced; ``tables``: scores by name and as tables;
+``card``: the model card, with ``card_metadata`` (its YAML), ``figures`` (its plots) and ``card_template.md`` (its text).
 """

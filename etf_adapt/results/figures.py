@@ -1,4 +1,4 @@
-"""Plots of a run for its model card: how many training rows the classes had, and how good they became."""
+"""Plots of a model card: training examples and recall of each class."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ COLOURS = {"many": "#2f6f9f", "medium": "#d08a2e", "few": "#b23a48"}
 def draw_class_counts(
     file: str | os.PathLike[str], class_counts: Sequence[int], *, shot_bounds: Sequence[int] = (20, 100)
 ) -> Path:
-    """Draw the training rows of each class, the largest first, in the colours of the shot groups.
-
-    Args:
-        file: The image to write; its suffix says in which format.
-        class_counts: Training rows of each class (num_classes,).
-        shot_bounds: Training rows (at least, at most) of a medium class.
-
-    Returns:
-        The file.
-    """
+    """Draw the training examples of each class, largest first, coloured by shot group."""
     counts = np.asarray(class_counts)
     order = np.argsort(-counts, kind="stable")
     figure, axes = _axes()
@@ -34,7 +25,7 @@ def draw_class_counts(
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.set(xlabel="classes, by training rows", ylabel="training rows")
+    axes.set(xlabel="classes, by training examples", ylabel="training examples")
     return _save(figure, file)
 
 
@@ -45,19 +36,9 @@ def draw_recalls(
     *,
     shot_bounds: Sequence[int] = (20, 100),
 ) -> Path:
-    """Draw the recall of each class over its training rows, with the mean of each shot group.
-
-    Args:
-        file: The image to write; its suffix says in which format.
-        class_counts: Training rows of each class (num_classes,).
-        recalls: Recall of each class in [0, 1] (num_classes,); None or NaN where it has no evaluated row.
-        shot_bounds: Training rows (at least, at most) of a medium class.
-
-    Returns:
-        The file.
-    """
+    """Draw the recall of each class over its training examples, with the mean of each shot group; None is left out."""
     counts = np.asarray(class_counts)
-    shares = np.array(recalls, dtype=float)  # of None, NaN
+    shares = np.array(recalls, dtype=float)  # None becomes NaN
     figure, axes = _axes()
     for name, classes in _groups(counts, shot_bounds).items():
         known = classes[np.isfinite(shares[classes])]
@@ -70,7 +51,7 @@ def draw_recalls(
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.set_ylim(-4, 104)
-    axes.set(xlabel="training rows of the class", ylabel="recall (%)")
+    axes.set(xlabel="training examples of the class", ylabel="recall (%)")
     return _save(figure, file)
 
 
@@ -82,7 +63,7 @@ def _groups(counts: np.ndarray, shot_bounds: Sequence[int]) -> dict[str, Any]:
 
 
 def _axes() -> tuple[Any, Any]:
-    """Make an empty figure that belongs to no window and no global state."""
+    """Return an empty figure that belongs to no window and no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 2.8), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""The files of a run's output folder: what may be written there, and in which form."""
+"""Files of a run's output folder: their names, their contents, and when they may be replaced."""
 
 from __future__ import annotations
 
@@ -26,24 +26,16 @@ RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
                 "vocab*", "merges.txt", "special_tokens_map.json",
-                "card.json", "class_counts.png", "recalls.png",
+                "README.new.md", "card.json", "class_counts.png", "recalls.png",
                 "modules.json", "sentence_bert_config.json", "1_Pooling/*", "1_Dense/*", "2_Dense/*")  # fmt: skip
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
 
 
 def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds anything that this run has no leave to touch. Nothing is changed.
+    """Refuse an output folder that holds an earlier run, without ``resume`` or ``overwrite``, or files of no run.
 
-    An empty folder, a missing one, and that of a run that ended before its first checkpoint are always free.
-
-    Args:
-        folder: The output folder.
-        resume: Whether an earlier run that lies there is to go on.
-        overwrite: Whether an earlier run that lies there may be replaced. What no run wrote is never replaced.
-
-    Raises:
-        OutputFolderError: The folder holds an earlier run and neither was said, or something else.
+    A missing folder, an empty one, and that of a run that ended before its first checkpoint are free. Nothing is changed.
 
     Example:
         >>> check_output_dir("a folder that does not exist yet")
@@ -68,13 +60,7 @@ def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, ov
 
 
 def remove_run_files(folder: str | os.PathLike[str]) -> None:
-    """Remove the model and the reports of an earlier run from its folder, and nothing else; checkpoints stay.
-
-    So does the card, which a person may have edited: the run renews its own sections of it at its end.
-
-    Args:
-        folder: An output folder that ``check_output_dir`` has passed with ``overwrite=True``.
-    """
+    """Remove the model and the reports of an earlier run; checkpoints and the card, which may be edited, stay."""
     path = Path(folder)
     if not (path / ARGUMENTS_FILE).is_file():
         return
@@ -85,12 +71,7 @@ def remove_run_files(folder: str | os.PathLike[str]) -> None:
 
 
 def write_json(file: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON in one step, so that a reader finds the old file or the new one; what is not finite becomes null.
-
-    Args:
-        file: The file; its folder is made where it is missing.
-        content: Dicts, lists, numbers (numpy's too), strings; anything else is written as its ``str``.
-    """
+    """Write JSON in one step: a reader finds the old file or the new one. What is not finite becomes null."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -101,15 +82,9 @@ def write_json(file: str | os.PathLike[str], content: Any) -> None:
 
 
 def public_value(value: Any) -> Any:
-    """Return a value as it may be published: no absolute path, and of dicts no entry that is a secret.
+    """Return a value, ready for JSON, without secrets in dicts and without absolute paths, which tell who ran it where.
 
-    Of an absolute path the part below the working folder stays, else the last name: the rest tells who ran it where.
-
-    Args:
-        value: Argument of a run.
-
-    Returns:
-        The value, ready for JSON.
+    Of an absolute path the part below the working folder stays, else the last name.
 
     Example:
         >>> public_value("/home/me/models/vit"), public_value({"lr": 1.0, "token": "hf_x"})
@@ -128,16 +103,7 @@ def public_value(value: Any) -> Any:
 
 
 def public_arguments(*groups: Any) -> dict[str, Any]:
-    """Return all arguments of a run as one flat dict that may be published.
-
-    Tokens are left out, and paths are those of ``public_value``.
-
-    Args:
-        groups: Dataclass instances, such as those that ``HfArgumentParser`` returns.
-
-    Returns:
-        The arguments by name, ready for JSON. Written to a file, the recipe reads them again.
-    """
+    """Return the fields of dataclasses as one flat dict for JSON, without tokens; the recipe can read it again."""
     arguments: dict[str, Any] = {}
     for group in groups:
         for field in dataclasses.fields(group):
@@ -147,33 +113,25 @@ def public_arguments(*groups: Any) -> dict[str, Any]:
 
 
 def public_command(argv: Sequence[str]) -> str:
-    """Return the command line of a run as it may be published: without tokens and private paths.
-
-    Args:
-        argv: The arguments, without the program.
+    """Return the command line of a run without tokens and private paths; ``argv`` lacks the program.
 
     Example:
         >>> public_command(["--model", "/home/me/vit", "--hub_token", "hf_x", "--seed", "1"])
         'accelerate launch recipes/finetune.py --model vit --seed 1'
     """
-    told: list[str] = []
+    words: list[str] = []
     skip = False
     for word in argv:
         flag, equals, value = word.partition("=")
         if skip or (flag.startswith("--") and any(secret in flag for secret in _SECRETS)):
             skip = not skip and not equals
             continue
-        told.append(f"{flag}={public_value(value)}" if flag.startswith("--") and equals else public_value(word))
-    return shlex.join(["accelerate", "launch", "recipes/finetune.py", *told])
+        words.append(f"{flag}={public_value(value)}" if flag.startswith("--") and equals else public_value(word))
+    return shlex.join(["accelerate", "launch", "recipes/finetune.py", *words])
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the versions and the hardware of this process, without names of users, machines or folders.
-
-    Returns:
-        ``python``, one version for each installed package that matters, ``platform``, ``cpu_count``, ``processes`` and,
-        where there is one, ``device``.
-    """
+    """Return versions and hardware of this process, without names of users, machines or folders."""
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version()}
@@ -191,12 +149,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_log(file: str | os.PathLike[str], history: Iterable[Mapping[str, Any]]) -> None:
-    """Write the training log, one JSON object a line: all that was logged at one step together.
-
-    Args:
-        file: The file, replaced where it exists.
-        history: ``trainer.state.log_history``.
-    """
+    """Write ``trainer.state.log_history`` as JSON lines, one for each step."""
     steps: dict[Any, dict[str, Any]] = {}
     for entry in history:
         steps.setdefault(entry.get("step"), {}).update(entry)
@@ -213,16 +166,7 @@ def write_predictions(
     confidences: Sequence[float] | np.ndarray,
     label_names: Sequence[str],
 ) -> None:
-    """Write what the model says of each row, by class name, as comma-separated values.
-
-    Args:
-        file: The file, replaced where it exists.
-        row_ids: Number of each row in its split.
-        labels: True class of each row.
-        predictions: Predicted class of each row.
-        confidences: Calibrated probability of the predicted class.
-        label_names: Name of each class.
-    """
+    """Write CSV with the label, the prediction and its calibrated probability for each row of a split, by class name."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("row_id", "label", "prediction", "confidence"))
@@ -231,12 +175,7 @@ def write_predictions(
 
 
 def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> str:
-    """Return the lines of Python that load a finished run with a stock library.
-
-    Args:
-        folder: The output folder, or a Hub id.
-        library: ``"transformers"``, ``"timm"`` or ``"sentence_transformers"``: whose layout the folder has.
-        task: ``"image"`` or ``"text"``.
+    """Return the Python that loads a finished run, a folder or a Hub id, with a stock library.
 
     Example:
         >>> print(loading_lines("out/x", "timm", "image"))
@@ -251,7 +190,7 @@ def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> st
 
 
 def _plain(value: Any) -> Any:
-    """Turn a value into what JSON can hold."""
+    """Return a value as JSON can hold it; what is not finite becomes None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):

@@ -1,4 +1,4 @@
-"""Scores of a run by name, and as a table for a terminal."""
+"""Scores of a run by name, and as a table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
+# In all_results.json with the prefix `eval_` (validation) and with `test_`; `_unadjusted` is before the prior adjustment.
 SCORES = (
     "accuracy",
     "balanced_accuracy",
@@ -23,25 +24,12 @@ SCORES = (
     "loss",
     *(f"{name}_unadjusted" for name in UNADJUSTED),
 )
-"""The scores of ``all_results.json``, each once with the prefix ``eval_`` (validation) and once with ``test_``.
-
-Those that end in ``_unadjusted`` are of the head before the prior adjustment; where there is none they are the same.
-"""
 
 
 def flat_results(
     train: Mapping[str, Any], validation: Mapping[str, Any] | None, test: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Join the figures of a run under flat names.
-
-    Args:
-        train: Figures of the training, taken over as they are named.
-        validation: Scores of the saved model on the validation rows, without prefix.
-        test: The same on the test rows; None where there are none.
-
-    Returns:
-        ``train_*`` and ``epoch``, then ``eval_<score>`` and ``test_<score>`` for each of ``SCORES``: None where a score
-        does not exist, such as that of an empty group.
+    """Join the figures of a run: those of training as named, then ``eval_<score>`` and ``test_<score>``, None where missing.
 
     Example:
         >>> flat_results({"epoch": 2.0}, {"accuracy": 0.5}, None)["eval_accuracy"]
@@ -61,23 +49,15 @@ def shot_table(
     *,
     shot_bounds: Sequence[int] = (20, 100),
 ) -> list[tuple[str, str, int, int, float | None]]:
-    """Tabulate accuracy by the number of training rows that a class had.
+    """Return accuracy by the number of training rows of a class: shot groups, thirds, mean of classes, mean of rows.
 
-    Args:
-        scores: ``accuracy``, ``balanced_accuracy`` and the groups' accuracies, as in ``SCORES``.
-        class_counts: Training rows of each class.
-        row_counts: Evaluated rows of each class.
-        shot_bounds: Training rows (at least, at most) of a medium class.
-
-    Returns:
-        One tuple for each group: name, training rows a class, classes, evaluated rows, accuracy in [0, 1] or None. First the
-        shot groups, then the thirds by training count, then the mean over classes and that over rows.
+    A line is (name, training rows of a class, classes, evaluated rows, accuracy in [0, 1] or None).
 
     Example:
         >>> shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2]
         ('few', '< 20', 1, 10, 0.5)
     """
-    # Imports torch, which a check of arguments must not wait for.
+    # Here, because it imports torch, which a check of arguments must not wait for.
     from etf_adapt.metrics.shots import class_thirds, shot_groups
 
     counts, rows = np.asarray(class_counts), np.asarray(row_counts)
@@ -99,14 +79,7 @@ def shot_table(
 
 
 def format_table(table: Iterable[tuple[str, str, int, int, float | None]]) -> str:
-    """Set a table of ``shot_table`` in columns for a terminal.
-
-    Args:
-        table: Its rows.
-
-    Returns:
-        Lines of text, the head line first.
-    """
+    """Return the lines of ``shot_table`` in columns for a terminal."""
     lines = [f"  {'':<16}{'training rows':>14}{'classes':>9}{'rows':>9}{'accuracy %':>12}"]
     for name, bounds, classes, rows, accuracy in table:
         lines.append(f"  {name:<16}{bounds:>14}{classes:>9,}{rows:>9,}{percent(accuracy):>12}")
@@ -114,7 +87,7 @@ def format_table(table: Iterable[tuple[str, str, int, int, float | None]]) -> st
 
 
 def percent(share: float | None) -> str:
-    """Write a share as per cent with one decimal, a dash where there is none.
+    """Return a share as per cent with one decimal, a dash for None or NaN.
 
     Example:
         >>> percent(0.1234), percent(None)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from safetensors.numpy import save_file
+from small_card import card_facts
 
-from etf_adapt.hub import send as publishing
+from etf_adapt.hub import send
 from etf_adapt.hub.__main__ import main
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError
+from etf_adapt.results.card import make_card, write_card, write_short_card
 
 MODEL = "model.safetensors"
 READERS = {"config.json", MODEL, "README.md", "all_results.json", "preprocessor_config.json", "figures/shots.png"}
@@ -59,7 +61,6 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def login(hub, online, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr(publishing, "time", SimpleNamespace(sleep=online.append))
 
 
 def snapshot(folder):
@@ -99,7 +100,7 @@ def test_nothing_that_is_sent_tells_of_the_machine_but_the_token_to_the_hub(hub,
     for secret in (str(tmp_path), hub.token):
         assert not [part for path, body, _ in sent for part in (path, body) if secret.encode() in part]
     assert not [headers for _, _, headers in sent if str(tmp_path).encode() in headers]
-    assert {made.token for made in hub.requests if made.is_storage} == {None}
+    assert {made.token for made in hub.asked("PUT", "/upload/")} == {None}
 
 
 def test_what_is_published_already_is_not_published_again(hub, folder):
@@ -210,19 +211,6 @@ def test_a_card_that_the_hub_cannot_read_is_refused(hub, folder):
     assert "Invalid metadata in README.md" in refusal(folder)[0] and hub.pushed("me/net") == []
 
 
-def test_a_folder_that_changes_while_it_goes_up_is_told_of(hub, folder, monkeypatch):
-    create_commit = HfApi.create_commit
-
-    def late(self, *args, **kwargs):
-        done = create_commit(self, *args, **kwargs)
-        write_weights(folder, MODEL, seed=2)
-        return done
-
-    monkeypatch.setattr(HfApi, "create_commit", late)
-    with pytest.raises(HubError, match=r"model\.safetensors was changed while the folder went up"):
-        publish(folder, "me/net")
-
-
 def test_a_path_is_found_as_json_writes_it(hub, folder, monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", lambda: Path("/home/josé"))
     write(folder, "config.json", json.dumps({"model_type": "x", "a": "/home/josé/m"}).encode())
@@ -235,124 +223,157 @@ def test_a_word_of_a_tokenizer_is_no_path_of_this_machine(hub, folder):
     assert "tokenizer.json" in hub.pushed("me/net")[-1].files
 
 
-# Faults that pass
-
-
-PASSING = {
-    "create 503": {"method": "POST", "pattern": "/repos/create", "status": 503},
-    "create lost": {"method": "POST", "pattern": "/repos/create", "lose_answer": True},
-    "info 500": {"method": "GET", "pattern": "/api/models/me/net$", "status": 500},
-    "branch 502": {"method": "POST", "pattern": "/branch/", "status": 502},
-    "list 504": {"method": "GET", "pattern": "/revision/v1", "status": 504},
-    "commit 429": {"method": "POST", "pattern": "/commit/", "status": 429, "headers": {"Retry-After": "17"}},
-    "pre-upload 500": {"method": "POST", "pattern": "/preupload/", "status": 500},
-    "part cut": {"method": "PUT", "pattern": "/upload/", "cut": 5_000},
-    "commit 503": {"method": "POST", "pattern": "/commit/", "status": 503},
-    "commit cut": {"method": "POST", "pattern": "/commit/", "cut": 50},
-    "commit lost": {"method": "POST", "pattern": "/commit/", "lose_answer": True},
-}
-
-
-@pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_tried_again_and_ends_in_one_commit(hub, folder, online, name):
-    hub.fail(**PASSING[name])
-    publish(folder, "me/net", private=True, revision="v1")
-    (commit,) = hub.pushed("me/net")
-    assert published(commit, folder)
-    by_client = name in ("pre-upload 500", "part cut")
-    assert online == ([17.0] if name == "commit 429" else [1.0] if by_client else [2.0])
-
-
-def test_a_hub_that_is_silent_is_not_waited_for_longer_than_said(hub, folder, online, monkeypatch):
-    monkeypatch.setattr(publishing, "SECONDS", 0.3)
-    hub.fail("POST", "/commit/", delay=60)
-    publish(folder, "me/net")
-    assert online == [2.0] and len(hub.pushed("me/net")) == 1
-
-
-# Faults that do not
+# Faults
 
 
 LASTING = {
-    "create 401": ({"method": "POST", "pattern": "/repos/create", "status": 401}, "does not know this token (401)", 1),
-    "create 403": ({"method": "POST", "pattern": "/repos/create", "status": 403}, "may not write to me/net (403)", 1),
-    "create 503": ({"method": "POST", "pattern": "/repos/create", "status": 503}, "the Hub answered 503", 4),
-    "commit 403": ({"method": "POST", "pattern": "/commit/", "status": 403}, "may not write to me/net (403)", 1),
-    "commit 409": ({"method": "POST", "pattern": "/commit/", "status": 409}, "the Hub answered 409", 1),
-    "commit 500": ({"method": "POST", "pattern": "/commit/", "status": 500}, "the Hub answered 500", 4),
-    "commit 429": ({"method": "POST", "pattern": "/commit/", "status": 429}, "the Hub asks for patience (429)", 4),
-    "commit in an hour": (
-        {"method": "POST", "pattern": "/commit/", "status": 429, "headers": {"Retry-After": "3600"}},
-        "patience for 3600 s (429)",
-        1,
-    ),
-    "commit cut": ({"method": "POST", "pattern": "/commit/", "cut": 50}, "the connection to the Hub broke", 4),
-    "pre-upload 503": ({"method": "POST", "pattern": "/preupload/", "status": 503}, "the Hub answered 503", 6),
-    "batch 500": ({"method": "POST", "pattern": "objects/batch", "status": 500}, "the Hub answered 500", 6),
-    "part cut": ({"method": "PUT", "pattern": "/upload/", "cut": 5_000}, "the connection to the Hub broke", 6),
-    "part 403": ({"method": "PUT", "pattern": "/upload/", "status": 403}, "(403)", 1),
-    "commit silent": ({"method": "POST", "pattern": "/commit/", "delay": 60}, "the Hub was silent", 4),
-    "create silent": ({"method": "POST", "pattern": "/repos/create", "delay": 60}, "the Hub was silent", 4),
+    "create 503": ({"method": "POST", "pattern": "/repos/create", "status": 503}, "503 Service Unavailable"),
+    "create 403": ({"method": "POST", "pattern": "/repos/create", "status": 403}, "403 Forbidden"),
+    "create silent": ({"method": "POST", "pattern": "/repos/create", "delay": 60}, "ReadTimeout"),
+    "branch 500": ({"method": "POST", "pattern": "/branch/", "status": 500}, "500 Internal Server Error"),
+    "upload 403": ({"method": "PUT", "pattern": "/upload/", "status": 403}, "403 Forbidden"),
+    "upload cut": ({"method": "PUT", "pattern": "/upload/"}, "Error: "),
+    "commit 409": ({"method": "POST", "pattern": "/commit/", "status": 409}, "409 Conflict"),
+    "commit cut": ({"method": "POST", "pattern": "/commit/"}, "Error: "),
+    "commit silent": ({"method": "POST", "pattern": "/commit/", "delay": 60}, "ReadTimeout"),
 }
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_what_does_not_pass_leaves_no_commit_and_one_command_carries_on(hub, folder, monkeypatch, capsys, name):
-    fault, words, tries = LASTING[name]
-    monkeypatch.setattr(publishing, "SECONDS", 0.3 if "delay" in fault else 30.0)
+def test_what_fails_leaves_no_commit_and_one_command_carries_on(hub, folder, monkeypatch, capsys, name):
+    fault, words = LASTING[name]
+    monkeypatch.setattr(send, "SECONDS", 0.3 if "delay" in fault else 30.0)
     hub.fail(**fault, times=math.inf)
     message, command = refusal(folder, private=True, revision="v1", commit_message="my first")
     assert message.startswith("`repo_id` (='me/net'): ") and words in message and hub.token not in message
-    assert "http" not in message and len(hub.asked(fault["method"], fault["pattern"])) == tries
-    assert "me/net" not in hub.repositories or hub.pushed("me/net") == []
+    assert "http" not in message and ("me/net" not in hub.repositories or hub.pushed("me/net") == [])
     hub.heal()
     main(command)
     (commit,) = hub.pushed("me/net")
-    assert (commit.changed, commit.message, hub.repositories["me/net"].branches["v1"]) == (
-        READERS,
-        "my first",
-        commit.id,
-    )
+    assert published(commit, folder) and commit.message == "my first"
+    assert hub.repositories["me/net"].branches["v1"] == commit.id
     assert capsys.readouterr().out.strip() == f"{hub.url}/me/net/commit/{commit.id}"
 
 
 def test_a_hub_that_is_away_ends_in_the_command(hub, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "the connection to the Hub broke (ConnectError" in refusal(folder)[0]
+    assert "ConnectError: " in refusal(folder)[0]
 
 
 @pytest.mark.parametrize(
     ("token", "repo_id", "words"),
     [
         ("", "me/net", "no token was found: log in (`hf auth login`) or set HF_TOKEN"),
-        ("hf_wrong", "me/net", "does not know this token (401)"),
-        ("hf_that_may_only_read", "me/net", "may not write to me/net (403)"),
-        ("hf_written_for_the_tests", "you/net", "may not write to you/net (403)"),
+        ("hf_wrong", "me/net", "401 Unauthorized: Invalid credentials"),
+        ("hf_that_may_only_read", "me/net", "403 Forbidden: This token has no permission to write"),
+        ("hf_written_for_the_tests", "you/net", "You don't have the rights to write to you/net"),
     ],
 )
-def test_who_may_not_write_is_told_at_once(hub, folder, online, monkeypatch, token, repo_id, words):
+def test_who_may_not_write_is_refused_at_once(hub, folder, online, monkeypatch, token, repo_id, words):
     monkeypatch.setenv("HF_TOKEN", token)
     message, _ = refusal(folder, repo_id)
     assert words in message and (not token or token not in message)
     assert online == [] and hub.repositories == {}
 
 
-def test_a_name_that_is_taken_by_another_model_of_ours_gets_a_further_commit(hub, folder):
-    hub.seed("me/net", {"config.json": b"{}"})
-    publish(folder, "me/net")
-    assert [commit.changed for commit in hub.pushed("me/net")][1:] == [READERS]
-
-
-def test_offline_is_told(hub, folder, monkeypatch):
+def test_offline_is_an_error_with_its_cause(hub, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refusal(folder)[0] and hub.requests == []
+    assert "HF_HUB_OFFLINE" in refusal(folder)[0] and hub.requests == []
+
+
+def test_a_failure_within_xet_ends_in_the_command_without_the_token(hub, folder, monkeypatch):
+    """Whose errors are no HTTP errors; its limits are set while it sends, and no longer."""
+    seen = {}
+
+    def fail(self, **_):
+        seen.update(os.environ)
+        raise RuntimeError(f"Data processing error: 503 at https://cas.example.org by {hub.token}")
+
+    monkeypatch.setattr(HfApi, "upload_folder", fail)
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "7")
+    message, _ = refusal(folder)
+    assert "Data processing error: 503 at" in message and "http" not in message and hub.token not in message
+    assert (seen["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"], seen["HF_XET_CLIENT_READ_TIMEOUT"]) == ("7", "60s")
+    assert "HF_XET_CLIENT_READ_TIMEOUT" not in os.environ
+
+
+def test_a_bug_stays_what_it_is(hub, folder, monkeypatch):
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self: None)
+    with pytest.raises(TypeError):
+        publish(folder, "me/net")
 
 
 def test_the_client_is_left_as_it_was(hub, folder):
-    from huggingface_hub import get_session
-
     publish(folder, "me/net")
     assert get_session().timeout.read is None
+
+
+# The card of a run
+
+
+@pytest.fixture
+def run_folder(folder):
+    (folder / "README.md").unlink()
+    write_card(folder, card_facts(recalls=[0.5, 0.1], row_counts=[10, 10]))
+    return folder
+
+
+def card_there(hub):
+    return hub.pushed("me/net")[-1].files["README.md"].content.decode()
+
+
+def edit_there(hub, text):
+    """Do what a person does on the Hub's page."""
+    HfApi(token=hub.token).upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="me/net")
+
+
+def edit_here(folder, words):
+    (folder / "README.md").write_text(text := (folder / "README.md").read_text() + words)
+    return text
+
+
+def test_the_card_of_a_run_names_the_model_as_the_hub_does(hub, run_folder):
+    publish(run_folder, "me/net")
+    assert 'model="me/net"' in card_there(hub) and "hf-hub:me/net" in card_there(hub)
+    assert {"class_counts.png", "recalls.png"} <= hub.pushed("me/net")[-1].changed
+
+
+def test_a_card_edited_in_the_folder_is_published_as_it_is_each_time(hub, run_folder, caplog):
+    for words in ("\n## Mine\n", "\n## And more\n"):
+        text = edit_here(run_folder, words)
+        publish(run_folder, "me/net")
+        assert card_there(hub) == text == (run_folder / "README.md").read_text()
+    assert caplog.messages == ["README.md was edited and is published as it is."] * 2
+
+
+def test_a_card_edited_on_the_hub_stays_while_the_weights_are_sent(hub, run_folder, caplog):
+    publish(run_folder, "me/net")
+    edit_there(hub, text := card_there(hub) + "\n## Theirs\n")
+    write_weights(run_folder, MODEL, seed=3)
+    publish(run_folder, "me/net")
+    publish(run_folder, "me/net")
+    assert card_there(hub) == text and MODEL in hub.pushed("me/net")[-1].changed
+    assert caplog.messages[0] == "README.md was edited in me/net and stays there as it is."
+
+
+def test_a_card_that_no_person_edited_there_is_replaced(hub, run_folder):
+    """Be it the short one of a model, or that of another run."""
+    write_short_card(run_folder.parent, "me/net", library="timm", task="image")
+    short = (run_folder.parent / "README.md").read_text()
+    for card in (short, make_card(card_facts(command="of another run"))):
+        hub.seed("me/net", {"README.md": card.encode()})
+        publish(run_folder, "me/net")
+        assert "## Results" in card_there(hub) and "another run" not in card_there(hub)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, run_folder, method):
+    publish(run_folder, "me/net")
+    edit_there(hub, "---\nlicense: mit\n---\n# Theirs\n")
+    hub.fail(method, "/resolve/.*README", status=503, times=math.inf)
+    with pytest.raises(HubError, match=r"To carry on: python -m etf_adapt\.hub"):
+        publish(run_folder, "me/net")
+    assert card_there(hub) == "---\nlicense: mit\n---\n# Theirs\n"
 
 
 # The program
@@ -379,21 +400,6 @@ def test_no_token_can_be_given_as_an_argument(capsys):
     with pytest.raises(SystemExit):
         main(["folder", "me/net", "--token", "hf_x"])
     assert "unrecognized arguments: --token" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("status", [503, 403])
-def test_a_failure_within_xet_ends_in_the_same_command(hub, folder, tmp_path, status):
-    pytest.importorskip("hf_xet", reason="needs the package hf_xet")
-    xet = {"HF_HUB_DISABLE_XET": "0", "HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_TOKEN": hub.token}
-    quick = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
-    hub.fail("POST", "/cas/v1/xorb", status=status, times=math.inf)
-    refused = run(hub, tmp_path / "home", str(folder), "me/net", **xet, **quick)
-    assert refused.returncode == 2 and "the upload failed (" in refused.stderr and str(status) in refused.stderr
-    assert refused.stderr.endswith(f"To carry on: python -m etf_adapt.hub {folder} me/net\n")
-    hub.heal()
-    assert run(hub, tmp_path / "home", str(folder), "me/net", **xet, **quick).returncode == 0
-    (commit,) = hub.pushed("me/net")
-    assert published(commit, folder) and hub.asked("PUT", "/upload/") == []
 
 
 LOAD = """
