@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from etf_adapt.training.feature_cache import cache_features
 from export_onnx import example_inputs
 from transformers import (
     DebertaV2Config,
@@ -22,7 +23,6 @@ from etf_adapt.heads.in_model import head_modules
 from etf_adapt.models.adapters import add_adapters
 from etf_adapt.models.auto import ETFForSequenceClassification
 from etf_adapt.models.weights import new_weights
-from etf_adapt.training.feature_cache import cache_features
 from etf_adapt.training.parameters import fix_parameters
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
