@@ -244,12 +244,13 @@ class ETFTrainer(ResumableTrainer):
         if self.alignment is None or self.class_counts is None:
             return []
         labels = self._labels_of_evaluation()
-        return advise(
+        advice = advise(
             self.alignment,
             class_counts=self.class_counts,
             in_features=self._head.weight[0].numel(),
             validation_counts=None if labels is None else np.bincount(labels, minlength=self._head.num_classes),
         )
+        return [f"advice: {line}" for line in advice]
 
     def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
         with suppress(ValueError):  # a data set without labels
