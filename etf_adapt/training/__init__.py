@@ -1,7 +1,6 @@
-"""transformers' Trainer with our draws, losses and heads.
+"""transformers' Trainer with our sampling, losses and heads.
 
-Read ``arguments`` and ``trainer``. Beside them: ``resumable`` and ``checkpoints`` (stopped anywhere, resumed bit for bit),
-``callbacks`` (what happens around steps), ``parameters`` (what is trained), ``publishing`` (``push_to_hub``),
-``feature_cache``, ``soft_labels`` (mixup, CutMix, smoothing), ``evaluation`` (predictions of each row, and calibration),
-``collapse_monitor``, ``messages`` (what a person is told), ``launch`` (threads, processes).
+Read ``arguments`` and ``trainer``. Beside them: ``resumable`` (stopping, resuming, publishing) over ``checkpoints``,
+``callbacks`` (around steps), ``parameters`` (what is trained), ``soft_labels`` (mixup, CutMix, smoothing), ``evaluation``
+(predictions of each row; calibration), ``collapse_monitor``, ``messages`` (printed lines), ``launch`` (threads, processes).
 """

@@ -1,32 +1,32 @@
-"""Training arguments: transformers' own, with our defaults, our fields, and what of theirs is mapped or refused."""
+"""Training arguments: transformers' own, with our defaults and fields; some of theirs are mapped or refused."""
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 
-from etf_adapt.geometry.frames import FRAMES
+from etf_adapt.errors import check_choice
 
 SAMPLER_POWERS = {"instance": 0.0, "sqrt": 0.5, "balanced": 1.0}
-"""Power of ``ClassBalancedSampler`` for each name of ``sampler``: 0 draws classes as they are, 1 draws them equally."""
+"""Power of ``ClassBalancedSampler`` for each choice of ``sampler``."""
 
 BEST_METRIC = "balanced_accuracy_pooled"
 
 HEAD_RATE = 10.0
-"""Learning rate of a trained head over that of the backbone, unless ``head_learning_rate`` sets it."""
+"""Default learning rate of a trained head over that of the backbone: a new head starts far from where it must go."""
 
+# Fields of TrainingArguments that would bypass our loss, sampler, evaluation or checkpoints: value required, why.
 REFUSED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (
         False,
         "it starts the run again from changed weights with other batches; set the batch size",
     ),
-    "batch_eval_metrics": (False, "metrics are streamed already"),
+    "batch_eval_metrics": (False, "no logits are kept: metrics are computed from predictions"),
     "bf16_full_eval": (False, "it rounds the weights themselves; evaluation runs in the precision of training"),
     "dataloader_drop_last": (False, "it would leave rows out of evaluation; training batches are always whole"),
     "fp16_full_eval": (False, "it rounds the weights themselves; evaluation runs in the precision of training"),
@@ -37,74 +37,46 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "a token in a command or file is read by others: log in (`hf auth login`) or set HF_TOKEN"),
     "hub_strategy": ("end", "the others upload `training_args.bin`, a pickle that holds the Hub token"),
     "ignore_data_skip": (False, "a resumed run must see the rows that the uninterrupted one would have seen"),
-    "include_for_metrics": ([], "metrics are streamed and take predictions, labels and confidences only"),
+    "include_for_metrics": ([], "metrics take predictions, labels and confidences only"),
     "logging_nan_inf_filter": (False, "it hides a loss that is not finite; such a loss stops the run"),
     "prediction_loss_only": (False, "the best checkpoint is chosen by a metric"),
     "use_liger_kernel": (False, "it replaces the model's loss"),
 }
-"""Fields of ``TrainingArguments`` that would bypass our loss, sampler, evaluation or checkpoints: value required, why.
+# Mapped instead of refused: `label_smoothing_factor` becomes `label_smoothing` (soft labels for the model's own loss, where the
+# stock smoother applies cross-entropy); `train_sampling_strategy="group_by_length"` batches rows of similar length *within*
+# our sampler's draw; `data_seed` seeds our sampler; `load_best_model_at_end` is off where `eval_strategy` is "no"; `use_cpu` is
+# on where there is no device. Without effect, since no logits are kept: `eval_accumulation_steps`, `eval_do_concat_batches`,
+# `eval_use_gather_object`.
 
-Mapped instead of refused: ``label_smoothing_factor`` becomes ``label_smoothing`` (soft labels for the model's own loss,
-where the stock smoother applies cross-entropy); ``train_sampling_strategy="group_by_length"`` batches rows of similar
-length *within* our sampler's draw, and ``"random"`` does not (others are refused); ``data_seed`` seeds our sampler;
-``load_best_model_at_end`` needs evaluations and is off where ``eval_strategy`` is ``"no"``; ``use_cpu`` is on where there
-is no device.
-Without effect, since evaluation streams: ``eval_accumulation_steps``, ``eval_do_concat_batches``,
-``eval_use_gather_object``.
-"""
-
+# The same for the fields of `accelerator_config`.
 REFUSED_ACCELERATOR: dict[str, tuple[Any, str]] = {
     "split_batches": (False, "`per_device_train_batch_size` is the batch of one process"),
     "dispatch_batches": (None, "each process reads its own rows"),
     "even_batches": (True, "processes must run the same number of evaluation batches"),
 }
-"""The same for the fields of ``accelerator_config``."""
+
+
+_STOCK = {entry.name: entry for entry in fields(TrainingArguments)}
+
+
+def _default(name: str, value: Any, text: str | None = None) -> Any:
+    """Return a field of TrainingArguments with another default, and transformers' help unless ours is given."""
+    return field(default=value, metadata={"help": text or _STOCK[name].metadata["help"]})
+
+
+def _option(value: Any, text: str) -> Any:
+    return field(default=value, metadata={"help": text})
 
 
 @dataclass
 class ETFTrainingArguments(TrainingArguments):
     """Hold all settings of a run: ``transformers.TrainingArguments`` with other defaults, and the fields added here.
 
-    The first block below is the one place where our defaults for transformers' fields stand. What of theirs is mapped
-    or refused is in ``REFUSED`` and the text under it, and is checked here, before any data or model is read.
-
-    Args:
-        sampler: How often classes are drawn: ``"instance"`` as they are, ``"sqrt"`` by the root of their counts,
-            ``"balanced"`` equally (powers 0, 1/2 and 1 of ``ClassBalancedSampler``).
-        head_learning_rate: Learning rate of a trained head; ten times ``learning_rate`` where None, since a new head starts
-            far from where it must go and the backbone does not. Without effect on a fixed head.
-        freeze: ``"backbone"`` trains the head alone; ``"none"`` trains all that is not fixed.
-        early_stopping_patience: Evaluations without a better ``metric_for_best_model`` after which the run ends, at
-            least 1; None never ends it early.
-        mixup: Alpha of mixup, 0 for none (Zhang et al. 2018, https://arxiv.org/abs/1710.09412). Images only.
-        cutmix: Alpha of CutMix, 0 for none (Yun et al. 2019, https://arxiv.org/abs/1905.04899). Images only.
-        label_smoothing: Weight in [0, 1) of the uniform distribution in the training labels.
-        batch_norm: Running statistics of BatchNorm layers in the backbone: ``"frozen"``; ``"reestimate"``, that is
-            estimated once on the training rows before the alignment and then frozen; ``"train"``, as usual. None means
-            frozen under a fixed head and train under any other. A head aligned once goes stale when they move.
-        frame: What a fresh ETF head is set to before the first step (``etf_adapt.align_head``).
-        frame_penalty: Penalty of the frames that have one, in mean eigenvalues; chosen on the data where None.
-        realign_epochs: A fixed ETF head is aligned again after each of this many first epochs; after every epoch where None,
-            never where 0. Between two alignments it stays as it is.
-        leave_one_out: In training each row is scored by the head that would have been set without it, where the head is fixed
-            and aligned, rows have a ``row_id``, and none are mixed (``etf_adapt.heads.training_logits.LeftOutRows``). Of
-            more than 20,000 rows those of a sample that is even over the classes; the others are scored by the head as it is.
-        feature_lengths: In training the logits of a fixed head are divided by the length of the feature, where the frame has
-            a metric for it (``etf_adapt.heads.training_logits.FeatureLengths``).
-        final_frame: Closed form that the head, of whatever kind and however trained, is set to once more after training: a
-            classifier refitted on the final features (nearest class mean and its relatives); none where None.
-        reweight_from: Share of the epochs, in [0, 1), after which class weights by effective number multiply the loss
-            (deferred re-weighting, Cao et al. 2019, https://arxiv.org/abs/1906.07413; theirs is 0.8); never where None.
-        shot_bounds: Training counts (at least, at most) of a medium class: above is many, below is few.
-        min_validation_rows: Classes with fewer validation rows than this share one pooled recall in
-            ``balanced_accuracy_pooled``, the default ``metric_for_best_model``.
-        collapse_rows: Most rows of the samples of train and of validation on which neural collapse is measured at each
-            evaluation of a run (``etf_adapt.monitor``), at most a tenth of the training rows; 0 measures none.
-        torch_threads: CPU threads of each process; None shares the cores among the processes of this machine where
-            a launcher left one thread.
+    Each field carries its description as metadata, which ``python recipes/finetune.py --help`` prints. Fields of transformers
+    that would bypass our loss, sampler, evaluation or checkpoints are refused here, before any data or model is read.
 
     Raises:
-        ValueError: A value is outside its range or in ``REFUSED``; the message names value, rule and remedy.
+        ValueError: A value is outside its range, or would bypass them; the message names value, rule and remedy.
 
     Example:
         >>> args = ETFTrainingArguments(output_dir="out", sampler="balanced", label_smoothing_factor=0.1)
@@ -113,94 +85,91 @@ class ETFTrainingArguments(TrainingArguments):
     """
 
     # Our defaults for fields of TrainingArguments
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training rows per step and process."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation rows per step and process."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Number of training epochs."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Warm-up steps, or their share of all steps if below 1."}
+    per_device_train_batch_size: int = _default("per_device_train_batch_size", 64)
+    per_device_eval_batch_size: int = _default("per_device_eval_batch_size", 128)
+    num_train_epochs: float = _default("num_train_epochs", 10.0)
+    learning_rate: float = _default("learning_rate", 1e-4)
+    lr_scheduler_type: str = _default("lr_scheduler_type", "cosine")
+    warmup_steps: float = _default("warmup_steps", 0.1)
+    weight_decay: float = _default("weight_decay", 0.05)
+    eval_strategy: str = _default("eval_strategy", "epoch")
+    save_strategy: str = _default("save_strategy", "epoch")
+    save_total_limit: int | None = _default("save_total_limit", 2, "Checkpoints kept; newest and best always are.")
+    logging_strategy: str = _default("logging_strategy", "epoch")
+    logging_nan_inf_filter: bool = _default(
+        "logging_nan_inf_filter", False, "Only False: a loss that is not finite stops the run."
     )
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay; none on biases and norms."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
+    load_best_model_at_end: bool = _default("load_best_model_at_end", True)
+    metric_for_best_model: str | None = _default(
+        "metric_for_best_model", BEST_METRIC, "Metric by which the best checkpoint is chosen."
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; newest and best always are."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Refused: a loss that is not finite stops."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's weights."})
-    metric_for_best_model: str | None = field(default=BEST_METRIC, metadata={"help": "Metric of the best checkpoint."})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length (where rows have lengths) or random."}
+    train_sampling_strategy: Literal["group_by_length", "random"] = _default(
+        "train_sampling_strategy",
+        "group_by_length",
+        "Whether rows of similar length share a batch, where rows have lengths.",
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns that forward does not name."})
-    disable_tqdm: bool | None = field(default=None, metadata={"help": "No progress bar; by default only in terminals."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - transformers' parser takes None first only
-        default="none", metadata={"help": "Trackers to report to."}
-    )
-    hub_strategy: str = field(default="end", metadata={"help": "Only end: the model is pushed once, finished."})
-    seed: int = field(default=0, metadata={"help": "Seed of initialisation, draw, augmentation and dropout."})
+    remove_unused_columns: bool = _default("remove_unused_columns", False)
+    disable_tqdm: bool | None = _default("disable_tqdm", None, "No progress bar; by default only in terminals.")
+    report_to: None | str | list[str] = _default("report_to", "none")  # noqa: RUF009, RUF036 - transformers' parser takes None first
+    hub_strategy: str = _default("hub_strategy", "end", "Only end: the model is pushed once, finished.")
+    seed: int = _default("seed", 0, "Seed of initialisation, sampling, augmentation and dropout.")
 
     # Our own fields
-    sampler: Literal["instance", "sqrt", "balanced"] = field(
-        default="instance", metadata={"help": "Draw classes as they are, by the root of their counts, or equally."}
+    sampler: Literal["instance", "sqrt", "balanced"] = _option(
+        "instance", "Sampling: instance draws examples uniformly, balanced draws classes uniformly, sqrt lies between."
     )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of a trained head; default: ten times learning_rate."}
+    head_learning_rate: float | None = _option(
+        None, "Learning rate of a trained head; default: ten times learning_rate."
     )
-    freeze: Literal["none", "backbone"] = field(default="none", metadata={"help": "What is not trained."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "End after so many evaluations without a better metric."}
+    freeze: Literal["none", "backbone"] = _option(
+        "none", "backbone trains the head alone; none trains all that is not fixed."
     )
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 for none."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0 for none."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Weight of the uniform label distribution."})
-    batch_norm: Literal["frozen", "reestimate", "train"] | None = field(
-        default=None, metadata={"help": "BatchNorm statistics; default: frozen under a fixed head, else train."}
+    early_stopping_patience: int | None = _option(
+        None, "Evaluations without improvement of metric_for_best_model after which the run ends; default: never."
     )
-    frame: Literal["whitened", "discriminant", "ridge", "means", "nearest_mean", "rotated", "random"] = field(
-        default="whitened", metadata={"help": "Closed form that sets a fresh ETF head before the first step."}
+    mixup: float = _option(0.0, "Alpha of mixup (https://arxiv.org/abs/1710.09412), images only; 0 for none.")
+    cutmix: float = _option(0.0, "Alpha of CutMix (https://arxiv.org/abs/1905.04899), images only; 0 for none.")
+    label_smoothing: float = _option(0.0, "Weight in [0, 1) of the uniform distribution in the training labels.")
+    batch_norm: Literal["frozen", "train"] | None = _option(
+        None, "Running statistics of BatchNorm in the backbone; default: frozen under a fixed head, else train."
     )
-    frame_penalty: float | None = field(
-        default=None, metadata={"help": "Its penalty; chosen on the data if not given."}
+    frame: Literal["whitened", "means", "rotated", "random"] = _option(
+        "whitened", "Closed form that sets a fresh ETF head before the first step."
     )
-    realign_epochs: int | None = field(
-        default=None, metadata={"help": "Align again after each of this many first epochs; default: after every epoch."}
+    frame_penalty: float | None = _option(
+        None, "Penalty of the whitened frame, in mean eigenvalues; default: chosen by leave-one-out."
     )
-    leave_one_out: bool = field(
-        default=True, metadata={"help": "Score each training row by the head that would have been set without it."}
+    realign_epochs: int | None = _option(
+        None, "A fixed ETF head is aligned again after each of this many first epochs; default: after every epoch."
     )
-    feature_lengths: bool = field(
-        default=False,
-        metadata={"help": "Divide the logits by the feature's length in training, in frames that allow it."},
+    leave_one_out: bool = _option(
+        True, "Score each training row by the aligned, fixed head as it would be without that row (no mixup or CutMix)."
     )
-    final_frame: str | None = field(
-        default=None, metadata={"help": f"Refit any head after training: one of {', '.join(FRAMES[1:])}."}
-    )
-    reweight_from: float | None = field(
-        default=None, metadata={"help": "Share of the epochs after which class weights multiply the loss."}
+    final_frame: Literal["whitened", "means"] | None = _option(
+        None, "Closed form that a head of any kind is refitted by after training; default: none."
     )
     shot_bounds: list[int] = field(
-        default_factory=lambda: [20, 100], metadata={"help": "Training counts (at least, at most) of a medium class."}
+        default_factory=lambda: [20, 100],
+        metadata={"help": "Training counts (at least, at most) of a medium class: above is many, below is few."},
     )
-    min_validation_rows: int = field(
-        default=5,
-        metadata={"help": "Classes with fewer validation rows share one recall where checkpoints are chosen."},
+    min_validation_rows: int = _option(
+        5, "Classes with fewer validation rows share one pooled recall in balanced_accuracy_pooled."
     )
-    collapse_rows: int = field(
-        default=512, metadata={"help": "Most rows of the samples on which neural collapse is measured; 0 for none."}
+    collapse_rows: int = _option(
+        0,
+        "Most rows, and at most a tenth of the training rows, on which neural collapse is measured at each evaluation.",
     )
-    torch_threads: int | None = field(default=None, metadata={"help": "CPU threads of each process."})
+    torch_threads: int | None = _option(
+        None, "CPU threads of each process; default: an equal share of the cores under a launcher."
+    )
 
     def __post_init__(self) -> None:
         self._map_label_smoothing()
         self._check_ranges()
-        # An empty list on the command line cannot be told from no list.
+        # On the command line an empty list and no list are the same.
         self.include_for_metrics = self.include_for_metrics or []
         for name, (required, why) in REFUSED.items():
             _require(name, getattr(self, name), required, why)
-        _one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "group_by_length"))
         self.load_best_model_at_end = self.load_best_model_at_end and self.eval_strategy != "no"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
@@ -227,13 +196,12 @@ class ETFTrainingArguments(TrainingArguments):
             self.label_smoothing, self.label_smoothing_factor = self.label_smoothing_factor, 0.0
 
     def _check_ranges(self) -> None:
-        _one_of("sampler", self.sampler, tuple(SAMPLER_POWERS))
-        _one_of("freeze", self.freeze, ("none", "backbone"))
-        _one_of("frame", self.frame, FRAMES)
-        if self.final_frame is not None:
-            _one_of("final_frame", self.final_frame, FRAMES[1:])
-        if self.batch_norm is not None:
-            _one_of("batch_norm", self.batch_norm, ("frozen", "reestimate", "train"))
+        hints = get_type_hints(ETFTrainingArguments)
+        for name in ETFTrainingArguments.__annotations__:
+            hint, value = hints[name], getattr(self, name)
+            for literal in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
+                if value is not None or literal is hint:
+                    check_choice(name, value, get_args(literal))
         for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must not be negative.")
@@ -242,8 +210,6 @@ class ETFTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(f"`head_learning_rate` (={self.head_learning_rate}) must be positive.")
-        if self.reweight_from is not None and not 0 <= self.reweight_from < 1:
-            raise ValueError(f"`reweight_from` (={self.reweight_from}) must lie in [0, 1): a share of the epochs.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` (={self.label_smoothing}) must lie in [0, 1).")
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:
@@ -270,10 +236,3 @@ class ETFTrainingArguments(TrainingArguments):
 def _require(name: str, value: Any, required: Any, why: str) -> None:
     if value != required:
         raise ValueError(f"`{name}` (={getattr(value, 'value', value)!r}) must be {required!r} here: {why}.")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = get_close_matches(str(value), choices, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(choices)}.{hint}")

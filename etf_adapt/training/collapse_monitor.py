@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,38 +16,23 @@ from etf_adapt.data.long_tail import seeded_generator
 from etf_adapt.data.splits import take_per_class
 from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features, score_features, to_device
 from etf_adapt.metrics.collapse import NeuralCollapse
+from etf_adapt.training.arguments import ETFTrainingArguments
 
 MEASURES = ("nc1", "nc2", "nc3", "nc4")
 _CLASS_STREAM, _ROWS_A_CLASS = 31, 2
 
 
 class CollapseMonitor:
-    """Measure collapse (``etf_adapt.metrics.collapse.NeuralCollapse``) on a fixed, seeded sample of rows of a data set.
+    """Measure neural collapse on a fixed, seeded sample of the rows of a map-style data set.
 
-    The sample has as many rows of each class as fit into its size, two at least; of more classes than fit, some are drawn.
-
-    Args:
-        dataset: Rows as evaluation transforms them, map-style.
-        labels: Class of each row (rows,).
-        num_classes: Number of classes.
-        max_rows: Most rows of the sample, at least 4.
-        collate: Makes a batch of rows, with ``labels`` (batch,).
-        batch_size: Rows of a batch.
-        seed: Of the sample.
-
-    Example:
-        >>> import timm
-        >>> from etf_adapt import swap_head
-        >>> rows = [{"x": torch.randn(3, 160, 160), "labels": row % 3} for row in range(12)]
-        >>> monitor = CollapseMonitor(rows, np.arange(12) % 3, num_classes=3, max_rows=6)
-        >>> list(monitor.measure(swap_head(timm.create_model("test_vit"), 3)))[:4]
-        ['nc1', 'nc2', 'nc3', 'nc4']
+    The sample has as many rows of each class as fit into ``max_rows``, at least two; where there are more classes than fit, a
+    draw of them.
     """
 
     def __init__(
         self,
         dataset: Any,
-        labels: NDArray[np.int64],
+        labels: NDArray[np.int64],  # (rows,)
         *,
         num_classes: int,
         max_rows: int,
@@ -70,38 +55,44 @@ class CollapseMonitor:
             generator=torch.Generator().manual_seed(seed),  # or each pass would draw from the run's own
         )
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, context: AbstractContextManager[Any] | None = None) -> dict[str, float | None]:
-        """Measure a model; its mode and random state are left as they are.
+        """Return ``nc1`` to ``nc4`` of the features, and ``logit_nc1`` to ``logit_nc4`` of the centred logits.
 
-        Args:
-            model: A model with one head of ours.
-            context: In which its forward runs, such as autocast.
-
-        Returns:
-            ``nc1`` to ``nc4`` of the features that the head reads, and ``logit_nc1`` to ``logit_nc4`` of the centred logits,
-            with the vertices of the simplex as head; empty where fewer than two classes have two rows or the model has
-            several heads.
+        In logit space the vertices of the simplex are the head. Nothing where fewer than two classes have two rows, or the
+        model has several heads. ``context`` is that of the forward pass, such as autocast.
         """
         heads = list(head_modules(model).values())
         if not self.is_measurable or len(heads) != 1:
             return {}
+        device, parts = next(model.parameters()).device, []
         with evaluation_mode(model), context or nullcontext():
-            parts = [(read_features(model, inputs)[0], labels) for inputs, labels in self._batches(model)]
-            logits = [score_features(model, features) for features, _ in parts]
-        features = torch.cat([part.float().cpu() for part, _ in parts]).numpy()
-        labels = torch.cat([part for _, part in parts]).numpy()
-        scores = torch.cat([part.float().cpu() for part in logits]).double().numpy()
-        weight, bias = heads[0].folded()
+            for batch in self._loader:
+                inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
+                labels = inputs.pop("labels")
+                features = read_features(model, inputs)[0]
+                logits = score_features(model, features)
+                parts.append((features.float().cpu(), logits.double().cpu(), labels.cpu()))
+        rows, scores, references = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         spaces = {
-            "": (NeuralCollapse(weight, bias), features),
+            "": (NeuralCollapse(*heads[0].folded()), rows),
             "logit_": (NeuralCollapse(np.eye(scores.shape[1])), scores - scores.mean(axis=1, keepdims=True)),
         }
-        found = {prefix: metric.compute(features=rows, references=labels) for prefix, (metric, rows) in spaces.items()}
-        return {f"{prefix}{name}": values[name] for prefix, values in found.items() for name in MEASURES}
+        found = {name: metric.compute(features=data, references=references) for name, (metric, data) in spaces.items()}
+        return {f"{space}{name}": values[name] for space, values in found.items() for name in MEASURES}
 
-    def _batches(self, model: nn.Module) -> Iterator[tuple[Mapping[str, Any], torch.Tensor]]:
-        device = next(model.parameters()).device
-        for batch in self._loader:
-            inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
-            yield inputs, inputs.pop("labels").cpu()
+
+def make_monitors(
+    samples: Mapping[str, tuple[Any, NDArray[np.int64] | None]],
+    num_classes: int,
+    args: ETFTrainingArguments,
+    collate: Any,
+) -> dict[str, CollapseMonitor]:
+    """Return a monitor for each data set with labels, by name; none without ``args.collapse_rows``."""
+    train_labels = samples["train_"][1]
+    size = min(args.collapse_rows, (0 if train_labels is None else len(train_labels)) // 10)
+    options: dict[str, Any] = {"collate": collate, "batch_size": args.eval_batch_size, "seed": args.seed}
+    return {
+        name: CollapseMonitor(rows, labels, num_classes=num_classes, max_rows=size, **options)
+        for name, (rows, labels) in samples.items()
+        if labels is not None and size >= 2 * _ROWS_A_CLASS
+    }

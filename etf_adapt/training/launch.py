@@ -1,4 +1,4 @@
-"""Threads and processes of a run, and what a launcher was asked for and does not do."""
+"""Threads and processes of a run, and requests to a launcher that are not met."""
 
 from __future__ import annotations
 
@@ -12,21 +12,11 @@ _MALLOC_OPTIONS = {-4: 0, -1: -1}  # of malloc.h: M_MMAP_MAX none, M_TRIM_THRESH
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Set the CPU threads of this process, undoing the single thread that launchers leave.
+    """Set the CPU threads of this process, and return their number.
 
-    ``accelerate launch`` and ``torchrun`` set OMP_NUM_THREADS=1, so that two cores would run as one. The cores that this
-    process may use are shared out among the processes of this machine, unless a number is given or no launcher ran.
-
-    Args:
-        threads: Number of threads, at least 1; None as above.
-
-    Returns:
-        The number now set.
-
-    Example:
-        >>> set_threads(1)
-        1
+    Where None, the usable cores are shared by the processes of this machine if a launcher started them.
     """
+    # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, by which two cores would run as one.
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if threads is None and launched:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,15 +27,11 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to keep memory that is freed for the next batch, where it would give it back to the system.
-
-    On CPUs glibc otherwise maps the large tensors of each step anew, and the system clears their pages, at every operation;
-    networks of convolutions feel it most. Results are the same; the peak of memory is held until the process ends. Not for
-    texts, whose batches differ in size: that of the longest text takes many times what the others do.
-
-    Returns:
-        Whether the C library is one that can be told (glibc).
-    """
+    """Let glibc keep freed memory for the next batch; return whether the C library is glibc."""
+    # Not for texts, whose batches differ in size: that of the longest text takes many times what the others do.
+    # On CPUs glibc otherwise maps the large tensors of each operation anew, and the system clears their pages. Results are the
+    # same; the peak of memory is held until the process ends. CPU seconds of an epoch at 64 px, one thread, medians of five
+    # alternating pairs (28 November 2026): mobilenetv2 6.6 with it, 7.6 without; vit_tiny 14.9 with it, 15.9 without.
     try:
         libc = ctypes.CDLL("libc.so.6")
         return all(libc.mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS.items())
@@ -54,24 +40,19 @@ def keep_freed_memory() -> bool:
 
 
 def unmet_requests(distributed_type: str) -> list[str]:
-    """Say what a launcher was asked for and does not happen.
+    """Return a warning for each thing that a launcher was asked for and that does not happen.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process without a word; it leaves MASTER_ADDR behind, which
-    it sets for more than one only. FSDP and DeepSpeed are passed over on CPUs (accelerate 1.15).
-
-    Args:
-        distributed_type: What Accelerate does: a value of ``accelerate.DistributedType``.
-
-    Returns:
-        A sentence for each.
+    ``distributed_type`` is what Accelerate does: a value of ``accelerate.DistributedType``.
     """
-    said = []
+    # `accelerate launch --cpu --num_processes 2` starts one process without a word; it leaves MASTER_ADDR behind, which it sets
+    # for more than one only. FSDP and DeepSpeed are passed over on CPUs (accelerate 1.15).
+    warnings = []
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ) and PartialState().num_processes == 1:
-        said.append(
+        warnings.append(
             "WARNING: several processes were asked for, but one runs: start them with `torchrun --nproc_per_node <n>` or "
             "`accelerate launch --multi_gpu --num_processes <n>`, which start them on CPUs too."
         )
     for kind in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" and distributed_type != kind:
-            said.append(f"WARNING: {kind} was asked for, but Accelerate runs {distributed_type} on this machine.")
-    return said
+            warnings.append(f"WARNING: {kind} was asked for, but Accelerate runs {distributed_type} on this machine.")
+    return warnings

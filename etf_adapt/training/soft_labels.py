@@ -7,15 +7,10 @@ from torch import Tensor
 
 
 class SoftLabels:
-    """Make labels soft: mixup and CutMix mix pairs of images, smoothing mixes in the uniform distribution.
+    """Mix pairs of images by mixup and CutMix (timm's ``Mixup``), and the uniform distribution into labels by smoothing.
 
-    Pairs are the first with the last row of a process's batch, and so on, by one weight a batch: timm's ``Mixup``.
-
-    Args:
-        num_classes: Number of classes.
-        mixup: Alpha of mixup, 0 for none.
-        cutmix: Alpha of CutMix, 0 for none; with both, either is chosen for each batch.
-        smoothing: Weight of the uniform distribution, in [0, 1).
+    Pairs are the first with the last row of a process's batch, and so on, with one weight per batch; with both alphas positive,
+    each batch is mixed by one of the two.
 
     Example:
         >>> import torch
@@ -28,18 +23,14 @@ class SoftLabels:
     def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, smoothing: float = 0.0) -> None:
         self.num_classes = num_classes
         self.smoothing = smoothing
-        self.is_active = bool(mixup or cutmix or smoothing)
         self.mixes = bool(mixup or cutmix)
+        self.is_active = self.mixes or bool(smoothing)
         self._mix = None
-        if mixup or cutmix:
+        if self.mixes:
             self._mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and soft labels (batch, num_classes) for inputs (batch, ...) and labels (batch,).
-
-        Raises:
-            ValueError: The inputs are to be mixed and are no images (batch, channels, height, width).
-        """
+        """Return inputs (batch, ...) and soft labels (batch, num_classes) for labels (batch,)."""
         if self._mix is None:
             return inputs, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         if inputs.ndim != 4 or not inputs.is_floating_point():

@@ -1,11 +1,10 @@
-"""Transformers' Trainer with our sampler, loss, heads, metrics and checkpoints: a subclass, no loop of its own."""
+"""transformers' Trainer with our sampler, loss, heads, metrics and checkpoints: a subclass, no loop of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -25,46 +24,43 @@ from etf_adapt.data.text import EvenLengths, SimilarLengths, lengths_of
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.training_logits import TrainingLogits
-from etf_adapt.losses.registry import LOSSES
-from etf_adapt.metrics.shots import ShotAccuracy, pooled_balanced_accuracy
+from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.etf_model import ETFModel
-from etf_adapt.models.stock_subclass import FEATURES
 from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
-from etf_adapt.training.callbacks import EpochStart, ProgressBar, Realign, Reweight, RunLog
+from etf_adapt.training.callbacks import EpochStart, ProgressBar, Realign, RunLog
 from etf_adapt.training.checkpoints import resolve_checkpoint
-from etf_adapt.training.collapse_monitor import CollapseMonitor
-from etf_adapt.training.evaluation import predict_rows
+from etf_adapt.training.collapse_monitor import make_monitors
+from etf_adapt.training.evaluation import predict_rows, score_rows
 from etf_adapt.training.launch import set_threads
-from etf_adapt.training.messages import RunSetup, describe_run, describe_start
+from etf_adapt.training.messages import RunSetup, advise, describe_alignment, describe_run
 from etf_adapt.training.parameters import (
     batch_norms,
     fix_parameters,
-    reestimate_batch_norms,
     require_finite,
+    resolve_batch_norm,
     set_head_learning_rate,
 )
-from etf_adapt.training.publishing import PublishingTrainer
+from etf_adapt.training.resumable import ResumableTrainer
 from etf_adapt.training.soft_labels import SoftLabels
 
 
-class ETFTrainer(PublishingTrainer):
+class ETFTrainer(ResumableTrainer):
     """Train a model with an ETF head, or with any head to compare it with, by transformers' ``Trainer``.
 
-    What differs from the stock class: rows are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned on
-    the training rows before the first step, and a fixed one again after each epoch; each training row is scored by the head
-    that would have been set without it; a fixed head stays out of the optimizer whatever was unfrozen; mixup, CutMix and
-    smoothing give soft labels to the model's own loss; evaluation streams and counts each row once; a loss or weight that
-    is not finite ends the run before it is saved; a checkpoint is complete or known not to be, holds no
-    ``training_args.bin``, and is resumed bit for bit on the CPU.
+    Unlike the stock class: examples are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned before the
+    first step, and a fixed one again after each epoch; each training row is scored by the head as it would be without that row;
+    a fixed head stays out of the optimizer whatever was unfrozen; mixup, CutMix and smoothing give soft labels to the model's
+    own loss; evaluation keeps no logits and counts each row once; a loss or weight that is not finite ends the run unsaved;
+    checkpoints are complete or known not to be, hold no pickled arguments, and are resumed bit for bit on the CPU.
 
     Args:
-        model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; what is trained of it is float32.
+        model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; its trained parameters are float32.
         args: Settings of the run.
         train_dataset: Training rows, map-style, as ``data_collator`` takes them.
         eval_dataset: Validation rows; needed unless ``eval_strategy`` is ``"no"``.
-        alignment_dataset: The training rows in the same order as evaluation transforms them; ``train_dataset`` by default.
+        alignment_dataset: The training rows in the same order with the transforms of evaluation; by default ``train_dataset``.
         data_collator: Makes a batch of rows, with ``labels`` (batch,) and ``row_id`` (batch,), the row's number in its data
-            set; the latter is needed to evaluate on several processes.
+            set; evaluation on several processes needs the latter.
         processing_class: Tokenizer or image processor, saved beside the model.
         labels: Label of each training row; by default the column ``label`` or ``labels`` of ``train_dataset``.
         callbacks: Further callbacks.
@@ -106,22 +102,13 @@ class ETFTrainer(PublishingTrainer):
             raise ValueError(
                 "`model` has no head and loss of etf_adapt: load it with ETFFor..., or call adapt(model, ...)."
             )
+        self._head = next(iter(self.heads.values()))
         set_threads(args.torch_threads)
-        num_classes = next(iter(self.heads.values())).num_classes
-        self.train_labels: NDArray[np.int64] | None = None
+        num_classes = self._head.num_classes
         self.class_counts: NDArray[np.int64] | None = None
         if train_dataset is not None:
             self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids
-            self.class_counts = np.bincount(self.train_labels, minlength=num_classes)
-            if len(self.train_labels) != len(train_dataset):  # type: ignore[arg-type]
-                raise ValueError(
-                    f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
-                )
-            if len(self.class_counts) > num_classes:
-                raise ValueError(
-                    f"`train_dataset` has label {len(self.class_counts) - 1}, but the head has {num_classes} classes: load "
-                    f"the model with num_labels={len(self.class_counts)}."
-                )
+            self.class_counts = _count_classes(self.train_labels, len(train_dataset), num_classes)  # type: ignore[arg-type]
             model.set_loss(model.etf_settings["loss"], class_counts=self.class_counts.tolist())
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
         self.alignment: dict[str, Any] | None = None
@@ -141,29 +128,30 @@ class ETFTrainer(PublishingTrainer):
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
         self.realign_epochs = self._resolve_realign_epochs()
-        if args.final_frame is not None:
-            model.require_frame(args.final_frame)
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"`final_frame` (={args.final_frame!r}) cannot be had with FSDP or DeepSpeed, which split the head over "
-                    "processes: leave it out or use DDP."
-                )
-        own = [
-            EpochStart(self._updates_per_epoch, lambda: [self._train_sampler]),
+        if args.final_frame is not None and not self._has_whole_weights:
+            raise ValueError(
+                f"`final_frame` (={args.final_frame!r}) cannot be had with FSDP or DeepSpeed, which split the head over "
+                "processes: leave it out or use DDP."
+            )
+        for callback in (
+            EpochStart(self._updates_per_epoch, lambda: self._train_sampler),
             Realign(self._updates_per_epoch, self.align, self.realign_epochs),
             RunLog(),
             *([] if args.disable_tqdm else [ProgressBar()]),
-        ]
-        if args.reweight_from is not None:
-            self._set_class_weights(False)
-            own.append(Reweight(self._updates_per_epoch, self._set_class_weights, args.reweight_from))
-        for callback in (*own, *callbacks):
+            *callbacks,
+        ):
             self.add_callback(callback)
-        self._monitors = self._make_monitors()
-        self.batch_norm = self._resolve_batch_norm()
+        self._monitors = {}
+        if args.collapse_rows and self._has_whole_weights:
+            samples = {
+                "": (eval_dataset, self._labels_of_evaluation()),
+                "train_": (self.alignment_dataset, self.train_labels),
+            }
+            self._monitors = make_monitors(samples, num_classes, args, data_collator)
+        self.batch_norm = resolve_batch_norm(model, self._head, args)
         self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
 
-    # What is trained, and from where
+    # Training and alignment
 
     def train(
         self,
@@ -171,19 +159,11 @@ class ETFTrainer(PublishingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, from the start or from a checkpoint.
-
-        Args:
-            resume_from_checkpoint: Folder of a checkpoint; True for the newest complete one in ``output_dir``.
-            trial: As in ``Trainer``.
-            ignore_keys_for_eval: Without effect: evaluation reads the logits alone.
-
-        Returns:
-            Number of steps, mean loss and figures of the run.
+        """Train from the start, or from ``resume_from_checkpoint``: a folder, or True for the newest one in ``output_dir``.
 
         Raises:
-            ValueError: Nothing is left to train, weights to train are not float32, the checkpoint belongs to a run with
-                another draw, or ``output_dir`` holds another run.
+            ValueError: Nothing is left to train, trained weights are not float32, the checkpoint belongs to a run with other
+                settings of sampling, or ``output_dir`` holds another run.
             FileNotFoundError: There is no complete checkpoint to resume from.
             FloatingPointError: A loss or a weight is not finite.
         """
@@ -191,132 +171,109 @@ class ETFTrainer(PublishingTrainer):
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
         freed = fix_parameters(self.model, freeze=self.args.freeze, steps=steps)
         if freed:
-            self._say(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
+            self._print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
         if checkpoint is not None:
             self.restore(checkpoint)
-        for line in describe_run(self.describe_setup()):
-            self._say(line)
+        self._print(*describe_run(self.args, self.describe_setup()))
         if checkpoint is not None:
-            self._say(f"resuming from {checkpoint}")
+            self._print(f"resuming from {checkpoint}")
         elif self.needs_alignment() or self.realign_epochs:
             replaced = {head.frame for head in self.heads.values()} - {"random", "initialised", self.args.frame}
             if replaced:
-                self._say(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
-            if self.batch_norm == "reestimate":
-                batches = self.accelerator.prepare_data_loader(self._alignment_loader(mixed=True))
-                reestimate_batch_norms(self.model, batches)
+                self._print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
             self.align()
-            for line in self._describe_start():
-                self._say(line)
+            self._print(self._describe_alignment(), *self._advise())
         else:
-            self._training_logits.clear()  # of a head that may have changed since
+            self._training_logits.clear()  # of an alignment before the head may have changed
         output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         if self.args.final_frame is not None:
             self.model.fold_heads()
             self.heads = head_modules(self.model)
+            self._head = next(iter(self.heads.values()))
             self.align(self.args.final_frame)
-            self._say(f"refitted, {self._describe_start()[0]}")
+            self._print(f"refitted, {self._describe_alignment()}")
         require_finite(self.model, step=self.state.global_step)
         return output
 
     def align(self, frame: str | None = None) -> None:
-        """Set the head in closed form from the training rows as evaluation reads them (``etf_adapt.align_head``).
-
-        Args:
-            frame: The closed form; that of the settings where None.
-
-        Raises:
-            FloatingPointError: A weight is not finite.
-        """
+        """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``)."""
         require_finite(self.model, step=self.state.global_step)
         result = align_head(
             self.model,
-            self._alignment_loader(mixed=False),
+            self._alignment_loader(),
             class_counts=self.class_counts,
             frame=frame or self.args.frame,
             penalty=self.args.frame_penalty,
-            feature_lengths=self.args.feature_lengths,
             seed=self.args.seed,
         )
         for head in self.heads.values():
-            for rows in (head.weight, head.bias):
-                if rows is not None:
-                    broadcast(rows.data)  # Processes may round the same sums differently.
-        self.alignment = {name: value for name, value in vars(result).items() if name not in ("left_out", "lengths")}
-        logits = self._training_logits
-        logits.clear()
-        for (path, head), rows_left_out, lengths in zip(
-            self.heads.items(), result.left_out, result.lengths, strict=True
-        ):
-            if rows_left_out is not None and self.args.leave_one_out and not head.trainable:
-                logits.left_out[path] = rows_left_out.to(self.args.device)
-            if lengths is not None and not head.trainable:
-                logits.lengths[path] = lengths.to(self.args.device)
-
-    def _set_class_weights(self, on: bool) -> None:
-        settings = {name: value for name, value in self.model.etf_settings["loss"].items() if name != "class_weights"}
-        if "class_weights" not in LOSSES[settings["name"]].options:
-            weighted = [name for name, loss in LOSSES.items() if "class_weights" in loss.options]
-            raise ValueError(
-                f"`reweight_from` (={self.args.reweight_from}) weights the classes of {', '.join(weighted)}, and the loss "
-                f"is {settings['name']}: choose one of these, or leave it out."
-            )
-        self.model.set_loss({**settings, "class_weights": "effective_number"} if on else settings)
+            for parameter in (head.weight, head.bias):
+                if parameter is not None:
+                    broadcast(parameter.data)  # Processes may round the same sums differently.
+        self.alignment = {name: value for name, value in vars(result).items() if name != "left_out"}
+        self._training_logits.clear()
+        for (path, head), left_out in zip(self.heads.items(), result.left_out, strict=True):
+            if left_out is not None and self.args.leave_one_out and head.is_fixed:
+                self._training_logits.left_out[path] = left_out.to(self.args.device)
 
     def describe_setup(self) -> RunSetup:
-        """Say in plain values what the run is about to do."""
-        head, args = next(iter(self.heads.values())), self.args
+        """Return the settings of the run in plain values."""
         is_fresh = self.needs_alignment()
-        to_set = "means" if head.kind == "cosine" else args.frame
-        parameters = list(self.model.parameters())
+        to_set = self.args.frame if self._head.is_stock_layer else "means"
+        sizes = {parameter: parameter.numel() for parameter in self.model.parameters()}
         return RunSetup(
-            device=args.device.type,
             distributed_type=self.accelerator.distributed_type.value,
-            mixed_precision=args.mixed_precision,
             class_counts=() if self.class_counts is None else self.class_counts.tolist(),
             validation_rows=len(self.eval_dataset) if isinstance(self.eval_dataset, Sized) else None,
-            head_kind=head.kind,
-            frame=to_set if is_fresh else str(head.frame),
+            head_kind=self._head.kind,
+            frame=to_set if is_fresh else str(self._head.frame),
             is_frame_to_be_set=is_fresh,
-            is_head_trained=head.trainable,
+            is_head_trained=not self._head.is_fixed,
             realign_epochs=self.realign_epochs,
             batch_norm=self.batch_norm,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            trained_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-            learning_rate=args.learning_rate,
+            parameters=sum(sizes.values()),
+            trained_parameters=sum(size for parameter, size in sizes.items() if parameter.requires_grad),
             head_learning_rate=self.head_learning_rate,
-            sampler=args.sampler,
-            batch_size=self.get_total_train_batch_size(args),
-            seed=args.seed,
+            batch_size=self.get_total_train_batch_size(self.args),
         )
 
-    def _describe_start(self) -> list[str]:
-        """Describe the last alignment, with advice."""
-        head, validation = next(iter(self.heads.values())), None
-        if self.class_counts is not None:
-            with suppress(ValueError):  # a data set that tells no labels
-                validation = np.bincount(labels_of(self.eval_dataset), minlength=len(self.class_counts))
-        return describe_start(
-            self.alignment or {},
-            num_classes=head.num_classes,
-            in_features=head.weight[0].numel(),
+    def _describe_alignment(self) -> str:
+        return describe_alignment(self.alignment or {}, num_classes=self._head.num_classes)
+
+    def _advise(self) -> list[str]:
+        if self.alignment is None or self.class_counts is None:
+            return []
+        labels = self._labels_of_evaluation()
+        advice = advise(
+            self.alignment,
             class_counts=self.class_counts,
-            validation_counts=validation,
+            in_features=self._head.weight[0].numel(),
+            validation_counts=None if labels is None else np.bincount(labels, minlength=self._head.num_classes),
         )
+        return [f"advice: {line}" for line in advice]
+
+    def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
+        with suppress(ValueError):  # a data set without labels
+            return labels_of(self.eval_dataset)
+        return None
+
+    @property
+    def _has_whole_weights(self) -> bool:
+        """Whether each process holds all weights."""
+        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled
 
     def _resolve_realign_epochs(self) -> float:
-        """Return after how many first epochs the head is aligned again: as asked, else all where that can be had."""
+        """Return the number of first epochs after which the head is aligned again: as asked, else all where possible."""
         asked = self.args.realign_epochs
-        is_set = all(head.kind == "etf" and not head.trainable for head in self.heads.values())
-        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        is_alignable = all(head.is_set_from_data and head.is_fixed for head in self.heads.values())
         if asked is None:
-            return math.inf if is_set and is_whole and self.args.frame != "random" else 0
-        if asked and not is_set:
+            return math.inf if is_alignable and self._has_whole_weights and self.args.frame != "random" else 0
+        if asked and not is_alignable:
             raise ValueError(
-                f"`realign_epochs` (={asked}) sets the head's rows anew, and this head learns them or draws them at random: "
+                f"`realign_epochs` (={asked}) sets the class vectors anew, and this head learns them or draws them at random: "
                 "set it to 0, or use a fixed 'etf' head."
             )
-        if asked and not is_whole:
+        if asked and not self._has_whole_weights:
             raise ValueError(
                 f"`realign_epochs` (={asked}) cannot be had with FSDP or DeepSpeed, which split the head over processes: set "
                 "it to 0 or use DDP."
@@ -324,44 +281,29 @@ class ETFTrainer(PublishingTrainer):
         return asked
 
     def needs_alignment(self) -> bool:
-        """Return whether the head is fresh and of a kind that is set before the first step."""
-        return all(
-            head.kind in ("etf", "cosine") and head.frame in ("random", "initialised") for head in self.heads.values()
-        )
+        """Return whether the head is fresh and is set from data before the first step."""
+        return all(head.is_set_from_data and head.frame in ("random", "initialised") for head in self.heads.values())
 
-    def _alignment_loader(self, *, mixed: bool) -> DataLoader[Any]:
-        """Load the training rows as evaluation reads them, each once in order, or mixed as training draws them."""
+    def _alignment_loader(self) -> DataLoader[Any]:
+        """Load the training rows with the transforms of evaluation, each once, in evaluation's order."""
         dataset = self.alignment_dataset
         if dataset is None:
             raise ValueError("`train_dataset` (=None) is needed to train and to align the head: pass it to ETFTrainer.")
         return DataLoader(
             dataset,
-            batch_size=self.args.train_batch_size if mixed else self.args.eval_batch_size,
-            sampler=self._get_train_sampler() if mixed else self._get_eval_sampler(dataset),
+            batch_size=self.args.eval_batch_size,
+            sampler=self._get_eval_sampler(dataset),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
-    def _resolve_batch_norm(self) -> str:
-        """Return what happens to BatchNorm's statistics: as asked, else frozen wherever features must not drift."""
-        if not batch_norms(self.model):
-            return "none"
-        head = next(iter(self.heads.values()))
-        fixed = head.kind == "etf" and not head.trainable
-        if self.args.batch_norm == "train" and fixed and self.args.frame != "random":
-            raise ValueError(
-                "`batch_norm` (='train') moves the features away from a head that was aligned on them and is fixed: set it "
-                "to 'frozen' or 'reestimate', or make the head trainable."
-            )
-        return self.args.batch_norm or ("frozen" if fixed or self.args.freeze == "backbone" else "train")
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the stock optimizer, with the parameters of a trained head in groups of their own learning rate."""
+        """Make the stock optimizer, with a trained head's parameters in groups with their own learning rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
-            trained = [head for head in self.heads.values() if head.trainable]
+            trained = [head for head in self.heads.values() if not head.is_fixed]
             set_head_learning_rate(optimizer, trained, self.head_learning_rate)
         return optimizer
 
@@ -371,7 +313,7 @@ class ETFTrainer(PublishingTrainer):
         rate = self.args.head_learning_rate
         return HEAD_RATE * self.args.learning_rate if rate is None else rate
 
-    # The draw, the step and the loss
+    # Sampling and loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         if self.train_labels is None:
@@ -388,36 +330,17 @@ class ETFTrainer(PublishingTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         lengths = lengths_of(eval_dataset, self.args.length_column_name)
-        if lengths is None or "row_id" not in eval_dataset.column_names:  # whose order tells the rows apart
+        if lengths is None or "row_id" not in eval_dataset.column_names:  # rows are numbered as they come
             return SequentialSampler(eval_dataset)
         return EvenLengths(lengths, batch_size=self.args.eval_batch_size, seed=self.args.seed)
 
-    def draw_settings(self) -> dict[str, Any]:
-        """Return all that decides which rows are drawn when and what they train, for the checkpoints."""
-        labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
-        trained = (
-            (name, *parameter.shape) for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        )
-        return {
-            "trained parameters": f"of hash {sha256(repr(sorted(trained)).encode()).hexdigest()[:12]}",
-            "sampler": self.args.sampler,
-            "train_sampling_strategy": self.args.train_sampling_strategy,
-            "batch size": self.get_total_train_batch_size(self.args),
-            "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            "rows": f"{len(labels)} of hash {sha256(labels.astype(np.int64).tobytes()).hexdigest()[:12]}",
-        }
-
-    def own_state(self) -> dict[str, Any]:
-        """Return what a checkpoint of ours holds beyond transformers' own."""
+    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the heads' frames and the last alignment, and how class vectors change without each row."""
         frames = {path: head.frame for path, head in self.heads.items()}
-        return {"frames": frames, "alignment": self.alignment}
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds in tensors."""
-        return self._training_logits.tensors()
+        return {"frames": frames, "alignment": self.alignment}, self._training_logits.tensors()
 
     def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take up what ``own_state`` and ``own_tensors`` returned when the checkpoint was written."""
+        """Take up what ``own_state`` returned when the checkpoint was written."""
         self._training_logits.load_tensors(tensors, self.args.device)
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
@@ -427,7 +350,7 @@ class ETFTrainer(PublishingTrainer):
         return len(self._train_sampler or ()) // self.get_total_train_batch_size(self.args)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Return the rows that a pass over a loader reads: for training those drawn, not those of the data set."""
+        """Return the number of rows of a pass over a loader: for training those drawn, not those of the data set."""
         if dataloader.dataset is self.train_dataset and self._train_sampler is not None:
             return len(self._train_sampler)
         return super().num_examples(dataloader)
@@ -439,13 +362,13 @@ class ETFTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the model's own loss of a training batch, on soft labels where mixup, CutMix or smoothing ask for them."""
+        """Return the model's own loss of a training batch, on soft labels with mixup, CutMix or smoothing."""
         inputs = dict(inputs)
         row_ids, labels = inputs.pop("row_id", None), inputs["labels"]
         for norm in self._frozen_norms:
             norm.eval()  # Trainer puts the whole model into training mode before each step.
         if self._soft_labels.is_active:
-            name = FEATURES if FEATURES in inputs else self.model.main_input_name
+            name = self.model.main_input_name
             inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
         with self._training_logits.of(labels, None if self._soft_labels.mixes else row_ids):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -466,30 +389,14 @@ class ETFTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Predict each row once, over all processes, and measure.
-
-        Args:
-            dataloader: This process's share of the rows.
-            description: What it is done for.
-            prediction_loss_only: Without effect.
-            ignore_keys: Without effect.
-            metric_key_prefix: Put before the name of each metric.
-
-        Returns:
-            ``predictions``: the ``RowPredictions``; ``label_ids``; ``metrics``: those of ``ShotAccuracy`` and
-            ``balanced_accuracy_pooled``; and the number of rows.
-        """
+        """Predict each row once, over all processes, and return ``RowPredictions`` where the stock class has all logits."""
         require_finite(self.model, step=self.state.global_step)
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:  # evaluation without training: autocast, device
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader
         rows = predict_rows(model, self._with_progress(dataloader), num_rows=len(dataloader.dataset))  # type: ignore[arg-type]
-        metric = ShotAccuracy(self.class_counts, shot_bounds=(self.args.shot_bounds[0], self.args.shot_bounds[1]))
-        metric.add_batch(
-            predictions=rows.predictions, references=rows.labels, confidences=rows.confidences, losses=rows.losses
-        )
-        metrics: dict[str, float | None] = metric.compute()
+        metrics = score_rows(rows, self.class_counts, self.args.shot_bounds)
         metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
             rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
         )
@@ -498,31 +405,29 @@ class ETFTrainer(PublishingTrainer):
                 collapse = monitor.measure(self.model, self.compute_loss_context_manager())
                 metrics |= {f"{sample}{name}": value for name, value in collapse.items()}
         named: Any = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        predictions: Any = rows  # where the stock class has an array of all logits
+        predictions: Any = rows
         return EvalLoopOutput(
             predictions=predictions, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels)
         )
-
-    def _make_monitors(self) -> dict[str, CollapseMonitor]:
-        """Return what measures collapse on validation rows, and on training rows; nothing where weights are split up."""
-        size = min(self.args.collapse_rows, (0 if self.train_labels is None else len(self.train_labels)) // 10)
-        if size < 4 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return {}
-        samples: dict[str, tuple[Any, Any]] = {"train_": (self.alignment_dataset, self.train_labels)}
-        with suppress(ValueError):  # a data set that tells no labels
-            samples = {"": (self.eval_dataset, labels_of(self.eval_dataset)), **samples}
-        options: dict[str, Any] = {"collate": self.data_collator, "batch_size": self.args.eval_batch_size}
-        num_classes = next(iter(self.heads.values())).num_classes
-        return {
-            name: CollapseMonitor(rows, labels, num_classes=num_classes, max_rows=size, seed=self.args.seed, **options)
-            for name, (rows, labels) in samples.items()
-        }
 
     def _with_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _say(self, line: str) -> None:
+    def _print(self, *lines: str) -> None:
         if self.is_world_process_zero():
-            tqdm.write(line)
+            tqdm.write("\n".join(lines))
+
+
+def _count_classes(labels: NDArray[np.int64], num_rows: int, num_classes: int) -> NDArray[np.int64]:
+    """Return the rows of each class (num_classes,), if there is one label for each row and a class for each label."""
+    if len(labels) != num_rows:
+        raise ValueError(f"`labels` has {len(labels)} entries: give one for each row of `train_dataset`.")
+    counts = np.bincount(labels, minlength=num_classes)
+    if len(counts) > num_classes:
+        raise ValueError(
+            f"`train_dataset` has label {len(counts) - 1}, but the head has {num_classes} classes: load the model with "
+            f"num_labels={len(counts)}."
+        )
+    return counts

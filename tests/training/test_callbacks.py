@@ -1,4 +1,4 @@
-"""Laws of what is said and when: epochs reach the sampler, threads are what the cores allow, and one process is told."""
+"""Laws of what is printed and when: epochs reach the sampler, threads are what the cores allow, unmet requests are named."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_launchers_single_threads_are_undone_and_nothing_else(threads):
     assert set_threads(5) == 5
 
 
-def test_what_was_asked_for_and_does_not_run_is_told(threads):
+def test_requests_that_are_not_met_are_printed(threads):
     assert unmet_requests("NO") == []
     threads.setenv("MASTER_ADDR", "127.0.0.1")
     assert unmet_requests("NO") == []
     threads.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    (said,) = unmet_requests("NO")
-    assert "several processes were asked for, but one runs" in said
+    (warning,) = unmet_requests("NO")
+    assert "several processes were asked for, but one runs" in warning
     threads.delenv("MASTER_ADDR")
     threads.setenv("ACCELERATE_USE_FSDP", "true")
     assert unmet_requests("FSDP") == []
@@ -56,18 +56,18 @@ def test_what_was_asked_for_and_does_not_run_is_told(threads):
     ]
 
 
-def test_the_epoch_told_is_that_of_the_steps_done():
-    told = []
-    target = SimpleNamespace(set_epoch=told.append)
-    callback = EpochStart(lambda: 6, lambda: [target])
+def test_the_epoch_is_that_of_the_steps_done():
+    epochs = []
+    target = SimpleNamespace(set_epoch=epochs.append)
+    callback = EpochStart(lambda: 6, lambda: target)
     for step in (0, 5, 6, 17, 18):
         callback.on_epoch_begin(None, SimpleNamespace(global_step=step), None)
-    assert told == [0, 0, 1, 2, 3]
+    assert epochs == [0, 0, 1, 2, 3]
 
 
-def test_the_start_lines_say_what_runs(tmp_path):
+def test_the_first_lines_describe_the_run(tmp_path):
     trainer = make_trainer(tmp_path, sampler="balanced", gradient_accumulation_steps=2, bf16=True)
-    said = "\n".join(describe_run(trainer.describe_setup()))
+    printed = "\n".join(describe_run(trainer.args, trainer.describe_setup()))
     for part in (
         "runs: 1 process of 1 threads on cpu, bf16 autocast over float32 weights",
         "88 rows to train, 3 classes of 7 to 60 rows (imbalance 8.571), 21 to validate",
@@ -75,7 +75,7 @@ def test_the_start_lines_say_what_runs(tmp_path):
         "3,136 of 3,187 parameters",
         "balanced, 32 rows a step, seed 0",
     ):
-        assert part in said
+        assert part in printed
 
 
 def test_output_that_is_no_terminal_gets_one_line_an_epoch_and_no_bar(tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_only(tmp_path):
     with pytest.raises(ValueError, match="holds checkpoint-10, which is newer than checkpoint-5"):
         resolve_checkpoint(tmp_path, tmp_path / "checkpoint-5")
     with pytest.raises(
-        FileNotFoundError, match=r"checkpoint-7\) is no checkpoint .*: the newest complete one is .*-10"
+        FileNotFoundError, match=r"checkpoint-7\) is no complete checkpoint: the newest complete one is .*-10"
     ):
         resolve_checkpoint(tmp_path, tmp_path / "checkpoint-7")
     (tmp_path / "checkpoint-15").mkdir()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small_run import make_model
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
-from etf_adapt.heads.in_model import head_modules
-from etf_adapt.models.auto import adapt
-from etf_adapt.training.evaluation import fit_temperature, predict_rows, tau_normalize
+from etf_adapt.training.evaluation import calibrate, predict_rows
 
 
 class Scores(nn.Module):
@@ -76,31 +74,18 @@ def test_the_mode_of_the_model_is_left_alone(rows):
     assert model.training
 
 
-def test_tau_normalisation_takes_the_lengths_of_rows_away():
-    config = ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
-    )
-    torch.manual_seed(0)
-    model = adapt(ViTForImageClassification(config).eval(), 3, head="linear")
-    images = torch.randn(60, 3, 8, 8)
-    ((_, head),) = head_modules(model).items()
-    with torch.no_grad():
-        directions = F.normalize(head.weight, dim=1)
-        features = model(pixel_values=images, output_hidden_states=True).hidden_states[-1][:, 0]
-        features = model.vit.layernorm(features)
-        labels = (features @ directions.T).argmax(dim=1)  # right without the lengths
-        head.weight.copy_(directions * torch.tensor([[9.0], [3.0], [1.0]]))
-        head.bias.copy_(torch.tensor([5.0, 0.0, -5.0]))
-    rows = [{"pixel_values": images, "labels": labels, "row_id": torch.arange(60)}]
-    before = (predict_rows(model, rows).predictions == labels.numpy()).mean()
-    tau = tau_normalize(model, rows)
-    assert before < 0.9 and (predict_rows(model, rows).predictions == labels.numpy()).mean() == 1.0
-    assert 0.5 < tau <= 1.0 and not head_modules(model)["classifier"].bias.any()
-    torch.testing.assert_close(F.normalize(head.weight, dim=1), directions)
-
-
-def test_the_temperature_is_that_of_the_rows():
-    generator = torch.Generator().manual_seed(0)
-    logits = 2.0 * torch.randn(2000, 4, generator=generator)
-    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
-    assert fit_temperature(Scores(), batches(5.0 * logits, labels, torch.arange(2000))) == pytest.approx(0.2, rel=0.05)
+@pytest.mark.parametrize("class_counts", [None, [9, 3, 1]])
+def test_calibration_calls_the_model_once_and_folds_in_what_it_returns(class_counts):
+    model = make_model().eval()
+    images, labels = torch.randn(11, 3, 8, 8), torch.arange(11) % 3
+    rows = [
+        {"pixel_values": images[part], "labels": labels[part], "row_id": part} for part in torch.arange(11).split(4)
+    ]
+    before, calls = model(images).logits, []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    factor, strength = calibrate(model, rows, class_counts)
+    hook.remove()
+    assert len(calls) == len(rows) and (strength == 0.0 if class_counts is None else strength >= 0.0)
+    offsets = 0.0 if class_counts is None else strength * (torch.tensor(class_counts) / 13.0).log()
+    torch.testing.assert_close(model(images).logits, factor * before - offsets, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(calibrate(model, rows, class_counts)), torch.tensor([factor, strength]))
