@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compare_rows import ROWS, Row
+from compare_methods import METHODS, Method
 
 from etf_adapt.errors import check_choice
 from etf_adapt.results import run_folder
@@ -23,7 +23,7 @@ OWN_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "ev
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose complaints are raised, so that they look as all others do."""
+    """Parser that raises its errors, so that they look like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print under its usage."""
@@ -31,11 +31,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """Parse and check the arguments; those after `--` become `passed`, as given, and `flags`, by name and public."""
+    """Parse and check the arguments; those after `--` become `passed`, as given, and `flags`, by name, fit to publish."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--results", type=Path, required=True, help="Folder of what this comparison finds.")
-    add("--rows", nargs="+", default=[], help=f"Any of {', '.join(ROWS)}.")
+    add("--rows", nargs="+", default=[], help=f"Methods, any of {', '.join(METHODS)}.")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each row's; the first chooses the rates. %(default)s")
     add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="To choose from. %(default)s")
     add("--head_rates", nargs="+", type=float, default=[1.0, 10.0], help="Times learning_rate. %(default)s")
@@ -61,7 +61,7 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
             "once fight for one port. Leave out one of them."
         )
     for name in options.rows:
-        check_choice("rows", name, ROWS)
+        check_choice("rows", name, METHODS)
     for name in LISTS:
         values = vars(options)[name]
         if not values or len(set(values)) < len(values):
@@ -70,7 +70,7 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
             raise ValueError(f"`{name}` (={values}) must be positive.")
     if options.launcher and not options.table_only and shutil.which(shlex.split(options.launcher)[0]) is None:
         raise ValueError(f"`launcher` (={options.launcher!r}) is no command that can be found here.")
-    taken = {name: f"row {row.name}" for row in chosen_rows(options) for name in by_name(row.flags)}
+    taken = {name: f"row {method.name}" for method in chosen_methods(options) for name in by_name(method.flags)}
     for name in options.flags:
         if name in OWN_FLAGS or name in taken:
             raise ValueError(f"`{name}` after `--` is set by {taken.get(name, 'this recipe')}: leave it out.")
@@ -78,7 +78,7 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
 
 
 def by_name(words: Sequence[str]) -> dict[str, str]:
-    """Return flags by name with their values, as they may be published."""
+    """Return flags by name with their values, without local paths and tokens."""
     flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -91,22 +91,22 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
     return {name: shlex.join(values) for name, values in run_folder.public_value(flags).items()}
 
 
-def chosen_rows(options: argparse.Namespace) -> list[Row]:
-    """Return the rows that were asked for."""
-    return [ROWS[name] for name in options.rows]
+def chosen_methods(options: argparse.Namespace) -> list[Method]:
+    """Return the methods to compare."""
+    return [METHODS[name] for name in options.rows]
 
 
 def claim(options: argparse.Namespace) -> None:
-    """Note the settings in the folder of results, which must be empty or that of a comparison with the same flags."""
+    """Write the settings into the folder of results; it must be empty or of a comparison with the same flags."""
     file = options.results / SETTINGS_FILE
     if file.is_file():
         before, now = read_json(file).get("flags", {}), options.flags
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        told = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
+        differing = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
         if names:
             raise ValueError(
-                f"`results` (={str(options.results)!r}) was begun with {', '.join(told[: len(names)])}, and now is asked for "
-                f"{', '.join(told[len(names) :])}: give the same flags after `--`, or another --results folder."
+                f"`results` (={str(options.results)!r}) was begun with {', '.join(differing[: len(names)])}, and now is "
+                f"asked for {', '.join(differing[len(names) :])}: give the same flags after `--`, or another --results folder."
             )
     elif any(options.results.iterdir()):
         raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")
@@ -115,12 +115,12 @@ def claim(options: argparse.Namespace) -> None:
 
 
 def public_launcher(options: argparse.Namespace) -> str:
-    """Return the launcher as it may be published; nothing where it is python."""
+    """Return the launcher without local paths; empty for python."""
     return shlex.join(map(run_folder.public_value, shlex.split(options.launcher or "")))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file, which none but this recipe writes."""
+    """Read a JSON file of this recipe."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare  # noqa: E402
+import compare_methods  # noqa: E402
 import finetune  # noqa: E402
 
 LABELS = ["cat"] * 6 + ["dog"] * 4
@@ -126,8 +127,8 @@ class TestMethod:
         assert final == [("0.0001", "0.0001")] * 2 + [("0.0001", None)] * 2
 
     def test_every_row_is_one_that_finetune_understands(self):
-        options = compare.read_arguments(["--results", "r", "--rows", *compare.ROWS, "--"])
-        for row in compare.chosen_rows(options):
+        options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])
+        for row in compare.chosen_methods(options):
             run = compare.tuning_runs(row, options)[0]
             model, data, _, rest = finetune.read_arguments([*run.flags, "--output_dir", "unused"])
             args = finetune.parse_training(rest)
@@ -224,8 +225,8 @@ class TestGoingOn:
 
     def test_a_row_that_was_changed_is_not_mixed_with_what_it_was(self, runs, capsys, monkeypatch):
         compare.main([*TWO_ROWS, *SHARED])
-        changed = compare.Row("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
-        monkeypatch.setitem(compare.ROWS, "etf_dr", changed)
+        changed = compare.Method("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
+        monkeypatch.setitem(compare_methods.METHODS, "etf_dr", changed)
         assert "other flags than row etf_dr" in refused([*TWO_ROWS, *SHARED], capsys)
 
     def test_other_test_rows_are_refused(self, runs, capsys):
@@ -366,7 +367,7 @@ class TestLaunch:
     def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
         said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
         programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
-        run, file = compare.Run(compare.ROWS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
+        run, file = compare.Run(compare_methods.METHODS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
         lock = os.open(tmp_path, os.O_RDONLY)
         for program, (code, last) in programs.items():
             left, lines = compare.Children(lock).launch([sys.executable, "-c", program])

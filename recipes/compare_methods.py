@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. Where the head is trained, its learning rate is tuned too."""
+class Method:
+    """One method, a line of the table; where its head is trained, that head's learning rate is tuned too."""
 
     name: str
     title: str
@@ -16,8 +16,8 @@ class Row:
     trains_head: bool = False
 
 
-def _rows(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool = False) -> list[Row]:
-    return [Row(name, title, kind, tuple(flags.split()), trains_head) for name, (title, flags) in table.items()]
+def _methods(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool = False) -> list[Method]:
+    return [Method(name, title, kind, tuple(flags.split()), trains_head) for name, (title, flags) in table.items()]
 
 
 BASELINES = {
@@ -53,13 +53,13 @@ TRAINED = {
     "etf_trained": ("ETF, trained on", "--head etf --head_trainable true"),
     "etf_trained_la": ("ETF trained on, logit-adjusted", "--head etf --head_trainable true --loss logit_adjusted"),
 }
-ROWS = {
-    row.name: row
-    for rows in (
-        _rows("baseline", BASELINES, trains_head=True),
-        _rows("family", FAMILY),
-        _rows("other", OTHERS),
-        _rows("other", TRAINED, trains_head=True),
+METHODS = {
+    method.name: method
+    for methods in (
+        _methods("baseline", BASELINES, trains_head=True),
+        _methods("family", FAMILY),
+        _methods("other", OTHERS),
+        _methods("other", TRAINED, trains_head=True),
     )
-    for row in rows
+    for method in methods
 }
