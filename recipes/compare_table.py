@@ -126,7 +126,8 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made
         f"accuracy of seed {lists['seeds'][0]}, of equals the lower.",
         f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
         "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
-        f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of methods; bold above 0.",
+        f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of methods; bold where all of the interval "
+        "lies above 0.",
     ]
     if summary["not_ranked"]:
         parts[2] = f"Methods are not ranked, and there are no intervals: {summary['not_ranked']}."
