@@ -165,7 +165,10 @@ def test_a_wrong_argument_is_told_at_once(name, tmp_path, capsys, monkeypatch):
 
 LATER_CASES = {
     "unknown sampler": (["--sampler", "balancd"], ["balancd", "balanced"]),
-    "unknown option of the loss": (["--loss_options", '{"margn": 1}'], ["margn", "margin_dot_regression", "prior_strength"]),
+    "unknown option of the loss": (
+        ["--loss_options", '{"margn": 1}'],
+        ["margn", "margin_dot_regression", "prior_strength"],
+    ),
     "option outside its range": (["--loss_options", '{"temperature": -1}'], ["temperature"]),
     "unknown refit": (["--final_frame", "whitend"], ["final_frame", "whitend", "whitened"]),
     "unknown argument": (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),

@@ -317,20 +317,17 @@ def test_two_processes_train_together_and_one_reports(tmp_path):
 
 
 @pytest.mark.slow
-def test_mixed_precision_keeps_float32_masters(tmp_path):
-    flags = ["--max_train_rows", "90", "--max_steps", "2", "--output_dir", "half"]
-    script = str(ROOT / "recipes/finetune.py")
-    done = launch(["accelerate", "launch", "--mixed_precision", "bf16", script, *flags], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "bf16" in done.stdout
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half/model.safetensors").values() if tensor.ndim} == {
-        torch.float32
-    }
+def test_mixed_precision_keeps_float32_masters(tmp_path, no_plots, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
+    run("--max_steps", "2", "--output_dir", "half")
+    assert "bf16" in capsys.readouterr().out
+    assert {tensor.dtype for tensor in load_file("half/model.safetensors").values() if tensor.ndim} == {torch.float32}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224.timm", "vit_tiny_patch16_224.hf", "mobilenetv2_100.timm"])
-def test_real_backbones_at_another_image_size(model, shared_models, tmp_path, monkeypatch):
+def test_real_backbones_at_another_image_size(model, shared_models, tmp_path, no_plots, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_colours(tmp_path / "images")
     flags = ["--dataset", "images", "--imbalance_factor", "4", "--image_size", "64", "--max_steps", "2"]
@@ -344,7 +341,7 @@ def test_real_backbones_at_another_image_size(model, shared_models, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frame", ["random", "whitened"])
-def test_a_hundred_threes_and_five_eights(frame, tmp_path, monkeypatch):
+def test_a_hundred_threes_and_five_eights(frame, tmp_path, no_plots, monkeypatch):
     """Two classes are where the cosine has no gradient: a random head and an aligned one both learn from real images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pair").mkdir()
@@ -391,19 +388,19 @@ def save_colours(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_adapters_leave_a_stock_folder(tmp_path, monkeypatch):
+def test_adapters_leave_a_stock_folder(tmp_path, no_plots, monkeypatch):
     pytest.importorskip("peft", reason="needs the package of `.[peft]`")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter.json").write_text('{"peft_type": "LORA", "r": 2, "use_dora": true}')
     for config in ("lora", "adapter.json"):
-        run("--peft", config, "--output_dir", "run", "--overwrite_output_dir")
+        run("--peft", config, "--max_steps", "1", "--output_dir", "run", "--overwrite_output_dir")
         assert not [name for name in load_file("run/model.safetensors") if "lora" in name or "base_layer" in name]
         model = timm.create_model("local-dir:run", pretrained=True)
         assert model(torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:])).shape == (1, 10)
 
 
 @pytest.mark.slow
-def test_workers_that_persist_do_not_hand_out_another_split(tmp_path, monkeypatch):
+def test_workers_that_persist_do_not_hand_out_another_split(tmp_path, no_plots, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true", "--output_dir", "run")
     results = json.loads(Path("run", run_folder.RESULTS_FILE).read_text())
@@ -411,7 +408,7 @@ def test_workers_that_persist_do_not_hand_out_another_split(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_text(minilm, shared_data, tmp_path, monkeypatch):
+def test_text(minilm, shared_data, tmp_path, no_plots, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for split in ("train", "test"):
@@ -442,7 +439,7 @@ def test_text(minilm, shared_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_image_encoder_without_a_classification_class(tmp_path, monkeypatch):
+def test_an_image_encoder_without_a_classification_class(tmp_path, no_plots, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained("encoder")
@@ -457,7 +454,7 @@ def test_an_image_encoder_without_a_classification_class(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_file_of_weights_is_trained_on(tmp_path, monkeypatch):
+def test_a_file_of_weights_is_trained_on(tmp_path, no_plots, monkeypatch):
     """The recipe asks nobody for the weights of the architecture, and the finished folder is the file's backbone, trained."""
     monkeypatch.chdir(tmp_path)
     weights = timm.create_model("test_resnet", num_classes=7).state_dict()
