@@ -460,6 +460,7 @@ def test_a_file_of_weights_is_trained_on(tmp_path, no_plots, monkeypatch):
     weights = timm.create_model("test_resnet", num_classes=7).state_dict()
     save_file(weights, "weights.safetensors")
     model = ["--model", "timm/test_resnet.r160_in1k", "--checkpoint_path", "weights.safetensors", "--head", "linear"]
-    run(*model, "--freeze", "backbone", "--batch_norm", "frozen", "--image_size", "32", "--output_dir", "out")
+    fixed = ["--freeze", "backbone", "--batch_norm", "frozen", "--image_size", "32"]
+    run(*model, *fixed, "--max_steps", "2", "--evaluate_test", "false", "--output_dir", "out")
     saved = load_file("out/model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items() if not name.startswith("fc."))
