@@ -1,4 +1,4 @@
-"""A finished model as one ONNX file, which runtimes without Python read; run by onnxruntime and compared before it is left.
+"""Export a finished model as one ONNX file, for runtimes without Python; onnxruntime must give the model's logits.
 
     python examples/export_onnx.py out/digits-micro-etf model.onnx --task image
 
@@ -26,7 +26,7 @@ from etf_adapt.models.timm_layout import data_config
 from etf_adapt.training.evaluation import load_stock
 
 TOLERANCE = 1e-4
-"""Greatest difference of a logit between file and model, over the greatest logit or one."""
+"""Largest difference of a logit between file and model, relative to the largest logit or one."""
 
 _TOKENS = 16
 
@@ -38,39 +38,14 @@ def export_onnx(
     task: str | None = None,
     example: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a classification model as an ONNX file with a free batch size, and for texts a free number of tokens.
+    """Write a classification model, or a finished folder of a ``task``, as an ONNX file; return its path.
 
-    The model goes through ``torch.onnx.export`` (by ``torch.export``), and what it made is run by onnxruntime on a batch of
-    another size: only a file that gives the model's logits is left. Inputs keep the names that they have in the model
-    (``pixel_values``; ``input_ids``, ``attention_mask``, ...), the output is ``logits`` (batch, num_classes).
-
-    Args:
-        model: A model, or the folder of a finished one, which is loaded as stock libraries load it.
-        file: Path of the file; its folder is made. Weights of more than 2 GB lie beside it.
-        task: ``"image"`` or ``"text"``; needed for a folder.
-        example: A batch of two rows or more as the model takes it, without labels. Where None it is made up from the model's
-            configuration.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        ImportError: The extra packages are missing: ``pip install "etf_adapt[onnx]"``.
-        ValueError: The example has a single row, the size of the images is not known, the weights are not float32, or the task
-            of a folder is not told.
-        RuntimeError: The export does not give the model's logits; nothing is written.
-        TypeError: The model is not one of transformers.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
-        >>> export_onnx(model, "out/model.onnx").name  # doctest: +SKIP
-        'model.onnx'
+    Batch size and number of tokens are free. Inputs keep their names in the model, the output is ``logits`` (batch,
+    num_classes). Weights of more than 2 GB lie beside the file. ``example`` is a batch of two rows or more without labels.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch asks for it late
+        import onnxscript  # noqa: F401 - torch imports it late
     except ImportError as error:
         raise ImportError(f'export_onnx needs further packages ({error}): pip install "etf_adapt[onnx]".') from error
     if isinstance(model, (str, Path)):
@@ -123,7 +98,7 @@ def export_onnx(
 
 
 class _Logits(nn.Module):
-    """A model that takes its inputs by position and returns the logits alone."""
+    """A model that takes its inputs by position and returns only the logits."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -135,25 +110,7 @@ class _Logits(nn.Module):
 
 
 def example_inputs(model: PreTrainedModel, *, rows: int = 2) -> dict[str, Tensor]:
-    """Make up a batch of a model's inputs from its configuration: noise, or random tokens.
-
-    Args:
-        model: A classification model.
-        rows: Rows of the batch.
-
-    Returns:
-        ``pixel_values`` (rows, channels, height, width), or ``input_ids`` and ``attention_mask`` (rows, tokens) with what else
-        the model's tokenizer makes.
-
-    Raises:
-        ValueError: Neither configuration nor image processor tell the size of the images.
-
-    Example:
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-        >>> example_inputs(ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)))["pixel_values"].shape
-        torch.Size([2, 3, 8, 8])
-    """
+    """Make a batch of a model's inputs from its configuration: noise, or random tokens."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "input_ids" or "SequenceClassification" in type(model).__name__:

@@ -1,9 +1,8 @@
-"""Fine-tune with what timm has for it: layer-wise learning rates, stochastic depth, and an average of the weights.
+"""Fine-tune with timm's tools: layer-wise learning rates, stochastic depth, and averaged weights.
 
     python examples/layer_decay_and_ema.py
 
-The trainer takes any optimizer, the model any argument that timm builds it with, and transformers' callbacks do the rest: none
-of the three needs a flag of ours. Needs no network, and takes a minute.
+The trainer takes any optimizer and callback, the model any of timm's arguments. Needs no network, and takes a minute.
 """
 
 import tempfile
@@ -26,15 +25,15 @@ class AveragedWeights(TrainerCallback):
         self.average = ModelEmaV3(model, decay=decay, use_warmup=True)
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Take the weights of this step into the average."""
+        """Add the weights of this step to the average."""
         self.average.update(model, step=state.global_step)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Put the average in the place of the last weights."""
+        """Replace the last weights by the average."""
         model.load_state_dict(self.average.module.state_dict())
 
 
-# Any timm model; `ETFForImageClassification.from_pretrained("timm/vit_base...", ...)` would bring pretrained weights.
+# Random weights; `ETFForImageClassification.from_pretrained("timm/vit_base...", ...)` loads pretrained ones.
 depth = {"img_size": 64, "drop_path_rate": 0.1}  # stochastic depth, by timm's own argument
 config = TimmWrapperConfig(architecture="test_vit", num_labels=10, model_args=depth)
 torch.manual_seed(0)
@@ -52,17 +51,15 @@ with tempfile.TemporaryDirectory() as output_dir:
         learning_rate=1e-3,
         eval_strategy="no",
         save_strategy="no",
-        load_best_model_at_end=False,  # or the average would not be what is left
+        load_best_model_at_end=False,  # or the best checkpoint would replace the average
     )
     average = AveragedWeights(model, decay=0.95)
     trainer = ETFTrainer(
         model, args, train_dataset=train, eval_dataset=test, data_collator=ImageCollator(), callbacks=[average]
     )
     trainer.optimizer = create_optimizer_v2(model.timm_model, opt="adamw", lr=args.learning_rate, layer_decay=0.75)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] *= group[
-            "lr_scale"
-        ]  # timm's own schedulers would do so at each step; transformers' take the rate as it is
+    for group in trainer.optimizer.param_groups:  # as timm's schedulers do at each step, and transformers' do not
+        group["lr"] *= group["lr_scale"]
     rates = sorted({group["lr"] for group in trainer.optimizer.param_groups})
     print("learning rates by layer:", ", ".join(f"{rate:.2g}" for rate in rates))
     trainer.train()

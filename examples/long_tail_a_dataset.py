@@ -1,4 +1,4 @@
-"""Make any labelled data set long-tailed, and see what each way of sampling draws from it.
+"""Make any labelled data set long-tailed, and count what each sampler draws from it.
 
     python examples/long_tail_a_dataset.py
 
@@ -15,12 +15,12 @@ features = Features({"row": Value("int64"), "label": ClassLabel(names=[str(name)
 dataset = Dataset.from_dict({"row": range(len(digits.target)), "label": digits.target}, features=features)
 print("all rows                ", class_counts(dataset))
 
-# The largest class keeps all its rows, the smallest a fiftieth of that; a seed chooses which.
+# The largest class keeps all its rows, the smallest a fiftieth of them; the seed chooses which.
 tailed = make_long_tailed(dataset, imbalance_factor=50, seed=0)
 print("exponential, factor 50  ", class_counts(tailed))
 print("step, factor 10         ", class_counts(make_long_tailed(dataset, imbalance_factor=10, profile="step")))
 
-# An epoch of each sampler: power 0 draws the classes as they are, 1 equally often, 0.5 between.
+# One epoch of each sampler: power 0 draws rows uniformly, power 1 classes uniformly, 0.5 lies between.
 for power in (0.0, 0.5, 1.0):
     sampler = ClassBalancedSampler(tailed, power=power, batch_size=32, seed=0)
     sampler.set_epoch(0)

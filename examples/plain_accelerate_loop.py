@@ -29,7 +29,7 @@ train = TensorDataset(pixels[::2][rows], targets[::2][rows])
 test = TensorDataset(pixels[1::2], targets[1::2])
 accelerator.print("training rows a class:", class_counts(train.tensors[1]))
 
-# The sampler draws the same rows for any number of processes, so it is told the global batch.
+# The sampler draws the same rows for any number of processes, so it takes the batch size of all processes.
 global_batch = BATCH_SIZE * accelerator.num_processes
 sampler = ClassBalancedSampler(train.tensors[1], power=0.5, batch_size=global_batch, seed=0)  # instead of shuffle=True
 train_loader = DataLoader(train, batch_size=BATCH_SIZE, sampler=sampler)

@@ -3,7 +3,7 @@
     hf auth login                                  # or HF_TOKEN; no program here takes a token as an argument
     python examples/push_to_hub.py me/digits
 
-What a run of recipes/finetune.py left is published with its own card, scores and plots, at its end
+A run of recipes/finetune.py is published with its card, scores and plots, at its end
 (--push_to_hub --hub_model_id me/digits) or later (python -m etf_adapt.hub out/digits-micro-etf me/digits).
 """
 
@@ -20,13 +20,13 @@ if len(sys.argv) != 2:
     raise SystemExit(__doc__)
 repo_id = sys.argv[1]
 
-# 1. A model whose head is set from the training rows in closed form; nothing is trained here, to keep it short.
+# 1. A model whose head is set in closed form from the training rows; no training, to keep it short.
 data = load_data("digits", imbalance_factor=20)
 model = ETFForImageClassification.from_pretrained("micro", id2label=dict(enumerate(data.label_names)))
 rows = TransformedRows(data.train, image_transforms(model.config.pretrained_cfg, train=False))
 align_head(model, DataLoader(rows, batch_size=64, collate_fn=ImageCollator()))
 
-# 2. One commit with what readers need: timm's layout here, which transformers and timm read without this library.
+# 2. One commit, here in timm's layout, which transformers and timm read without this library.
 print("published:", model.push_to_hub(repo_id, private=True, commit_message="Digits, aligned"))
 
 # 3. Back from the Hub, with its head and loss.

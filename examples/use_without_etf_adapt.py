@@ -1,4 +1,4 @@
-"""Use an adapted image model where etf_adapt is not installed: with transformers, and with timm where the backbone is timm's.
+"""Use an adapted image model without etf_adapt: by transformers, and by timm if the backbone is timm's.
 
 python examples/use_without_etf_adapt.py out/digits-micro-etf photo.jpg
 python examples/use_without_etf_adapt.py me/digits photo.jpg
@@ -19,7 +19,7 @@ name, photo = sys.argv[1], Image.open(sys.argv[2]).convert("RGB")
 for guess in pipeline("image-classification", model=name, top_k=3)(photo):
     print(f"pipeline: {guess['label']} {guess['score']:.3f}")
 
-# 2. As a model, to train on with any tool: it is an ordinary one, its head an ordinary linear layer.
+# 2. As an ordinary model with an ordinary linear head, for any tool.
 model = AutoModelForImageClassification.from_pretrained(name)
 print("class:", type(model).__name__, "of", model.config.num_labels, "classes")
 

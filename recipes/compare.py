@@ -1,4 +1,4 @@
-r"""Compare heads, losses and samplers on one data set: same backbone, budget and tuning effort for every row.
+r"""Compare heads, losses and samplers on one data set: same backbone, budget and tuning effort for every method.
 
     python recipes/compare.py --results results/digits --rows linear_ce etf_dr -- --num_train_epochs 10
     python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
@@ -6,12 +6,12 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
     python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
     python recipes/compare.py --results results/first --rows etf etf_share --tuning_only -- --dataset $DATA/clinc150
 
-What stands after `--` goes to recipes/finetune.py in every run. First each row is run at every rate with the first seed,
-without the test split; then, at the rates of the best validation balanced accuracy, with every seed, and the test split is
-scored once. After any stop the same command goes on: a finished run is one small file in `runs/` and is never run again, an
-interrupted one is resumed from its newest checkpoint. With `--jobs 8` eight runs share a device that holds them. More rows,
-seeds or rates may be asked for later. The table is printed and left in `table.md` and `table.json`; what the rates were chosen
-by in `validation.md`, which `--tuning_only` stops at: many rows on one seed, none of which sees the test split.
+Flags after `--` go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
+run at every rate with the first seed, without the test split; then, at the rates of the best validation balanced accuracy, with
+every seed, and the test split is scored once. The same command continues after any stop: a finished run is one small file in
+`runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
+added later. The tables are printed and written to `table.md` and `table.json`, the scores that chose the rates to
+`validation.md`; `--tuning_only` stops there, before any run sees the test split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import shlex
 import shutil
@@ -38,29 +37,26 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import comparison
 import numpy as np
-from compare_rows import ROWS, Row
+from compare_arguments import LISTS, by_name, chosen_methods, claim, public_launcher, read_arguments, read_json
+from compare_methods import Method
 from compare_table import caption, collapse_table, command, cost_table, number, score_table, validation_table
 
 from etf_adapt import errors
-from etf_adapt.errors import check_choice
 from etf_adapt.results import run_folder, tables
 
 FINETUNE = Path(__file__).with_name("finetune.py")
-SETTINGS_FILE, LABELS_FILE = "settings.json", "test_labels.json"
-LISTS = ("rows", "seeds", "learning_rates", "head_rates")
-OWN_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "evaluate_test", "seed", "learning_rate",
-             "head_learning_rate")  # fmt: skip
+LABELS_FILE = "test_labels.json"
 
 
 @dataclass(frozen=True)
 class Run:
     """One run of finetune.py; `head_rate` is the head's learning rate over the backbone's, None for a fixed head."""
 
-    row: Row
+    method: Method
     stage: str  # "tuning" or "final"
     learning_rate: float
     head_rate: float | None
@@ -70,38 +66,33 @@ class Run:
     def name(self) -> str:
         """Name of its file and folder: no two runs share one."""
         head = "" if self.head_rate is None else f"-head{number(self.head_rate)}x"
-        return f"{self.row.name}-{self.stage}-lr{number(self.learning_rate)}{head}-seed{self.seed}"
+        return f"{self.method.name}-{self.stage}-lr{number(self.learning_rate)}{head}-seed{self.seed}"
 
     @property
     def flags(self) -> list[str]:
         """What it adds to the flags that all runs share."""
-        flags = [*self.row.flags, "--learning_rate", number(self.learning_rate), "--seed", str(self.seed)]
+        flags = [*self.method.flags, "--learning_rate", number(self.learning_rate), "--seed", str(self.seed)]
         if self.head_rate is not None:
             flags += ["--head_learning_rate", number(self.head_rate * self.learning_rate)]
         return [*flags, "--evaluate_test", "true" if self.stage == "final" else "false"]
 
     def __str__(self) -> str:
         head = "" if self.head_rate is None else f" (head x {number(self.head_rate)})"
-        return f"{self.stage} {self.row.name}, learning rate {number(self.learning_rate)}{head}, seed {self.seed}"
+        return f"{self.stage} {self.method.name}, learning rate {number(self.learning_rate)}{head}, seed {self.seed}"
 
 
 class Children:
-    """The runs that are going on, each a process of its own; none is started any more once they were stopped.
-
-    Args:
-        lock: Descriptor of the lock on the results. It is handed on, so that what outlives this process still keeps others
-            out of the folder.
-    """
+    """The running runs, each a process of its own; after ``stop`` none is started."""
 
     def __init__(self, lock: int) -> None:
-        self.lock = lock
+        self.lock = lock  # of the results; children inherit it, so that one that outlives us still keeps others out
         self.stopped = False
         self._running: set[subprocess.Popen[str]] = set()
         self._starting = threading.Lock()
-        self.alone = threading.Lock()  # held while what all runs share is written or found out
+        self.alone = threading.Lock()  # for what all runs share
 
     def launch(self, command: Sequence[str]) -> tuple[int, list[str]]:
-        """Run a command to its end; return its exit code, and the last lines that it wrote."""
+        """Run a command to its end; return its exit code and last lines of output."""
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         options |= {"text": True, "errors": "replace", "start_new_session": True, "pass_fds": (self.lock,)}
         with self._starting:
@@ -117,7 +108,7 @@ class Children:
         return code, [*lines]
 
     def stop(self) -> None:
-        """End all that run."""
+        """End all running processes."""
         with self._starting:
             self.stopped = True
             for process in self._running:
@@ -125,19 +116,11 @@ class Children:
                     os.killpg(process.pid, signal.SIGTERM)
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser whose complaints are raised, so that they look as all others do."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
-        raise ValueError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
     with errors.one_line_errors():
         try:
-            options = read_arguments(list(sys.argv[1:] if argv is None else argv))
+            options = read_arguments(list(sys.argv[1:] if argv is None else argv), __doc__)
             if not options.table_only:
                 with alone_in(options.results) as children:
                     claim(options)
@@ -149,39 +132,44 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_all(options: argparse.Namespace, children: Children) -> None:
-    """Do what is not finished, as many runs at once as asked for: all tuning first, then the final runs."""
-    rows = chosen_rows(options)
-    tuned = sum(len(tuning_runs(row, options)) for row in rows)
-    tested = 0 if options.tuning_only else len(rows) * len(options.seeds)
-    stages = [tuning_runs, *([] if options.tuning_only else [final_runs])]  # the final ones are known after the others
-    done = sum(read_run(run, options) is not None for runs in stages for row in rows for run in runs(row, options))
+    """Do the unfinished runs, `--jobs` at once: all tuning first, then the final runs."""
+    methods = chosen_methods(options)
+    tuned = sum(len(tuning_runs(method, options)) for method in methods)
+    tested = 0 if options.tuning_only else len(methods) * len(options.seeds)
+    stages = [
+        tuning_runs,
+        *([] if options.tuning_only else [final_runs]),
+    ]  # rates of the second are known after the first
+    done = sum(
+        read_run(run, options) is not None for runs in stages for method in methods for run in runs(method, options)
+    )
     print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
     timed = False
     for runs in stages:
-        unfinished = [run for row in rows for run in runs(row, options) if read_run(run, options) is None]
+        unfinished = [run for method in methods for run in runs(method, options) if read_run(run, options) is None]
         for run, found in finish_all(unfinished, options, children):
             done += 1
             left, seconds = tuned + tested - done, found["seconds"]
-            said = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
+            scores = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
             if run.stage == "final":
-                said += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
-            print(f"[{done}/{tuned + tested}] {run}: {said}; {duration(seconds)}", flush=True)
+                scores += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
+            print(f"[{done}/{tuned + tested}] {run}: {scores}; {duration(seconds)}", flush=True)
             if left and not timed and not found["resumed"]:
                 print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
                 timed = True
-    with suppress(OSError):  # where there is none, or it holds models that are kept
+    with suppress(OSError):  # there is none, or it holds kept models
         (options.results / "scratch").rmdir()
 
 
-def tuning_runs(row: Row, options: argparse.Namespace) -> list[Run]:
-    """Return the runs that a row's rates are chosen from, the lowest rates first."""
-    rates, heads = sorted(options.learning_rates), sorted(options.head_rates) if row.trains_head else [None]
-    return [Run(row, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
+def tuning_runs(method: Method, options: argparse.Namespace) -> list[Run]:
+    """Return the runs that choose a method's rates, lowest rates first."""
+    rates, heads = sorted(options.learning_rates), sorted(options.head_rates) if method.trains_head else [None]
+    return [Run(method, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
 
 
-def final_runs(row: Row, options: argparse.Namespace) -> list[Run]:
-    """Return the runs of a row at its best rates, of equals the lowest; none as long as its tuning is not finished."""
-    runs = tuning_runs(row, options)
+def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
+    """Return the runs of a method at its best rates, of equals the lowest; none before its tuning is finished."""
+    runs = tuning_runs(method, options)
     scores = [validation_score(found) for run in runs if (found := read_run(run, options)) is not None]
     if len(scores) < len(runs):
         return []
@@ -191,7 +179,7 @@ def final_runs(row: Row, options: argparse.Namespace) -> list[Run]:
 def finish_all(
     runs: Sequence[Run], options: argparse.Namespace, children: Children
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Do runs, several at once where asked for, and yield each with what it found; one that fails stops all."""
+    """Do runs, `--jobs` at once, and yield each with its record; a failed one stops all."""
 
     def finish_or_stop(run: Run) -> dict[str, Any]:
         if children.stopped:
@@ -214,7 +202,7 @@ def finish_all(
 
 
 def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[str, Any]:
-    """Do one run, keep what it found as one small file, and remove the rest."""
+    """Do one run; keep its record as one small file and remove the rest."""
     folder = options.results / "scratch" / run.name
     resumed = has_checkpoint(folder)
     begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
@@ -230,7 +218,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     with children.alone:
         versions = environment()
     found = {
-        "row": run.row.name,
+        "row": run.method.name,
         **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},
         "flags": options.flags | by_name(run.flags),
         "all_results": read_json(folder / run_folder.RESULTS_FILE),
@@ -254,12 +242,12 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
 
 
 def why_it_failed(run: Run, code: int, lines: Sequence[str], file: Path) -> str:
-    """Leave the last lines of a run that failed in a file, and return the one that tells why."""
+    """Write the last lines of a failed run to a file; return a message with its error."""
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # launchers go on
-    said = (errors or [*lines] or ["it said nothing"])[-1].strip()
+    reason = (errors or [*lines] or ["it said nothing"])[-1].strip()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"{run} failed (exit code {code}): {said}\nIts last lines are in {file}. What is finished stays."
+    return f"{run} failed (exit code {code}): {reason}\nIts last lines are in {file}. What is finished stays."
 
 
 def last_collapse(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -270,7 +258,7 @@ def last_collapse(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
-    """Return which test rows a run had right; their labels are kept once, and must be those of all other runs."""
+    """Return which test rows a run had right; their labels are kept once, and must be the same in all runs."""
     if not (folder / run_folder.PREDICTIONS_FILE).is_file():
         raise ValueError(f"{run} left no predictions of test rows: the data set must have a test split.")
     with open(folder / run_folder.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
@@ -290,7 +278,7 @@ def test_rows(run: Run, folder: Path, results: Path) -> dict[str, Any]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether an interrupted run can go on."""
+    """Return whether an interrupted run can be resumed."""
     if not folder.is_dir():
         return False
     from etf_adapt.training.checkpoints import find_last_complete_checkpoint
@@ -300,7 +288,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Return versions and hardware, asked by another process: one that asks for a device keeps part of it in use."""
+    """Return versions and hardware."""
+    # By another process: one that asks for a device keeps part of it in use.
     program = (
         "import json; from etf_adapt.results import run_folder; print(json.dumps(run_folder.describe_environment()))"
     )
@@ -309,38 +298,43 @@ def environment() -> dict[str, Any]:
 
 
 def leave_table(options: argparse.Namespace) -> None:
-    """Print the tables of the rows that are finished, and leave them as Markdown and as JSON."""
-    rows, unfinished, validated = [], [], []
-    for row in chosen_rows(options):
-        both = ([read_run(run, options) for run in runs(row, options)] for runs in (tuning_runs, final_runs))
+    """Print the tables of the finished methods, and write them as Markdown and JSON."""
+    finished, unfinished, validated = [], [], []
+    for method in chosen_methods(options):
+        both = ([read_run(run, options) for run in runs(method, options)] for runs in (tuning_runs, final_runs))
         tuned, final = ([found for found in runs if found is not None] for runs in both)
-        if tuned and len(tuned) == len(tuning_runs(row, options)):
-            validated.append((row, tuned))
+        if tuned and len(tuned) == len(tuning_runs(method, options)):
+            validated.append((method, tuned))
         if options.tuning_only or len(final) < len(options.seeds):
-            unfinished.append(row.name)
+            unfinished.append(method.name)
             continue
         labels = read_json(options.results / LABELS_FILE)["labels"]
         for found in final:
             found["correct"] = comparison.unpack_rows(found["correct"], len(labels))
-        fixed = {name: getattr(row, name) for name in ("name", "title", "kind", "flags")}
+        fixed = {name: getattr(method, name) for name in ("name", "title", "kind", "flags")}
         chosen = {name: final[0][name] for name in ("learning_rate", "head_rate")}
         tuning = {"tuning_runs": len(tuned), "tuning_validation": max(map(validation_score, tuned))}
-        rows.append({**fixed, **chosen, **tuning, "runs": final})
+        finished.append({**fixed, **chosen, **tuning, "runs": final})
     if not validated:
-        raise ValueError(f"`results` (={str(options.results)!r}) holds no finished row: run it without --table_only.")
+        raise ValueError(
+            f"`results` (={str(options.results)!r}) holds no finished method: run it without --table_only."
+        )
     lists = {name: vars(options)[name] for name in LISTS}
     results = run_folder.public_value(str(options.results))
-    told = command(results, lists, options.flags, public_launcher(options))
+    made_by = command(results, lists, options.flags, public_launcher(options))
     first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
     versions = versions_of([run for _, runs in validated for run in runs])
     table = validation_table(validated, options.seeds[0], first, versions)
     (options.results / "validation.md").write_text(table, encoding="utf-8")
-    if not rows:
+    if not finished:
         print(f"\n{table}")
         return
-    summary = comparison.summarize(rows, np.unique(labels, return_inverse=True)[1])
-    summary |= {"unfinished": unfinished, "versions": versions_of([run for row in rows for run in row["runs"]])}
-    below = caption(summary, lists, told)
+    summary = comparison.summarize(finished, np.unique(labels, return_inverse=True)[1])
+    summary |= {
+        "unfinished": unfinished,
+        "versions": versions_of([run for method in finished for run in method["runs"]]),
+    }
+    below = caption(summary, lists, made_by)
     table = "\n\n".join([score_table(summary), cost_table(summary), *collapse_table(summary), below]) + "\n"
     run_folder.write_json(options.results / "table.json", summary)
     (options.results / "table.md").write_text(table, encoding="utf-8")
@@ -348,81 +342,15 @@ def leave_table(options: argparse.Namespace) -> None:
 
 
 def versions_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return dates, versions and hardware of runs, by name each that occurs."""
-    told = [{"date": run["date"], **run["versions"]} for run in runs]
-    names = dict.fromkeys(name for of in told for name in of)
-    return {name: sorted({str(of[name]) for of in told if name in of}) for name in names}
-
-
-def read_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse and check the arguments; those after `--` become `passed`, as given, and `flags`, by name and public."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--results", type=Path, required=True, help="Folder of what this comparison finds.")
-    add("--rows", nargs="+", default=[], help=f"Any of {', '.join(ROWS)}.")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each row's; the first chooses the rates. %(default)s")
-    add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="To choose from. %(default)s")
-    add("--head_rates", nargs="+", type=float, default=[1.0, 10.0], help="Times learning_rate. %(default)s")
-    add("--jobs", type=int, default=1, help="Runs at once, for a device or many cores that hold several. %(default)s")
-    add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
-    add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
-    add("--tuning_only", action="store_true", help="Choose the rates, and leave the test split alone.")
-    add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    options = parser.parse_args(own)
-    if options.table_only:
-        vars(options).update(read_json(options.results / SETTINGS_FILE))
-    elif own is argv:
-        raise ValueError("There is no `--`; what stands after it goes to finetune.py, such as `-- --model vit_base`.")
-    else:
-        options.passed = argv[len(own) + 1 :]
-        options.flags = by_name(options.passed)
-    if options.jobs < 1:
-        raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
-    if options.jobs > 1 and options.launcher and options.launcher.split()[0] in ("accelerate", "torchrun"):
-        raise ValueError(
-            f"`jobs` (={options.jobs}) and `launcher` (={options.launcher!r}) contradict each other: launchers that run at "
-            "once fight for one port. Leave out one of them."
-        )
-    for name in options.rows:
-        check_choice("rows", name, ROWS)
-    for name in LISTS:
-        values = vars(options)[name]
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"`{name}` (={values}) must be one or more, each once.")
-        if name.endswith("rates") and not all(0 < rate < math.inf for rate in values):
-            raise ValueError(f"`{name}` (={values}) must be positive.")
-    if options.launcher and not options.table_only and shutil.which(shlex.split(options.launcher)[0]) is None:
-        raise ValueError(f"`launcher` (={options.launcher!r}) is no command that can be found here.")
-    taken = {name: f"row {row.name}" for row in chosen_rows(options) for name in by_name(row.flags)}
-    for name in options.flags:
-        if name in OWN_FLAGS or name in taken:
-            raise ValueError(f"`{name}` after `--` is set by {taken.get(name, 'this recipe')}: leave it out.")
-    return options
-
-
-def by_name(words: Sequence[str]) -> dict[str, str]:
-    """Return flags by name with their values, as they may be published."""
-    flags: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.removeprefix("--").partition("=")
-            values = flags[name.replace("-", "_")] = [value] if equals else []
-        elif flags:
-            values.append(word)
-        else:
-            raise ValueError(f"{word!r} after `--` belongs to no flag: write out the flags of a file of settings.")
-    return {name: shlex.join(values) for name, values in run_folder.public_value(flags).items()}
-
-
-def chosen_rows(options: argparse.Namespace) -> list[Row]:
-    """Return the rows that were asked for."""
-    return [ROWS[name] for name in options.rows]
+    """Return the dates, versions and hardware of runs: by name all values."""
+    known = [{"date": run["date"], **run["versions"]} for run in runs]
+    names = dict.fromkeys(name for of_run in known for name in of_run)
+    return {name: sorted({str(of_run[name]) for of_run in known if name in of_run}) for name in names}
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[Children]:
-    """Keep other comparisons, and the runs that they left behind, out of a folder; yield what runs are started by."""
+    """Lock a folder against other comparisons and the runs that they left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -437,55 +365,24 @@ def alone_in(folder: Path) -> Iterator[Children]:
         os.close(lock)
 
 
-def claim(options: argparse.Namespace) -> None:
-    """Note the settings in the folder of results, which must be empty or that of a comparison with the same flags."""
-    file = options.results / SETTINGS_FILE
-    if file.is_file():
-        before, now = read_json(file).get("flags", {}), options.flags
-        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        told = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
-        if names:
-            raise ValueError(
-                f"`results` (={str(options.results)!r}) was begun with {', '.join(told[: len(names)])}, and now is asked for "
-                f"{', '.join(told[len(names) :])}: give the same flags after `--`, or another --results folder."
-            )
-    elif any(options.results.iterdir()):
-        raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")
-    kept = {name: vars(options)[name] for name in (*LISTS, "flags")}
-    run_folder.write_json(file, kept | {"launcher": public_launcher(options)})
-
-
-def public_launcher(options: argparse.Namespace) -> str:
-    """Return the launcher as it may be published; nothing where it is python."""
-    return shlex.join(map(run_folder.public_value, shlex.split(options.launcher or "")))
-
-
 def read_run(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what a run left, None where it is not finished."""
+    """Return the record of a run, None if it is not finished."""
     file = options.results / "runs" / f"{run.name}.json"
     if not file.is_file():
         return None
     found = read_json(file)
     if found["flags"] != options.flags | by_name(run.flags):
-        raise ValueError(f"{file} had other flags than row {run.row.name} has now: remove it to run it again.")
+        raise ValueError(f"{file} had other flags than row {run.method.name} has now: remove it to run it again.")
     return found
 
 
 def validation_score(found: Mapping[str, Any]) -> Any:
-    """Return what rates are chosen by."""
+    """Return the score that rates are chosen by."""
     return found["all_results"]["eval_balanced_accuracy"]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file, which none but this recipe writes."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error}): remove it.") from error
-
-
 def duration(seconds: float) -> str:
-    """Say a time in the unit that suits it."""
+    """Format a time in the unit that suits it."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

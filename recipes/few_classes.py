@@ -1,4 +1,4 @@
-"""Make a small data set of a few classes of another, for tables of binary and few-class problems.
+"""Make a data set of a few classes of another, for tables of binary and few-class problems.
 
     python recipes/few_classes.py --dataset $DATA/clinc150 --classes 2 --seed 0 --output few/clinc150_2
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = load_dataset(options.dataset)
     names = splits["train"].features["label"].names
     if not 2 <= options.classes <= len(names):
-        parser.error(f"--classes (={options.classes}) must be 2 to {len(names)}, the classes that there are.")
+        parser.error(f"--classes (={options.classes}) must be 2 to {len(names)}, the number of classes.")
     chosen = np.sort(np.random.default_rng(options.seed).permutation(len(names))[: options.classes])
-    place = np.full(len(names), -1)
-    place[chosen] = np.arange(options.classes)
+    new_label = np.full(len(names), -1)
+    new_label[chosen] = np.arange(options.classes)
     options.output.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         old = np.asarray(rows["label"])
-        labels = np.where(old >= 0, place[old], -1)  # rows without a label are left out
+        labels = np.where(old >= 0, new_label[old], -1)  # rows without a label are left out
         kept = rows.select(np.flatnonzero(labels >= 0)).remove_columns("label")
         kept = kept.add_column(
             "label", labels[labels >= 0], feature=ClassLabel(names=[names[label] for label in chosen])

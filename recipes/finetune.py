@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained image or text model on classes that are unevenly filled, and leave a stock checkpoint.
+"""Fine-tune a pretrained image or text model on unevenly filled classes; the result is a stock checkpoint.
 
     accelerate launch recipes/finetune.py                                    # micro on digits: nothing to download, a minute
     accelerate launch recipes/finetune.py --model vit_base --head etf        # any timm or transformers model
@@ -10,11 +10,10 @@
     accelerate launch recipes/finetune.py settings.yaml --seed 1             # flags from a file; those after it win
     accelerate launch recipes/finetune.py --push_to_hub --hub_model_id me/digits --hub_private_repo
 
-All flags: python recipes/finetune.py --help. They are those of transformers' TrainingArguments, and the ones in
-finetune_arguments.py and etf_adapt/training/arguments.py. A mistake ends the run with one line and exit code 2, a run that
-fails with one line and exit code 1; ETF_ADAPT_TRACEBACK=1 shows where. A run that is finished and saved, but not published as
---push_to_hub --hub_model_id user/name asks, ends with exit code 3 and the command that publishes it. These are the codes of
-`python recipes/finetune.py`; `accelerate launch` makes 1 of each.
+All flags: python recipes/finetune.py --help. They are those of finetune_arguments.py, etf_adapt/training/arguments.py and
+transformers' TrainingArguments. Exit codes: 2 a wrong argument or file, 1 a failed run, 3 a finished run that could not be
+published (the last line is the command that publishes it); `accelerate launch` turns each into 1. Errors are one line;
+ETF_ADAPT_TRACEBACK=1 shows the traceback.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
     from etf_adapt.training.evaluation import RowPredictions
     from etf_adapt.training.trainer import ETFTrainer
 
-ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: as they are, they reach about one
-READ_AGAIN = ("alignment", "validation")  # splits read once an epoch, each time the same
+ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: unscaled they reach about one
+READ_AGAIN = ("alignment", "validation")  # splits whose decoded images are kept: read each epoch, never augmented
 NEWEST = ("last", "latest", "auto", "true", "yes")
 
 
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with errors.one_line_errors():
-        # What can be known wrong is known before the imports that take seconds, and before any data are prepared.
+        # Wrong arguments end the run before the imports that take seconds, and before any data are prepared.
         model_args, data_args, output_args, training_argv = read_arguments(argv)
         location = resolve_model_name(model_args.model)
         is_complete = model_args.pretrained and model_args.checkpoint_path is None
@@ -64,12 +63,13 @@ def finetune(
     location: str,
     argv: Sequence[str],
 ) -> None:
-    """Prepare data and model, train, calibrate, save, evaluate what was saved, and report."""
+    """Prepare data and model, train, calibrate, save, score what was saved, and report."""
     import datasets
     from accelerate.state import PartialState
+    from finetune_report import leave_report
 
     from etf_adapt.models.adapters import add_adapters, merge_adapters
-    from etf_adapt.training.evaluation import calibrate, tau_normalize
+    from etf_adapt.training.evaluation import calibrate
     from etf_adapt.training.launch import keep_freed_memory, set_threads
     from etf_adapt.training.trainer import ETFTrainer
 
@@ -79,31 +79,20 @@ def finetune(
     if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-
-    # Data: the splits, with the long tail that was asked for.
-    data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
-
-    if args.device.type == "cpu" and data.task == "image":
-        keep_freed_memory()
-    if data_args.cache_features:
-        check_cache(data_args, args, data.task)
     if model_args.peft is not None and args.freeze == "backbone":
         raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
 
-    # Model: the pretrained backbone under a new head; and the rows in the form in which it reads them.
+    # Data: the splits, long-tailed if asked for.
+    data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
+    if args.device.type == "cpu" and data.task == "image":
+        keep_freed_memory()
+
+    # Model: the pretrained backbone under a new head; and the splits as it reads them.
     model = load_model(location, model_args, data, seed=args.seed)
-    if model_args.tau_normalization and (data.validation is None or model_args.head not in ("linear", "cosine")):
-        raise ValueError(
-            "`tau_normalization` (=True) chooses its power on validation rows, for a linear or cosine head: give such."
-        )
     adjusts = is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
-    read, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
+    rows, collator, processor = prepare_rows(location, model, data, data_args, seed=args.seed)
     if model_args.peft is not None:
         add_adapters(model, model_args.peft, seed=args.seed)
-    rows = read
-    if data_args.cache_features:
-        model.to(args.device)
-        rows, collator = read_features_once(model, read, collator, data_args.cache_features, args)
 
     # Train. From here on the output folder is ours.
     if data.validation is None:
@@ -125,26 +114,27 @@ def finetune(
     )
     outcome = trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
     merge_adapters(model)
-    settings = model.etf_settings  # of the head that was trained; calibration makes it an ordinary layer
+    trained = model.etf_settings  # calibration makes any head an ordinary layer
 
-    # Calibrate on validation, save, and score what was saved.
+    # Calibrate on validation rows.
     if rows["validation"] is not None:
-        held_out = trainer.get_test_dataloader(rows["validation"])  # the other may be one that was kept
-        if model_args.tau_normalization:
-            tau = tau_normalize(model, held_out)
+        held_out = trainer.get_test_dataloader(
+            rows["validation"]
+        )  # that of training may have been kept with its workers
         factor, strength = calibrate(model, held_out, trainer.class_counts if adjusts else None)
         if state.is_main_process:
-            if model_args.tau_normalization:
-                print(f"rows divided by their lengths to the power of {tau:g}")
-            print(f"calibrated: logits times {factor:.4g}, less {strength:.3g} times the log prior of their class")
+            adjustment = f" - {strength:.3g} log(class frequency)" if adjusts else ""
+            print(f"calibrated: logits x {factor:.4g}{adjustment}")
+
+    # Save, and score what was saved.
     trainer.save_model(args.output_dir)
     state.wait_for_everyone()
     splits = ["validation", *(["test"] if data_args.evaluate_test else [])]
-    scored = {split: score_saved(trainer, read[split], data.task) for split in splits if read[split] is not None}
+    scored = {split: score_saved(trainer, rows[split], data.task) for split in splits if rows[split] is not None}
 
-    # Report.
+    # Report, and publish.
     if state.is_main_process:
-        leave_report(trainer, outcome.metrics, scored, settings, data, model_args, location, repo_id, argv)
+        leave_report(trainer, outcome.metrics, scored, trained, data, model_args, location, repo_id, argv)
     is_main = state.is_main_process
     state.wait_for_everyone()  # none leaves while another still works
     state.destroy_process_group()  # none waits for an upload
@@ -155,7 +145,7 @@ def finetune(
 
 
 def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
-    """Load the data set, with the long tail that was asked for."""
+    """Load the data set; make it long-tailed if asked for."""
     from etf_adapt.data.load import load_data
 
     return load_data(
@@ -175,7 +165,7 @@ def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
 
 
 def load_model(location: str, model_args: ModelArguments, data: ClassificationData, *, seed: int) -> Any:
-    """Load the pretrained model, with a new head and the loss that goes with it."""
+    """Load the pretrained model with a new head and its loss."""
     from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
     from etf_adapt.models.etf_model import DEFAULT_LOSSES
 
@@ -206,7 +196,7 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
 
 
 def is_adjusted(model: Any, choice: str, *, has_validation: bool) -> bool:
-    """Return whether the prior is adjusted for after training; where it is left to us, for ETF heads that can be."""
+    """Return whether the prior is adjusted for after training; auto: for ETF heads that allow it."""
     if choice == "auto":
         return bool(has_validation and model.etf_settings["head"]["kind"] == "etf" and model.is_adjustable)
     if choice == "fit":
@@ -219,7 +209,7 @@ def is_adjusted(model: Any, choice: str, *, has_validation: bool) -> bool:
 def prepare_rows(
     location: str, model: Any, data: ClassificationData, data_args: DataArguments, *, seed: int
 ) -> tuple[dict[str, Any], Any, Any]:
-    """Turn each split into rows as the model takes them; return these, what makes batches of them, and the processor."""
+    """Return the splits as the model reads them, the collator and the processor (tokenizer or image processor)."""
     from accelerate.state import PartialState
 
     from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
@@ -235,18 +225,15 @@ def prepare_rows(
         if size is not None:
             set_image_size(model, processor, size)
         plain = image_transforms(processor, train=False, image_size=size)
-        mixed = image_transforms(
+        augmented = image_transforms(
             processor, train=True, image_size=size, augment=data_args.augment, allow_flip=data.allow_flip
         )
-        rows: dict[str, Any] = {
-            name: TransformedRows(split, mixed if name == "train" else plain, seed=seed, keep=name in READ_AGAIN)
-            if split is not None
-            else None
-            for name, split in splits.items()
-        }
+        rows: dict[str, Any] = dict.fromkeys(splits)
+        for name, split in splits.items():
+            if split is not None:
+                transform = augmented if name == "train" else plain
+                rows[name] = TransformedRows(split, transform, seed=seed, keep=name in READ_AGAIN)
         return rows, ImageCollator(), processor
-    if processor.pad_token is None:
-        processor.pad_token = processor.eos_token  # as ETFFor... has told a model that has none
     positions = getattr(model.config, "max_position_embeddings", None)
     length = data_args.max_length or min(filter(None, (processor.model_max_length, positions, DEFAULT_MAX_LENGTH)))
     with PartialState().main_process_first():  # the others read what it leaves in the cache
@@ -254,38 +241,8 @@ def prepare_rows(
     return rows, TextCollator(processor), processor
 
 
-def check_cache(data_args: DataArguments, args: ETFTrainingArguments, task: str) -> None:
-    """Raise where features that are read once would not be those of the run."""
-    views = f"`cache_features` (={data_args.cache_features})"
-    if data_args.cache_features < 0 or (task == "text" and data_args.cache_features > 1):
-        raise ValueError(f"{views} must be 0 or 1 for texts, which are not augmented, and at least 0 for images.")
-    if args.freeze != "backbone":
-        raise ValueError(f"{views} keeps what a frozen backbone makes of the rows: add --freeze backbone.")
-    if args.batch_norm in ("train", "reestimate"):
-        raise ValueError(f"{views} moves no BatchNorm statistics: leave out batch_norm (={args.batch_norm!r}).")
-    if args.mixup or args.cutmix:
-        raise ValueError(f"{views} holds no images to mix: leave out mixup and cutmix.")
-
-
-def read_features_once(
-    model: Any, rows: dict[str, Any], collator: Any, views: int, args: ETFTrainingArguments
-) -> tuple[dict[str, Any], Any]:
-    """Put what the head reads in place of the rows of each split that is trained or chosen on."""
-    from etf_adapt.training.feature_cache import FeatureCollator, cache_features
-
-    options: dict[str, Any] = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
-    cached = dict(rows)
-    for split in READ_AGAIN:
-        if rows[split] is not None:
-            cached[split] = cache_features(model, rows[split], collator, **options)
-    cached["train"] = cached["alignment"]
-    if views > 1:
-        cached["train"] = cache_features(model, rows["train"], collator, views=views, **options)
-    return cached, FeatureCollator(collator)
-
-
 def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool) -> None:
-    """Mark the output folder as this run's, after removing an earlier run where that was asked for."""
+    """Mark the output folder as this run's; remove an earlier run from it if asked for."""
     from etf_adapt.training.checkpoints import remove_checkpoints
 
     if overwrite:
@@ -295,12 +252,13 @@ def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool)
 
 
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
-    """Score the saved folder as its users will load it: without this library."""
+    """Score the saved folder as its users load it: without this library."""
     from etf_adapt.metrics.shots import ShotAccuracy
     from etf_adapt.training.evaluation import load_stock, predict_rows
 
-    args, settings = trainer.args, trainer.accelerator.unwrap_model(trainer.model).etf_settings
-    model, offsets = load_stock(args.output_dir, task).to(args.device), settings["prior_adjustment"]
+    args = trainer.args
+    offsets = trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"]
+    model = load_stock(args.output_dir, task).to(args.device)
     predicted = predict_rows(model, trainer.get_test_dataloader(rows), num_rows=len(rows), offsets=offsets)
     metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
     details = {"confidences": predicted.confidences, "losses": predicted.losses}
@@ -309,115 +267,14 @@ def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, fl
     return scores | {f"{name}_unadjusted": before[name] for name in tables.UNADJUSTED}, predicted
 
 
-def leave_report(
-    trainer: ETFTrainer,
-    training: dict[str, float],
-    scored: dict[str, tuple[dict[str, float | None], RowPredictions]],
-    settings: dict[str, Any],
-    data: ClassificationData,
-    model_args: ModelArguments,
-    location: str,
-    repo_id: str | None,
-    argv: Sequence[str],
-) -> None:
-    """Write results, predictions and the model card beside the model, and show them."""
-    import numpy as np
-    from sklearn.metrics import recall_score
-
-    from etf_adapt.results.card import CardFacts, write_card
-    from etf_adapt.results.card_metadata import read_base_card
-
-    args, folder = trainer.args, Path(trainer.args.output_dir)
-    scores = {split: scored[split][0] for split in scored}
-    run_folder.write_json(
-        folder / run_folder.RESULTS_FILE, tables.flat_results(training, scores.get("validation"), scores.get("test"))
-    )
-    split = "test" if "test" in scored else "validation"
-    table, recalls, evaluated = [], [], np.zeros(0, dtype=int)
-    if split in scored:
-        rows = scored[split][1]
-        evaluated = np.bincount(rows.labels, minlength=len(data.label_names))
-        classes = range(len(data.label_names))
-        recalls = recall_score(
-            rows.labels, rows.predictions, labels=classes, average=None, zero_division=np.nan
-        ).tolist()
-        table = tables.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
-        print(f"\n{split} accuracy, by the training rows of the classes:\n{tables.format_table(table)}")
-    if "test" in scored:
-        run_folder.write_predictions(
-            folder / run_folder.PREDICTIONS_FILE,
-            row_ids=rows.row_ids,
-            labels=rows.labels,
-            predictions=rows.predictions,
-            confidences=rows.confidences,
-            label_names=data.label_names,
-        )
-    public = run_folder.public_arguments(model_args, args)
-    write_card(
-        folder,
-        CardFacts(
-            model_id=repo_id or public["output_dir"],
-            on_hub=repo_id is not None,
-            task=data.task,
-            library=settings["library"],
-            base_model=name_base(model_args, location, public["model"]),
-            dataset=data.description | {"name": run_folder.public_value(data.description["name"])},
-            label_names=data.label_names,
-            class_counts=data.class_counts.tolist(),
-            head=settings["head"],
-            loss=settings["loss"],
-            split=split,
-            scores=scores.get(split, {}),
-            table=table,
-            is_adjusted=trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"] is not None,
-            calibrated_rows=len(scored["validation"][1].labels) if "validation" in scored else 0,
-            command=run_folder.public_command(argv),
-            seeds={"seed": args.seed, "data_seed": args.data_seed},
-            environment=run_folder.describe_environment(),
-            recalls=recalls,
-            row_counts=evaluated.tolist(),
-            shot_bounds=args.shot_bounds,
-            temperature=trainer.accelerator.unwrap_model(trainer.model).etf_settings["temperature"],
-            alignment=trainer.alignment or {},
-            collapse=last_collapse(trainer.state.log_history),
-            inherited=read_base_card(location) if is_base(model_args) else {},
-        ),
-    )
-    lines = run_folder.loading_lines(folder, settings["library"], data.task).replace("\n", "\n    ")
-    print(f"\nmodel, card (README.md), {run_folder.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
-
-
-def is_base(model_args: ModelArguments) -> bool:
-    """Return whether the run started from the weights that go by the model's name."""
-    return model_args.pretrained and model_args.checkpoint_path is None
-
-
-def name_base(model_args: ModelArguments, location: str, public: str) -> str:
-    """Return what the run started from, as it may be published: a Hub id where its weights were those."""
-    if not is_base(model_args):
-        origin = "random weights" if model_args.checkpoint_path is None else "a file of weights"
-        return f"{public} from {origin}"
-    return public if Path(location).is_dir() else location
-
-
-def last_collapse(history: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the newest measures of neural collapse on validation rows, in feature space and in logit space."""
-    logged = next((entry for entry in reversed(history) if "eval_nc1" in entry), {})
-    names = [f"{space}nc{number}" for space in ("", "logit_") for number in range(1, 5)]
-    return {
-        name.replace("nc", "NC").replace("_", " "): logged[f"eval_{name}"] for name in names if f"eval_{name}" in logged
-    }
-
-
 def publish_run(args: ETFTrainingArguments, repo_id: str) -> str | None:
-    """Publish the finished folder; return what went wrong, if anything did."""
+    """Publish the finished folder; return the error, if any."""
     from etf_adapt.hub.publish import publish
     from etf_adapt.hub.send import HubError
 
     try:
-        print(
-            f"published: {publish(str(args.output_dir), repo_id, private=args.hub_private_repo, revision=args.hub_revision)}"
-        )
+        url = publish(str(args.output_dir), repo_id, private=args.hub_private_repo, revision=args.hub_revision)
+        print(f"published: {url}")
     except HubError as error:
         return str(error)
     return None

@@ -1,14 +1,15 @@
-"""Arguments of recipes/finetune.py: what they are, and what of them can be known wrong before anything is loaded."""
+"""Arguments of recipes/finetune.py, and the checks that need neither torch nor data."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -19,35 +20,32 @@ from etf_adapt.results import run_folder
 if TYPE_CHECKING:
     from etf_adapt.training.arguments import ETFTrainingArguments
 
-HEADS = ("etf", "linear", "cosine", "paper")
-POOLINGS = ("stock", "mean")
-LOSSES = ("dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted", "ldam")
-
 
 @dataclass
 class ModelArguments:
     """Which model, and what becomes of its head."""
 
     model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
-    head: str = field(default="etf", metadata={"help": f"One of {', '.join(HEADS)}."})
-    loss: str | None = field(default=None, metadata={"help": f"One of {', '.join(LOSSES)}; by default the head's own."})
+    head: Literal["etf", "linear", "cosine", "paper"] = field(
+        default="etf", metadata={"help": "Classifier: fixed simplex frame, or one to compare with."}
+    )
+    # The names of losses.registry, which would import torch.
+    loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted"] | None = field(
+        default=None, metadata={"help": "By default the head's own."}
+    )
     loss_options: str | None = field(
         default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.registry.make_loss)."}
     )
     head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
     head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
-    pooling: str | None = field(
-        default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or mean."}
+    pooling: Literal["stock", "mean"] | None = field(
+        default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or their mean."}
     )
     peft: str | None = field(
         default=None, metadata={"help": "Train adapters in place of the backbone: lora, or a JSON file for peft."}
     )
-    prior_adjustment: str = field(
-        default="auto",
-        metadata={"help": "After training, for classes that matter alike: fit, none, or auto, fit for etf heads."},
-    )
-    tau_normalization: bool = field(
-        default=False, metadata={"help": "After training: divide the head's rows by a power of their lengths."}
+    prior_adjustment: Literal["auto", "fit", "none"] = field(
+        default="auto", metadata={"help": "Prior adjustment after training; auto: fit for etf heads, else none."}
     )
     paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
     pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
@@ -68,8 +66,12 @@ class DataArguments:
     imbalance_factor: float | None = field(
         default=None, metadata={"help": "Make train long-tailed: largest over smallest class count, at least 1."}
     )
-    imbalance_profile: str = field(default="exponential", metadata={"help": "exponential or step."})
-    class_order: str = field(default="label", metadata={"help": "Rank of the classes: label, or permuted by the seed."})
+    imbalance_profile: Literal["exponential", "step"] = field(
+        default="exponential", metadata={"help": "Shape of the long tail."}
+    )
+    class_order: Literal["label", "permuted"] = field(
+        default="label", metadata={"help": "Rank of the classes by count: label order, or permuted by the seed."}
+    )
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of train for a missing validation split."})
     validation_before_long_tail: bool = field(
         default=False, metadata={"help": "Cut it before the long tail, balanced, as benchmarks do."}
@@ -82,10 +84,6 @@ class DataArguments:
         default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
     )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
-    cache_features: int = field(
-        default=0,
-        metadata={"help": "With --freeze backbone: read each row once, in so many augmented views; 1 is without."},
-    )
     evaluate_test: bool = field(
         default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
     )
@@ -105,15 +103,20 @@ OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 
 
 class Parser(HfArgumentParser):
-    """Parser whose complaints are raised, so that they look as all others do."""
+    """Parser that raises its errors, so that they look like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print under its usage."""
         raise ValueError(message)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a choice; argparse's own check names no nearest one."""
+        if action.choices is not None:
+            check_choice(action.dest, value, action.choices)
+
 
 def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, OutputArguments, list[str]]:
-    """Parse and check the arguments defined here; return them, and those left for ETFTrainingArguments."""
+    """Parse and check the arguments defined here; return them, and the flags left for ETFTrainingArguments."""
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = [*flags_from_file(argv[0]), *argv[1:]]
     if "-h" in argv or "--help" in argv:
@@ -128,21 +131,13 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
         if "--head" in argv and model_args.head != "paper":
             raise ValueError(f"`paper` (=True) contradicts `head` (={model_args.head!r}): give one of them.")
         model_args.head = "paper"
-    check_choice("head", model_args.head, HEADS)
-    if model_args.loss is not None:
-        check_choice("loss", model_args.loss, LOSSES)
     check_loss_options(model_args.loss_options)
-    check_choice("prior_adjustment", model_args.prior_adjustment, ("auto", "fit", "none"))
     if model_args.peft not in (None, "lora") and not Path(str(model_args.peft)).is_file():
         raise ValueError(
             f"`peft` (={model_args.peft!r}) is neither 'lora' nor a JSON file with a configuration of peft."
         )
     if model_args.checkpoint_path is not None and not Path(model_args.checkpoint_path).is_file():
         raise ValueError(f"`checkpoint_path` (={model_args.checkpoint_path!r}) is no file: give a file of weights.")
-    if model_args.pooling is not None:
-        check_choice("pooling", model_args.pooling, POOLINGS)
-    check_choice("imbalance_profile", data_args.imbalance_profile, ("exponential", "step"))
-    check_choice("class_order", data_args.class_order, ("label", "permuted"))
     if data_args.dataset == "digits" and model_task(model_args.model) == "text":
         raise ValueError(
             f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset."
@@ -156,7 +151,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
 
 
 def check_loss_options(text: str | None) -> None:
-    """Raise where the options of the loss are no JSON object; the loss itself knows which there are."""
+    """Check that the options of the loss are a JSON object; the loss itself checks their names."""
     if text is None:
         return
     try:
@@ -171,7 +166,7 @@ def check_loss_options(text: str | None) -> None:
 
 
 def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
-    """Parse the remaining flags, with transformers' own; torch is imported here."""
+    """Parse the remaining flags, transformers' own among them; imports torch."""
     from etf_adapt.training.arguments import ETFTrainingArguments
 
     if "--help" in argv:
@@ -195,7 +190,7 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
 
 
 def flags_from_file(file: str) -> list[str]:
-    """Turn a JSON or YAML file of arguments into flags, so that flags after it win."""
+    """Turn a JSON or YAML file of arguments into flags; later flags override them."""
     import yaml
 
     if not Path(file).is_file():

@@ -26,13 +26,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from comparison import format_markdown, format_spread, mean_and_deviation
-from transformers import HfArgumentParser
+from finetune_arguments import Parser
 
 from etf_adapt import errors
-from etf_adapt.errors import check_choice
 from etf_adapt.results import run_folder, tables
 
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -46,10 +45,10 @@ SCORES = ("accuracy", "macro_f1", "head_third", "middle_third", "tail_third", "e
 
 @dataclass
 class Arguments:
-    """What is run; all else is the published setting."""
+    """What may be chosen; all else is the published setting."""
 
     dataset: str | None = field(default=None, metadata={"help": "CIFAR-100: a Hub id, file or folder."})
-    method: str = field(default="etf_dr", metadata={"help": f"One of {', '.join(METHODS)}."})
+    method: Literal["etf_dr", "etf_ce", "linear_ce"] = field(default="etf_dr", metadata={"help": "Head and loss."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
     imbalance_factor: float = field(default=100.0, metadata={"help": "The paper's are 200, 100 and 50."})
     num_train_epochs: float = field(default=float(EPOCHS), metadata={"help": "The schedule is stretched to these."})
@@ -68,9 +67,8 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
     with errors.one_line_errors():
-        parser = HfArgumentParser([Arguments], description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+        parser = Parser([Arguments], description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
         (args,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
-        check_choice("method", args.method, METHODS)
         if args.table is not None:
             print(table(Path(args.table)))
             return
@@ -147,12 +145,12 @@ def run(args: Arguments) -> None:
         found = {**outcome.metrics, **scores, "train_rows": len(rows), "torch": torch.__version__}
         run_folder.write_json(Path(args.output_dir, run_folder.RESULTS_FILE), found)
         named = ("accuracy", "balanced_accuracy", "head_third", "middle_third", "tail_third")
-        said = ", ".join(f"{name.replace('_', ' ')} {tables.percent(scores[f'test_{name}'])}" for name in named)
-        print(f"\n{args.method}, {len(rows):,} training rows: {said}\n{args.output_dir}")
+        scored = ", ".join(f"{name.replace('_', ' ')} {tables.percent(scores[f'test_{name}'])}" for name in named)
+        print(f"\n{args.method}, {len(rows):,} training rows: {scored}\n{args.output_dir}")
 
 
 def table(folder: Path) -> str:
-    """Set the test scores of the finished runs in a folder: mean and standard deviation over seeds, in per cent."""
+    """Return the table of the finished runs in a folder: test scores, mean ± standard deviation over seeds, in per cent."""
     groups: dict[tuple[str, float, float, int], list[dict[str, Any]]] = {}
     for results in sorted(folder.glob(f"*/{run_folder.RESULTS_FILE}")):
         found = json.loads(results.read_text())
@@ -182,10 +180,7 @@ def published_transforms() -> tuple[Any, Any]:
 
 
 def learning_rate_factor(epoch: int, num_epochs: float) -> float:
-    """Return the learning rate of an epoch, from 0, over its peak; the published schedule is stretched to the epochs.
-
-    The warm-up rises by a fifth in each of its epochs.
-    """
+    """Return the learning rate of an epoch (from 0) over its peak, by the published schedule stretched to `num_epochs`."""
     published = epoch * EPOCHS / num_epochs
     if published < WARM_UP:
         return (int(published) + 1) / WARM_UP

@@ -1,4 +1,4 @@
-"""Which models can be adapted: every name of timm, every classification class and image encoder of transformers, tried out.
+"""Which models can be adapted: every timm name, every classification class and image encoder of transformers, tried out.
 
     python recipes/support.py                                     # all: hours on a CPU; after a stop it goes on
     python recipes/support.py --only BertForSequenceClassification vit_tiny_patch16_224
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def try_all(options: argparse.Namespace) -> None:
-    """Try each model that was not tried yet, in processes of their own that end now and then, as memory is not given back."""
+    """Try the models that are not tried yet; worker processes end now and then, as memory is not given back."""
     for kind in options.kinds:
         done = read(options.results, kind)
         tasks = [
@@ -121,7 +121,7 @@ def names(kind: str) -> Iterator[tuple[str, str]]:
 
 
 def try_one(task: tuple[str, str, str, float, int]) -> dict[str, Any]:
-    """Try one model; whatever goes wrong is part of the record."""
+    """Try one model; an error is part of its record."""
     kind, name, model_type, most_parameters, most_pixels = task
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -164,7 +164,7 @@ def try_class(kind: str, name: str, model_type: str, record: dict[str, Any], at:
 
 
 def try_encoder(name: str, model_type: str, record: dict[str, Any], at: Callable[[str], None]) -> None:
-    """Try an image encoder of transformers, built small: its pooled output is read, or there is none."""
+    """Try an image encoder of transformers, built small, by its pooled output."""
     config = small_config(model_type, num_labels=CLASSES)
     if pooled_features(config) is None:
         raise HeadError("It makes no pooled output of images alone.")
@@ -178,7 +178,7 @@ def try_encoder(name: str, model_type: str, record: dict[str, Any], at: Callable
 
 
 def try_timm(name: str, record: dict[str, Any], at: Callable[[str], None], parameters: float, pixels: int) -> None:
-    """Try a model of timm: with weights in transformers' wrapper, or on the meta device by itself."""
+    """Try a model of timm: with weights in transformers' wrapper, or alone on the meta device."""
     with torch.device("meta"):
         empty = timm.create_model(name, num_classes=CLASSES)
     channels, *size = empty.pretrained_cfg.get("input_size", (3, SIZE, SIZE))
@@ -262,7 +262,7 @@ def go_through(
 
 
 def inputs_of(model: Any) -> dict[str, Tensor]:
-    """Make up a batch of two rows, also for networks of convolutions, which tell no size of their images."""
+    """Make a batch of two rows, also for convolutional networks, whose configuration holds no image size."""
     if model.config.model_type == "siglip2":  # which takes patches
         patches = torch.randn(2, 16, 3 * model.config.vision_config.patch_size**2)
         places = {"pixel_attention_mask": torch.ones(2, 16), "spatial_shapes": torch.full((2, 2), 4)}
@@ -274,26 +274,26 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise where something that is to be shown does not hold."""
+    """Raise unless it holds."""
     if not holds:
         raise AssertionError(otherwise)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the beginning of what an error says, without this machine's paths."""
+    """Return the first line of an error, without local paths."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return str(run_folder.public_value(said))[:200]
 
 
 def read(results: Path, kind: str) -> dict[str, dict[str, Any]]:
-    """Return what was found of a kind, by name."""
+    """Return the records of a kind, by name."""
     file = results / f"{kind}.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Set the counts, and each model that does not work with its reason."""
+    """Format the counts, and each model that does not work with its reason."""
     outcomes = ("works", "refused", "not built", "failed")
     cells, apart = [], []
     for kind, records in found.items():
@@ -302,8 +302,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         counts = Counter(record["outcome"] for record in records)
         saved = sum(record["outcome"] == "works" and record["weights"] != "none" for record in records)
         several = sum(len(record["heads"]) > 1 for record in records)
-        told = [str(number) for number in (len(records), *(counts[outcome] for outcome in outcomes), saved, several)]
-        cells.append([KINDS[kind], *told])
+        numbers = (len(records), *(counts[outcome] for outcome in outcomes), saved, several)
+        cells.append([KINDS[kind], *map(str, numbers)])
         alike: dict[tuple[str, str], list[str]] = {}
         for record in sorted(records, key=lambda record: record["name"]):
             if record["outcome"] != "works":

@@ -55,12 +55,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def small_config(model_type: str, *, num_labels: int) -> PreTrainedConfig:
-    """Return a small configuration of a model type; one that is not made of the usual settings stays as it is.
-
-    Args:
-        model_type: A key of transformers' ``CONFIG_MAPPING``.
-        num_labels: Number of classes.
-    """
+    """Return a small configuration of a model type (a key of `CONFIG_MAPPING`); unusual settings keep their defaults."""
     return _small(CONFIG_MAPPING[model_type], MORE.get(model_type, {}), num_labels=num_labels)
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare  # noqa: E402
+import compare_methods  # noqa: E402
 import finetune  # noqa: E402
 
 LABELS = ["cat"] * 6 + ["dog"] * 4
@@ -126,8 +127,8 @@ class TestMethod:
         assert final == [("0.0001", "0.0001")] * 2 + [("0.0001", None)] * 2
 
     def test_every_row_is_one_that_finetune_understands(self):
-        options = compare.read_arguments(["--results", "r", "--rows", *compare.ROWS, "--"])
-        for row in compare.chosen_rows(options):
+        options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])
+        for row in compare.chosen_methods(options):
             run = compare.tuning_runs(row, options)[0]
             model, data, _, rest = finetune.read_arguments([*run.flags, "--output_dir", "unused"])
             args = finetune.parse_training(rest)
@@ -224,8 +225,8 @@ class TestGoingOn:
 
     def test_a_row_that_was_changed_is_not_mixed_with_what_it_was(self, runs, capsys, monkeypatch):
         compare.main([*TWO_ROWS, *SHARED])
-        changed = compare.Row("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
-        monkeypatch.setitem(compare.ROWS, "etf_dr", changed)
+        changed = compare.Method("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
+        monkeypatch.setitem(compare_methods.METHODS, "etf_dr", changed)
         assert "other flags than row etf_dr" in refused([*TWO_ROWS, *SHARED], capsys)
 
     def test_other_test_rows_are_refused(self, runs, capsys):
@@ -366,7 +367,7 @@ class TestLaunch:
     def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
         said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
         programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
-        run, file = compare.Run(compare.ROWS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
+        run, file = compare.Run(compare_methods.METHODS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
         lock = os.open(tmp_path, os.O_RDONLY)
         for program, (code, last) in programs.items():
             left, lines = compare.Children(lock).launch([sys.executable, "-c", program])
@@ -420,15 +421,15 @@ with compare.alone_in(Path({str(tmp_path / "r")!r})) as children:
 
 
 @pytest.mark.slow
-def test_two_rows_on_the_digits(tmp_path, monkeypatch, capsys):
+def test_a_method_on_the_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    own = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3"]
+    own = ["--results", "r", "--rows", "linear_ce", "--seeds", "0", "--learning_rates", "1e-3"]
     shared = ["--", "--max_train_rows", "90", "--num_train_epochs", "1", "--torch_threads", "1"]
     compare.main([*own, "--head_rates", "10", *shared])
     said = capsys.readouterr().out
     assert (
-        said.startswith("6 runs: 2 to choose rates, 4 with the test split; 0 finished")
-        and "5 runs to go, about" in said
+        said.startswith("2 runs: 1 to choose rates, 1 with the test split; 0 finished")
+        and "1 runs to go, about" in said
     )
     labels = np.array(json.loads(Path("r/test_labels.json").read_text())["labels"])
     for file in Path("r/runs").glob("*-final-*.json"):
@@ -436,5 +437,5 @@ def test_two_rows_on_the_digits(tmp_path, monkeypatch, capsys):
         correct = unpack_rows(left["correct"], len(labels))
         recalls = [correct[labels == label].mean() for label in np.unique(labels)]
         assert np.mean(recalls) == pytest.approx(left["all_results"]["test_balanced_accuracy"], abs=1e-12)
-    assert len(files()) == 6 and not Path("r/scratch").exists()
+    assert len(files()) == 2 and not Path("r/scratch").exists()
     print(Path("r/table.md").read_text())

@@ -97,8 +97,8 @@ class TestPairedBootstrap:
     def test_five_thousand_rows_take_little_time(self):
         a, b, labels = random_case(rows=5000, classes=150)
         start = time.process_time()
-        paired_bootstrap(a, b, labels)
-        assert time.process_time() - start < 20
+        paired_bootstrap(a, b, labels, resamples=2000)
+        assert time.process_time() - start < 4
 
     def test_memory_does_not_grow_with_the_resamples(self):
         a, b, labels = random_case(seeds=10, rows=1000, classes=1)  # nearly every row is a group of its own

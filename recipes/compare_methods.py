@@ -1,4 +1,4 @@
-"""What recipes/compare.py compares: each row of its table, by the flags of finetune.py that make it."""
+"""The methods that recipes/compare.py compares, each by its flags of finetune.py."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table, and the flags of finetune.py that make it.
-
-    Its kind is "baseline"; "family", that is a fixed ETF head under a loss of the dot-regression family; or "other". Where
-    it trains its head, that head's learning rate is tuned too.
-    """
+class Method:
+    """One method, a line of the table; where its head is trained, that head's learning rate is tuned too."""
 
     name: str
     title: str
-    kind: str
+    kind: str  # "baseline"; "family": a fixed ETF head under a loss of the dot-regression family; or "other"
     flags: tuple[str, ...]
     trains_head: bool = False
 
 
-def _rows(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool = False) -> list[Row]:
-    return [Row(name, title, kind, tuple(flags.split()), trains_head) for name, (title, flags) in table.items()]
+def _methods(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool = False) -> list[Method]:
+    return [Method(name, title, kind, tuple(flags.split()), trains_head) for name, (title, flags) in table.items()]
 
 
 BASELINES = {
@@ -30,10 +26,6 @@ BASELINES = {
     "linear_la_sqrt_smooth": (
         "linear, logit-adjusted, root sampling, smoothed",
         "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1",
-    ),
-    "linear_ce_tau": (
-        "linear, cross-entropy, tau-normalised",
-        "--head linear --loss cross_entropy --tau_normalization",
     ),
     "linear_ce_refit": (
         "linear, cross-entropy, then refitted",
@@ -44,42 +36,30 @@ BASELINES = {
         "cosine, logit-adjusted, then refitted",
         "--head cosine --loss logit_adjusted --final_frame whitened",
     ),
-    "cosine_ldam_drw": ("cosine, LDAM, deferred re-weighting", "--head cosine --loss ldam --reweight_from 0.8"),
 }
 FAMILY = {
     "etf": ("ETF (default)", "--head etf"),
     "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
-    "etf_unit": ("ETF, features of unit length", "--head etf --feature_lengths true"),
     "etf_once": ("ETF, aligned once", "--head etf --realign_epochs 0"),
-    "etf_discriminant": ("ETF, discriminant frame", "--head etf --frame discriminant"),
     "etf_means": ("ETF, class means", "--head etf --frame means"),
-    "etf_ridge": ("ETF, ridge frame", "--head etf --frame ridge"),
     "etf_dr": ("ETF, dot regression on vertices", "--head etf --loss dot_regression"),
-    "etf_dr_once": (
-        "ETF aligned once, dot regression on vertices",
-        "--head etf --loss dot_regression --frame ridge --realign_epochs 0 --leave_one_out false",
-    ),
     "paper": ("ETF, dot regression as published", "--paper"),
 }
 OTHERS = {
     "etf_la": ("ETF, logit-adjusted", "--head etf --loss logit_adjusted"),
-    "etf_unit_la": (
-        "ETF, features of unit length, logit-adjusted",
-        "--head etf --loss logit_adjusted --feature_lengths true",
-    ),
     "etf_ce": ("ETF, cross-entropy", "--head etf --loss cross_entropy"),
 }
 TRAINED = {
     "etf_trained": ("ETF, trained on", "--head etf --head_trainable true"),
     "etf_trained_la": ("ETF trained on, logit-adjusted", "--head etf --head_trainable true --loss logit_adjusted"),
 }
-ROWS = {
-    row.name: row
-    for rows in (
-        _rows("baseline", BASELINES, trains_head=True),
-        _rows("family", FAMILY),
-        _rows("other", OTHERS),
-        _rows("other", TRAINED, trains_head=True),
+METHODS = {
+    method.name: method
+    for methods in (
+        _methods("baseline", BASELINES, trains_head=True),
+        _methods("family", FAMILY),
+        _methods("other", OTHERS),
+        _methods("other", TRAINED, trains_head=True),
     )
-    for row in rows
+    for method in methods
 }
