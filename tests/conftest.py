@@ -49,7 +49,7 @@ def _seeded() -> None:
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """A Hub of its own for each test; its large files come in parts of 20,000 bytes."""
-    with HubServer(chunk_size=20_000) as server:
+    with HubServer() as server:
         yield server
 
 

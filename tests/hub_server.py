@@ -134,7 +134,7 @@ class HubServer:
     read_token = "hf_that_may_only_read"
     url = ""
 
-    def __init__(self, **_: int) -> None:
+    def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []

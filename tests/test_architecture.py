@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from functools import cache
@@ -25,23 +26,11 @@ KNOWN_LIBRARIES = {
     "errors": set(),
     "geometry": {"torch"},
     "losses": {"torch"},
-    "heads": {"torch", "accelerate", "numpy"},
-    "data": {
-        "torch",
-        "torchvision",
-        "timm",
-        "transformers",
-        "datasets",
-        "numpy",
-        "pyarrow",
-        "PIL",
-        "sklearn",
-        "huggingface_hub",
-        "fsspec",
-    },
-    "metrics": {"torch", "numpy", "scipy", "sklearn", "evaluate", "datasets"},
-    "results": {"torch", "numpy", "jinja2", "matplotlib", "huggingface_hub", "yaml"},
-    "hub": {"huggingface_hub", "requests", "httpx", "safetensors", "yaml"},
+    "data": {"PIL", "datasets", "huggingface_hub", "numpy", "pyarrow", "sklearn", "timm", "torch", "torchvision"},
+    "heads": {"accelerate", "numpy", "torch"},
+    "metrics": {"datasets", "evaluate", "numpy", "scipy", "sklearn", "torch"},
+    "results": {"huggingface_hub", "jinja2", "matplotlib", "numpy", "torch", "yaml"},
+    "hub": {"huggingface_hub", "safetensors", "yaml"},
 }
 LIGHT = ("errors", "results", "hub")
 """Folders whose import loads no framework, so that a check of arguments or of a folder waits for none."""
@@ -76,12 +65,10 @@ def imports(path: Path) -> frozenset[tuple[str, bool]]:
             found |= {(alias.name, id(node) in for_typing) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
-            modules = (
-                [f"etf_adapt.{alias.name}" for alias in node.names]
-                if node.module == "etf_adapt"
-                else [str(node.module)]
-            )
-            found |= {(name, id(node) in for_typing) for name in modules}
+            module = str(node.module)
+            is_folder = (ROOT / module.replace(".", "/") / "__init__.py").is_file()
+            names = [f"{module}.{alias.name}" for alias in node.names] if is_folder else [module]
+            found |= {(name, id(node) in for_typing) for name in names}
     return frozenset(found)
 
 
@@ -190,10 +177,29 @@ def test_no_file_names_a_folder_of_one_machine():
     assert found == [], "a path that is right on one machine only"
 
 
-def test_no_module_is_long():
-    modules = [path for path in tracked_files() if path.suffix == ".py" and "tests" not in path.parts]
-    lengths = {path.name: path.read_text(encoding="utf-8").count("\n") for path in modules}
-    assert {name: lines for name, lines in lengths.items() if lines >= 550} == {}
+def lines(modules: list[str]) -> dict[str, int]:
+    return {module: path_of(module).read_text(encoding="utf-8").count("\n") for module in modules}
+
+
+def test_the_core_is_read_in_an_evening():
+    parts = ("names", "swap", "stock_subclass", "etf_model", "auto", "folders", "timm_layout", "weights")
+    core = [name for name in modules() if folder_of(name) in ("geometry", "losses", "heads")]
+    assert sum(lines([*core, *(f"models.{part}" for part in parts)]).values()) < 3500
+
+
+def test_the_package_stays_small():
+    """Sizes tell when something grows a second job."""
+    sizes = lines(modules())
+    folders = {folder: sum(sizes[name] for name in sizes if folder_of(name) == folder) for folder in FLOORS}
+    assert sum(sizes.values()) < 9500
+    assert {folder: size for folder, size in folders.items() if size >= 2300} == {}
+    assert {name: size for name, size in sizes.items() if size >= 450} == {}
+    assert statistics.median(sizes.values()) < 150
+
+
+def test_no_recipe_or_example_is_long():
+    files = [path for path in tracked_files() if path.suffix == ".py" and path.parts[-2] in ("recipes", "examples")]
+    assert {path.name for path in files if path.read_text(encoding="utf-8").count("\n") >= 450} == set()
 
 
 def test_no_file_is_large():

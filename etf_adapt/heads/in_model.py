@@ -26,12 +26,6 @@ def head_modules(model: nn.Module) -> dict[str, ClassifierHead]:
     return {path: module for path, module in model.named_modules() if isinstance(module, ClassifierHead)}
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of a model."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
 def logits_of(output: Any) -> Tensor:
     """Return the logits of a model's output: a tensor of timm's, or an output object or tuple of transformers'."""
     if isinstance(output, Tensor):

@@ -249,8 +249,3 @@ def fold_head(head: ClassifierHead, *, bias: bool) -> ClassifierHead:
     layer.to(device=head.weight.device, dtype=head.weight.dtype)
     layer.fix()
     return layer
-
-
-def is_head(module: nn.Module) -> bool:
-    """Return whether a module is a head made here."""
-    return isinstance(module, ClassifierHead)

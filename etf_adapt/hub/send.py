@@ -12,7 +12,6 @@ from pathlib import Path
 
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
 from etf_adapt.results.card import CARD_FILE
-from etf_adapt.results.card import write_short_card as write_short_card
 
 SECONDS = 120.0  # for which the Hub may be silent; its client alone (2.4) waits for an upload for ever
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from etf_adapt.heads.in_model import head_modules, replace_module, seeded_torch
+from etf_adapt.heads.in_model import head_modules, seeded_torch
 from etf_adapt.models.pooling import MeanPoolingForSequenceClassification as MeanPooling
 from etf_adapt.models.weights import new_weights
 
@@ -91,7 +91,7 @@ def merge_adapters(model: nn.Module) -> list[str]:
 def _take_out(model: nn.Module) -> None:
     """Put adapted layers back into the places of their adapters, innermost first."""
     for path, layer in reversed(_adapted(model).items()):
-        replace_module(model, path, layer.get_base_layer())
+        model.set_submodule(path, layer.get_base_layer())
     with suppress(AttributeError):
         del model.peft_config
 

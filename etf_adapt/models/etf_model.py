@@ -16,9 +16,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from etf_adapt.geometry.simplex import reachable_cosine
-from etf_adapt.heads.in_model import head_modules, replace_module
+from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead, fold_head
-from etf_adapt.hub.send import carry_on_command, check_name_and_token, send_folder, write_short_card
+from etf_adapt.hub.send import carry_on_command, check_name_and_token, send_folder
 from etf_adapt.losses.registry import Loss, make_loss
 from etf_adapt.models.adapters import has_adapters, merge_adapters
 from etf_adapt.models.folders import is_training_checkpoint, remove_stale_weights
@@ -27,6 +27,7 @@ from etf_adapt.models.pooling import PooledEncoder, write_sentence_folder
 from etf_adapt.models.stock_subclass import blank, factory_of
 from etf_adapt.models.timm_layout import write_timm_folder
 from etf_adapt.models.weights import ConvertedState, convert_state_dict, describe_layers, find_missing
+from etf_adapt.results.card import write_short_card
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
     "etf": {"name": "margin_dot_regression"},
@@ -162,7 +163,7 @@ class ETFModel(_Base):
         for path, head in head_modules(self).items():
             folded = _folded(self, head, path)
             if folded is not head:
-                replace_module(self, path, folded)
+                self.set_submodule(path, folded)
                 # The features of a folded head have norms again.
                 self.set_loss({name: value for name, value in self._loss_settings.items() if name != "unit_features"})
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from etf_adapt.data.long_tail import seeded_generator
 from etf_adapt.data.splits import take_per_class
-from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features, score_features, to_device
+from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features, to_device
 from etf_adapt.metrics.collapse import NeuralCollapse
 from etf_adapt.training.arguments import ETFTrainingArguments
 
@@ -70,7 +70,8 @@ class CollapseMonitor:
                 inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
                 labels = inputs.pop("labels")
                 features = read_features(model, inputs)[0]
-                logits = score_features(model, features)
+                positions = (1,) * (heads[0].weight.ndim - 2)  # of a head that is a convolution
+                logits = heads[0](features.reshape(*features.shape, *positions)).flatten(1)
                 parts.append((features.float().cpu(), logits.double().cpu(), labels.cpu()))
         rows, scores, references = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         spaces = {

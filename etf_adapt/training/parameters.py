@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from etf_adapt.heads.in_model import head_modules
-from etf_adapt.heads.layers import ClassifierHead, is_head
+from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.models.adapters import has_adapters
 from etf_adapt.models.weights import new_weights
 from etf_adapt.training.arguments import ETFTrainingArguments
@@ -75,7 +75,7 @@ def require_finite(model: nn.Module, *, step: int) -> None:
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """List the BatchNorm layers of a model that keep running statistics, without those inside its head."""
-    inside = {part for module in model.modules() if is_head(module) for part in module.modules()}
+    inside = {part for module in model.modules() if isinstance(module, ClassifierHead) for part in module.modules()}
     return [
         module
         for module in model.modules()

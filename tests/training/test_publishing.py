@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from huggingface_hub import ModelCard
 from small_card import card_facts
 from small_run import make_model, make_trainer
 
-from etf_adapt.hub import send as upload
 from etf_adapt.hub.__main__ import main
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError
@@ -46,7 +44,6 @@ PUBLISH = ["--push_to_hub", "--hub_model_id", "me/net"]
 @pytest.fixture(autouse=True)
 def login(hub, online, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr(upload, "time", SimpleNamespace(sleep=online.append), raising=False)
 
 
 def text(hub, name="README.md"):
