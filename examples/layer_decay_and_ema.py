@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
 
 from etf_adapt import ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.auto import adapt
 
@@ -42,7 +42,7 @@ model = adapt(TimmWrapperForImageClassification(config), 10)
 data = load_data("digits", imbalance_factor=20)
 sizes = {"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
 plain = image_transforms({**sizes, "crop_pct": 1.0, "crop_mode": "center"}, train=False)
-train, test = TransformedRows(data.train, plain, keep=True), TransformedRows(data.test, plain, keep=True)
+train, test = ImageDataset(data.train, plain, keep=True), ImageDataset(data.test, plain, keep=True)
 
 with tempfile.TemporaryDirectory() as output_dir:
     args = ETFTrainingArguments(

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.transforms import image_transforms
 
 if len(sys.argv) != 2:
@@ -23,7 +23,7 @@ repo_id = sys.argv[1]
 # 1. A model whose head is set in closed form from the training rows; no training, to keep it short.
 data = load_data("digits", imbalance_factor=20)
 model = ETFForImageClassification.from_pretrained("micro", id2label=dict(enumerate(data.label_names)))
-rows = TransformedRows(data.train, image_transforms(model.config.pretrained_cfg, train=False))
+rows = ImageDataset(data.train, image_transforms(model.config.pretrained_cfg, train=False))
 align_head(model, DataLoader(rows, batch_size=64, collate_fn=ImageCollator()))
 
 # 2. One commit, here in timm's layout, which transformers and timm read without this library.

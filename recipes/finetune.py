@@ -118,9 +118,8 @@ def finetune(
 
     # Calibrate on validation rows.
     if rows["validation"] is not None:
-        held_out = trainer.get_test_dataloader(
-            rows["validation"]
-        )  # that of training may have been kept with its workers
+        # That of training may have been kept with its workers.
+        held_out = trainer.get_test_dataloader(rows["validation"])
         factor, strength = calibrate(model, held_out, trainer.class_counts if adjusts else None)
         if state.is_main_process:
             adjustment = f" - {strength:.3g} log(class frequency)" if adjusts else ""
@@ -212,7 +211,7 @@ def prepare_rows(
     """Return the splits as the model reads them, the collator and the processor (tokenizer or image processor)."""
     from accelerate.state import PartialState
 
-    from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+    from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
     from etf_adapt.data.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
     from etf_adapt.data.transforms import image_transforms
     from etf_adapt.models.folders import load_processor
@@ -232,7 +231,7 @@ def prepare_rows(
         for name, split in splits.items():
             if split is not None:
                 transform = augmented if name == "train" else plain
-                rows[name] = TransformedRows(split, transform, seed=seed, keep=name in READ_AGAIN)
+                rows[name] = ImageDataset(split, transform, seed=seed, keep=name in READ_AGAIN)
         return rows, ImageCollator(), processor
     positions = getattr(model.config, "max_position_embeddings", None)
     length = data_args.max_length or min(filter(None, (processor.model_max_length, positions, DEFAULT_MAX_LENGTH)))

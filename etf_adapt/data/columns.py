@@ -41,21 +41,8 @@ def find_columns(
 ) -> Columns:
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
 
-    Label: the named column, else the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only column that is
-    left. Input: the named column, else a column of images (an `Image`, image bytes, or paths of image files under a
-    usual name), else a column of strings.
-
-    Args:
-        dataset: Rows of the train split.
-        image_column: Name of the column of images.
-        text_column: Name of the column of texts.
-        label_column: Name of the column of classes.
-
-    Returns:
-        The columns.
-
-    Raises:
-        DataError: A named column is missing or of the wrong type, or there are none or several to choose from.
+    Label: the named column, else the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only one left.
+    Input: the named column, else one of images (`Image`, bytes, or paths of image files under a usual name), else one of strings.
     """
     if image_column and text_column:
         raise DataError(f"`image_column` (={image_column}) and `text_column` (={text_column}) exclude each other.")
@@ -145,21 +132,9 @@ def require_columns(dataset: Dataset, columns: Columns, *, split: str) -> None:
 
 
 def read_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarray, list[str]]:
-    """Read a column of classes as integers, with the class names that they stand for.
+    """Read a column of classes as integers (rows,), with the class names to which they are indices.
 
-    The names of a `ClassLabel` keep their order; strings are sorted; integers are sorted by value and named by their
-    digits; False precedes True.
-
-    Args:
-        dataset: Rows of one split.
-        column: Of `ClassLabel`s, strings, integers or booleans.
-        split: Name of the split, for messages.
-
-    Returns:
-        Labels, (rows,) int64, and the names, to which the labels are indices.
-
-    Raises:
-        DataError: A row has no label or one outside of the names, or the column holds something else.
+    Names of a `ClassLabel` keep their order; strings are sorted; integers are sorted by value and named by their digits.
     """
     feature = dataset.features[column]
     values = arrow_column(dataset, column)
@@ -207,20 +182,7 @@ def labels_are_hidden(dataset: Dataset, column: str) -> bool:
 
 
 def match_labels(labels: np.ndarray, names: Sequence[str], train_names: Sequence[str], *, split: str) -> np.ndarray:
-    """Renumber the labels of a split by train's names.
-
-    Args:
-        labels: (rows,) labels of the split, indices to `names`.
-        names: Class names of the split.
-        train_names: Class names of train.
-        split: Name of the split, for messages.
-
-    Returns:
-        (rows,) int64 labels, indices to `train_names`.
-
-    Raises:
-        DataError: Rows of the split have classes that train does not know.
-    """
+    """Renumber the labels of a split, indices to ``names``, by train's names; classes that train lacks are an error."""
     positions = {name: position for position, name in enumerate(train_names)}
     lookup = np.array([positions.get(name, -1) for name in names], dtype=np.int64)
     matched = lookup[labels]
@@ -247,15 +209,7 @@ def first_true(mask: pa.Array) -> int | None:
 
 
 def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
-    """Make the only column of a data set, "image", one of `datasets.Image`s that are decoded when read.
-
-    Args:
-        dataset: With a column "image" of ``Image``s, image bytes or paths.
-        folder: Where relative paths in a column of strings start.
-
-    Returns:
-        The rows with ``Image``s; no file is opened.
-    """
+    """Make the column "image", of images, bytes or paths, one of ``Image``s that are decoded when read; open no file."""
     if is_string(dataset, "image"):
         paths = [None if path is None else str((folder or Path()) / path) for path in dataset["image"]]
         return Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
@@ -263,18 +217,8 @@ def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
 
 
 def check_images(dataset: Dataset, *, rows: np.ndarray, split: str) -> None:
-    """Read the header of each image and raise at the first that is none.
-
-    An image that breaks off behind its header is found when it is decoded, by `etf_adapt.data.image_dataset.TransformedRows`.
-
-    Args:
-        dataset: All rows of one split, with a column "image" of ``Image``s.
-        rows: Ids of the rows to check.
-        split: Name of the split, for messages.
-
-    Raises:
-        DataError: Names the row, and the file where there is one.
-    """
+    """Read the header of each image of ``rows``; raise with the row and its file at the first that is none."""
+    # An image that breaks off behind its header is found when it is decoded, by `ImageDataset`.
     stored = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     stored = stored.select(rows, keep_in_memory=True)
     known_format: list[str] | None = None  # of the image before: to try every format costs five times as much

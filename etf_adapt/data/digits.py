@@ -12,22 +12,9 @@ from etf_adapt.data.splits import take_per_class
 
 
 def make_digits() -> dict[str, Dataset]:
-    """Make 1,797 scanned digits, 8 x 8 pixels, a data set of RGB images; a stratified third is the test split.
+    """Return 1,797 scanned digits, 8 x 8 pixels, as RGB images: 1,198 rows of "train" and a stratified third, 599, of "test".
 
-    The test rows belong to the definition of the data set: they are the same for every seed of a run.
-
-    Returns:
-        The splits "train" (1,198 rows) and "test" (599 rows), with the columns "image" and "label".
-
-    Raises:
-        ImportError: Scikit-learn is not installed.
-
-    References:
-        Alpaydin, Kaynak (1998). Optical Recognition of Handwritten Digits. https://archive.ics.uci.edu/dataset/80
-
-    Example:
-        >>> make_digits()["train"][0]["image"].size
-        (8, 8)
+    Alpaydin, Kaynak (1998), Optical Recognition of Handwritten Digits. The test rows are the same for every seed.
     """
     from sklearn.datasets import load_digits
 

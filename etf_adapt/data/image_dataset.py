@@ -4,7 +4,7 @@ Augmentation is a function of the run's seed and of the draw: epoch, place in th
 the number of workers or processes, on the batch, or on where a run was stopped and resumed. For this the sampler's
 rows carry their draw with them, into whatever process reads them:
 
-    RowDraws(sampler)  ->  RowDraw(row), an int with epoch and place  ->  TransformedRows[RowDraw]  ->  ImageCollator
+    RowDraws(sampler)  ->  RowDraw(row), an int with epoch and place  ->  ImageDataset[RowDraw]  ->  ImageCollator
 
 A class-balanced epoch draws a rare row many times; each draw has a place of its own and so a crop of its own.
 """
@@ -24,22 +24,11 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
 KEPT_BYTES = 2**30
-"""Most memory that one ``TransformedRows`` keeps tensors in."""
+"""Most memory that one ``ImageDataset`` keeps tensors in."""
 
 
 class RowDraw(int):
-    """Is a row id that knows when it was drawn; it passes through batch samplers and into workers as the int it is.
-
-    Args:
-        row: The row id.
-        epoch: Of the draw, from 0.
-        place: Position of the draw within the epoch, from 0.
-
-    Example:
-        >>> draw = RowDraw(7, epoch=1, place=2)
-        >>> draw == 7, draw.epoch, draw.place
-        (True, 1, 2)
-    """
+    """A row id that knows its epoch and its place in the epoch's draw; samplers and workers take it for the int that it is."""
 
     epoch: int
     place: int
@@ -53,17 +42,10 @@ class RowDraw(int):
 
 
 class RowDraws(Sampler[int]):
-    """Yields the rows of a sampler as `RowDraw`s.
+    """Yields the rows of a sampler as `RowDraw`s; ``set_epoch`` is passed on.
 
-    It stands between the sampler of global batches and the loader: as each process walks the whole order and keeps its
-    share of it, and a resumed run walks over what it has done, places are the same in all of them.
-
-    Args:
-        sampler: Of row ids; its `set_epoch`, where it has one, is called by this one's.
-
-    Example:
-        >>> [(int(draw), draw.place) for draw in RowDraws([4, 4, 2])]
-        [(4, 0), (4, 1), (2, 2)]
+    It wraps the sampler of global batches: each process walks the whole draw and keeps its share, and a resumed run walks over
+    what it has done, so that places are the same in all of them.
     """
 
     def __init__(self, sampler: Iterable[int]) -> None:
@@ -87,29 +69,11 @@ class RowDraws(Sampler[int]):
         return len(self.sampler)
 
 
-class TransformedRows(TorchDataset[dict[str, Any]]):
+class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
-    Args:
-        dataset: With a column of `datasets.Image`s and one of integer labels.
-        transform: From an image to a tensor, such as `image_transforms` makes. What it draws from torch's generator is
-            a function of `seed` and the `RowDraw` that the row was asked by; a plain int stands for a draw of its own,
-            always the same. The generator itself is left as it was.
-        seed: Of the run, at least 0.
-        image_column: Name of the column of images.
-        label_column: Name of the column of labels.
-        keep: Whether the tensors of rows asked for by plain ints stay in memory, as long as they take at most
-            ``KEPT_BYTES``: for rows that are read again and again without augmentation. Not in a loader's workers.
-
-    Raises:
-        ValueError: An image cannot be decoded; the row and its file are named.
-
-    Example:
-        >>> from etf_adapt.data.load import load_data
-        >>> from torchvision.transforms.v2.functional import pil_to_tensor
-        >>> rows = TransformedRows(load_data("digits").train, pil_to_tensor)
-        >>> rows[3]["pixel_values"].shape, rows[3]["labels"], rows[3]["row_id"]
-        (torch.Size([3, 8, 8]), 0, 3)
+    Random transforms depend on ``seed`` and the `RowDraw` alone (an int is always the same draw). With ``keep`` the tensors of
+    rows asked for by ints stay in memory, up to ``KEPT_BYTES``: for rows that are read again without augmentation.
     """
 
     def __init__(
@@ -167,17 +131,7 @@ def _seeded(*key: int) -> Iterator[None]:
 
 
 class ImageCollator:
-    """Makes a batch of what `TransformedRows` gives.
-
-    Returns:
-        "pixel_values" (batch, 3, height, width) float32, "labels" (batch,) int64, "row_id" (batch,) int64: the rows'
-        numbers in their split, not for the model.
-
-    Example:
-        >>> row = {"pixel_values": torch.zeros(3, 8, 8), "labels": 4, "row_id": 17}
-        >>> {name: tuple(values.shape) for name, values in ImageCollator()([row, row]).items()}
-        {'pixel_values': (2, 3, 8, 8), 'labels': (2,), 'row_id': (2,)}
-    """
+    """Stacks rows of `ImageDataset`: pixel_values (batch, 3, height, width) float32, labels and row_id (batch,) int64."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these rows."""

@@ -30,19 +30,10 @@ from etf_adapt.data.splits import fewer_rows, validation_rows
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Holds a data set that is ready to train on: each split has the columns `input_column` and `label_column` alone.
+    """A data set ready to train on: each split has the columns ``input_column`` and ``label_column`` alone.
 
-    Args:
-        train: Training rows, long-tailed where asked.
-        validation: Validation rows, or None.
-        test: Test rows, or None.
-        task: "image" or "text".
-        input_column: "image" (a `datasets.Image`) or "text" (a string).
-        label_column: "label", a `ClassLabel` with `label_names`, the same in every split.
-        label_names: Class names; their positions are the labels.
-        class_counts: (num_classes,) int64, training rows of each class, all at least 1.
-        allow_flip: Whether a mirrored image still shows its class; pass it to `image_transforms`.
-        description: Where the rows came from and which were chosen, ready for JSON.
+    ``class_counts`` (num_classes,) are the training rows of each class, all at least 1; ``description`` says for JSON where the
+    rows came from and which were chosen.
     """
 
     train: Dataset
@@ -79,26 +70,23 @@ def load_data(
 ) -> ClassificationData:
     """Load a data set for classification, check it, and bring it into one form; no image is decoded.
 
-    The order of the steps: the columns are found; the labels of every split are read and matched to train's by *name*;
-    with `validation_before_long_tail`, a missing validation split is cut, balanced; train is made long-tailed; without
-    it, the validation split is cut now, stratified; train is cut down to `max_train_rows`; texts and the headers of the
-    chosen images are checked. A validation or test split whose labels are all hidden (-1) is left out.
+    Steps: find the columns; read the labels of every split and match them to train's by *name*; with
+    ``validation_before_long_tail`` cut a missing validation split, balanced; make train long-tailed; else cut the validation
+    split now, stratified; cut train down to ``max_train_rows``; check the texts or the headers of the chosen images. A split
+    whose labels are all hidden (-1) is left out.
 
     Args:
-        dataset: "digits" (embedded), a Hub id, or a file or folder; see `etf_adapt.data.sources.open_source`.
-        image_column: Column of images, where it is not found by itself; see `etf_adapt.data.columns.find_columns`.
+        dataset: "digits" (embedded), a Hub id, a file or a folder (``etf_adapt.data.sources.open_source``).
+        image_column: Column of images, where it is not found by itself.
         text_column: Column of texts, likewise.
         label_column: Column of classes, likewise.
-        imbalance_factor: Largest over smallest class count that train gets, at least 1; None is the data set's own
-            default: 20 for "digits", all rows for any other.
-        imbalance_profile: "exponential" or "step"; see `etf_adapt.long_tailed_indices`.
+        imbalance_factor: Largest over smallest class count of train, at least 1; by default 20 for "digits", else all rows.
+        imbalance_profile: "exponential" or "step" (`make_long_tailed`).
         class_order: "label" or "permuted": which classes are the rare ones.
-        validation_fraction: Share of the training rows that a missing validation split is cut from, in [0, 1);
-            0 cuts none.
-        validation_before_long_tail: Cut the validation split before the long tail, with the same number of rows from
-            each class, as benchmarks do; by default after it, as a user's own rows would be.
+        validation_fraction: Share of the training rows that a missing validation split gets, in [0, 1); 0 cuts none.
+        validation_before_long_tail: Cut it before the long tail, with as many rows of each class, as benchmarks do.
         max_train_rows: Training rows to keep at most, each class in its proportion.
-        seed: Of every choice of rows, at least 0.
+        seed: Seed of every choice of rows, at least 0.
         revision: Branch, tag or commit of a Hub data set.
 
     Returns:

@@ -13,6 +13,8 @@ import torch
 from datasets import ClassLabel, Column, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
 
+from etf_adapt.errors import check_choice
+
 PROFILES = ("exponential", "step")
 CLASS_ORDERS = ("label", "permuted")
 
@@ -20,13 +22,7 @@ _ORDER_STREAM, _ROW_STREAM = 1, 2
 
 
 class Labels(NamedTuple):
-    """Hold the class ids of a data set, checked.
-
-    Attributes:
-        ids: Array (rows,) of int64 in 0 .. num_classes - 1.
-        num_classes: Number of classes.
-        names: Name of each class, or None where the source has no names.
-    """
+    """The class ids of a data set, checked: ``ids`` (rows,) in 0 .. num_classes - 1, and the classes' names where known."""
 
     ids: NDArray[np.int64]
     num_classes: int
@@ -37,10 +33,8 @@ def class_counts(data: Any, *, num_classes: int | None = None, label_column: str
     """Count the rows of each class.
 
     Args:
-        data: A ``datasets.Dataset``, whose label column is read through Arrow and whose other columns are not
-            touched; or the labels themselves (rows,): a list, array, tensor or data set column.
-        num_classes: Number of classes; by default the number of names of a ``ClassLabel`` column, otherwise the
-            largest label plus one.
+        data: A ``datasets.Dataset``, of which only the label column is read; or labels (rows,): list, array or tensor.
+        num_classes: Number of classes; by default that of a ``ClassLabel`` column, else the largest label plus one.
         label_column: Name of the label column of a data set.
 
     Returns:
@@ -68,24 +62,33 @@ def make_long_tailed(
     class_order: str = "label",
     seed: int = 0,
 ) -> Dataset:
-    """Select a long-tailed subset of the rows of a data set; for the training split only.
+    r"""Select a long-tailed subset of a data set's rows; for the training split only.
 
-    The selection and its arguments are those of `long_tailed_indices`. The rows keep their order, and nothing
-    is written beside the data set.
+    The class of rank r (from 0) of K keeps, of its :math:`n_r` rows and with f the imbalance factor,
+
+    .. math:: \min\bigl(n_r, \max(1, \lfloor n_{\max}\, f^{-r/(K-1)} \rfloor)\bigr)
+
+    with the exponential profile (Cao et al.). With the step profile the first half of the ranks (the larger half for odd K)
+    keeps all its rows, the others keep :math:`\lfloor n_{\max} / f \rfloor`, within the same limits. For one seed and
+    class order the subsets are nested: a larger factor keeps a part of what a smaller one keeps.
 
     Args:
-        dataset: Any map-style data set with integer labels.
-        imbalance_factor: Largest over smallest class count, at least 1.
+        dataset: Map-style data set with integer labels.
+        imbalance_factor: Largest over smallest class count, finite and at least 1 (100, not 0.01).
         profile: ``"exponential"`` or ``"step"``.
         label_column: Name of the label column.
-        class_order: ``"label"`` or ``"permuted"``.
-        seed: Seed of the chosen rows and of the permutation.
+        class_order: Rank of a class: ``"label"``, its label; ``"permuted"``, a seeded permutation.
+        seed: Seed of the rows that stay and of the permutation, at least 0.
 
     Returns:
-        The selected rows, as a data set.
+        The selected rows in their order, as a data set; nothing is written.
 
     Raises:
-        ValueError: As `long_tailed_indices`.
+        ValueError: An option is invalid, there is one class only, a class has no rows, or labels are invalid.
+
+    References:
+        Cao, Wei, Gaidon, Arechiga, Ma (2019). Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss.
+        https://arxiv.org/abs/1906.07413
 
     Example:
         >>> dataset = Dataset.from_dict({"label": [0, 1, 2] * 100})
@@ -113,46 +116,9 @@ def long_tailed_indices(
     num_classes: int | None = None,
     label_column: str = "label",
 ) -> NDArray[np.int64]:
-    r"""Choose the rows of a long-tailed subset.
-
-    The class of rank r (from 0) of K keeps, out of its :math:`n_r` rows and with f the imbalance factor,
-
-    .. math:: \min\bigl(n_r, \max(1, \lfloor n_{\max}\, f^{-r/(K-1)} \rfloor)\bigr)
-
-    with the exponential profile (Cao et al.: the long-tailed CIFAR of the field). With the step profile the first
-    half of the ranks (the larger half for odd K) keeps all its rows and the others keep
-    :math:`\lfloor n_{\max} / f \rfloor`, within the same limits.
-
-    Which rows of a class stay is a seeded draw. For one seed and class order the subsets are nested: a larger factor
-    keeps a part of what a smaller one keeps.
-
-    Args:
-        data: A data set or labels, as for `class_counts`.
-        imbalance_factor: Largest over smallest class count, finite and at least 1 (100, not 0.01).
-        profile: ``"exponential"`` or ``"step"``.
-        class_order: ``"label"``: the rank of a class is its label; ``"permuted"``: a seeded permutation.
-        seed: Seed of the chosen rows and of the permutation, at least 0.
-        num_classes: Number of classes, as for `class_counts`.
-        label_column: Name of the label column of a data set.
-
-    Returns:
-        Array of int64: the ids of the rows that stay, ascending.
-
-    Raises:
-        ValueError: The imbalance factor is below 1, an option is unknown, there is only one class, a class has no
-            rows, or the labels are not those of `class_counts`.
-
-    References:
-        Cao, Wei, Gaidon, Arechiga, Ma (2019). Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss.
-        https://arxiv.org/abs/1906.07413
-
-    Example:
-        >>> rows = long_tailed_indices([0] * 8 + [1] * 8, imbalance_factor=4, profile="step")
-        >>> len(rows), (rows >= 8).sum().item()
-        (10, 2)
-    """
-    _check_choice("profile", profile, PROFILES)
-    _check_choice("class_order", class_order, CLASS_ORDERS)
+    """Return the ids of the rows that `make_long_tailed` keeps, ascending; ``data`` is that of `class_counts`."""
+    check_choice("profile", profile, PROFILES)
+    check_choice("class_order", class_order, CLASS_ORDERS)
     _check_imbalance_factor(imbalance_factor)
     labels = read_labels(data, num_classes=num_classes, label_column=label_column)
     counts = np.bincount(labels.ids, minlength=labels.num_classes)
@@ -171,14 +137,7 @@ def long_tailed_indices(
 
 
 def read_labels(data: Any, *, num_classes: int | None = None, label_column: str = "label") -> Labels:
-    """Read and check the labels of a data set, list, array or tensor; arguments and errors as `class_counts`.
-
-    Example:
-        >>> from datasets import Features
-        >>> features = Features({"label": ClassLabel(names=["no", "yes"])})
-        >>> read_labels(Dataset.from_dict({"label": [1, 1]}, features=features)).names
-        ['no', 'yes']
-    """
+    """Read and check the labels of a data set, list, array or tensor; arguments and errors as in `class_counts`."""
     if num_classes is not None and (not isinstance(num_classes, Integral) or num_classes < 1):
         raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer of at least 1.")
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
@@ -207,23 +166,7 @@ def read_labels(data: Any, *, num_classes: int | None = None, label_column: str 
 
 
 def check_labels(values: Any, *, name: str = "labels", num_classes: int | None = None) -> NDArray[np.int64]:
-    """Convert class ids to int64 and check that each lies in 0 .. num_classes - 1.
-
-    Args:
-        values: List, array or tensor (rows,) of integers or booleans.
-        name: What the error messages call it.
-        num_classes: Number of classes; no upper bound where None.
-
-    Returns:
-        Array (rows,) of int64.
-
-    Raises:
-        ValueError: A value is missing, no integer or out of range; the message names it and its row.
-
-    Example:
-        >>> check_labels([True, False]).tolist()
-        [1, 0]
-    """
+    """Return class ids as int64, if each lies in 0 .. num_classes - 1; errors name the first wrong row."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
     array = np.asarray(values)
@@ -254,17 +197,7 @@ def check_labels(values: Any, *, name: str = "labels", num_classes: int | None =
 def rows_by_class(labels: Labels, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group the row ids by class, in random order within each class.
 
-    Args:
-        labels: The labels (rows,).
-        generator: Source of the order.
-
-    Returns:
-        Row ids (rows,), class after class, and the start of each class in them (num_classes,).
-
-    Example:
-        >>> rows, starts = rows_by_class(read_labels([1, 0, 1, 0]), np.random.default_rng(0))
-        >>> sorted(rows[starts[1] :].tolist())
-        [0, 2]
+    Returns row ids (rows,), class after class, and the start of each class in them (num_classes,).
     """
     shuffled = generator.permutation(len(labels.ids))
     # numpy sorts 16-bit integers by radix, eight times as fast as wider ones.
@@ -275,20 +208,7 @@ def rows_by_class(labels: Labels, generator: np.random.Generator) -> tuple[NDArr
 
 
 def seeded_generator(seed: int, *stream: int) -> np.random.Generator:
-    """Make numpy's PCG64 generator for one stream of a seed; streams of one seed are independent.
-
-    Args:
-        seed: At least 0.
-        stream: What the draws are for, such as a constant and an epoch.
-
-    Raises:
-        ValueError: The seed is negative or no integer.
-
-    Example:
-        >>> first, second = seeded_generator(0, 1), seeded_generator(0, 1)
-        >>> bool(first.random() == second.random())
-        True
-    """
+    """Make numpy's PCG64 generator for one stream of a seed, such as a constant and an epoch; streams are independent."""
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"`seed` (={seed!r}) must be an integer of at least 0.")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed), spawn_key=stream)))
@@ -319,7 +239,7 @@ def _read_column(dataset: Dataset, name: str) -> NDArray[Any]:
 
 
 def _kept_counts(counts: NDArray[np.int64], imbalance_factor: float, profile: str) -> NDArray[np.int64]:
-    """Give the number of rows that each class keeps, classes in order of their rank."""
+    """Return the number of rows that each class keeps, classes in order of their rank."""
     num_classes = len(counts)
     ranks = np.arange(num_classes)
     if profile == "exponential":
@@ -355,23 +275,8 @@ def _check_filled(counts: NDArray[np.int64], names: list[str] | None) -> None:
         )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
-
-
 def labels_of(dataset: Any) -> NDArray[np.int64]:
-    """Read the label of each row of a data set without reading its other columns.
-
-    Args:
-        dataset: A ``datasets.Dataset`` with a column ``label`` or ``labels``, or a wrapper with one as ``dataset``.
-
-    Returns:
-        Array (rows,) of int64.
-
-    Raises:
-        ValueError: There is no such column, or a label is missing.
-    """
+    """Read the labels of a ``Dataset`` with a column ``label`` or ``labels``, or of a wrapper with one as ``dataset``."""
     inner = dataset if isinstance(dataset, Dataset) else getattr(dataset, "dataset", None)
     column = next((name for name in ("label", "labels") if name in getattr(inner, "column_names", ())), None)
     if not isinstance(inner, Dataset) or column is None:

@@ -25,28 +25,23 @@ class ClassBalancedSampler(Sampler[int]):
 
     .. math:: t_c = T\, n_c^{1-p} \big/ \textstyle\sum_k n_k^{1-p}
 
-    times an epoch: p = 1 is class-balanced, 1/2 square-root and 0 natural (instance) sampling (Kang et al., section
-    4.1, whose q is 1 - p). Nothing of this is left to chance:
+    times an epoch: p = 1 is class-balanced, 1/2 square-root and 0 instance sampling (Kang et al., section 4.1, whose q is
+    1 - p).
 
-    - An epoch draws a class :math:`\lfloor t_c \rfloor` or :math:`\lfloor t_c \rfloor + 1` times. Who gets the rows
-      left over rotates over the epochs (systematic sampling; the offsets are van der Corput's sequence), so that
-      after e epochs each class is within a few rows (of the order of log e) of :math:`e\,t_c`.
-    - A class is walked through in one seeded order, and each epoch goes on where the one before stopped. So an epoch
-      repeats no row before it has drawn all of its class, and after any epoch the rows of a class were drawn equally
-      often, up to one. With power 0 every epoch holds every row.
-    - The draw is a function of the seed and the epoch, computed directly for any epoch. It uses numpy's generators,
-      not torch's, and knows nothing of processes: Accelerate hands batch i, i + n, ... of it to process i of n, so n
-      processes with batch B see at each step what one process with batch n B sees.
+    - An epoch draws a class :math:`\lfloor t_c \rfloor` or :math:`\lfloor t_c \rfloor + 1` times; after e epochs each class is
+      within a few rows (of the order of log e) of :math:`e\,t_c`.
+    - Each epoch goes on in a class where the one before stopped: no row is repeated before all of its class were drawn. With
+      power 0 every epoch holds every row.
+    - The draw is a function of seed and epoch alone, not of the number of processes: Accelerate hands batch i, i + n, ... to
+      process i of n, so that n processes with batches of B see at each step what one process with batches of n B sees.
 
-    Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``: otherwise each epoch draws the same
-    rows.
+    Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``.
 
     Args:
-        labels: Label of each row: list, array, tensor, or a ``datasets.Dataset``, whose label column is read. Classes
-            without rows are left out.
-        power: p above, from 0 (natural) to 1 (balanced).
-        batch_size: Rows of a whole *global* batch: rows per process times processes (times accumulation steps, where
-            these too must come out even). The length is rounded up to a multiple of it.
+        labels: Label of each row: list, array, tensor, or a ``datasets.Dataset``. Classes without rows are left out.
+        power: p above, from 0 (instance) to 1 (balanced).
+        batch_size: Rows of a whole *global* batch: rows per process times processes (times accumulation steps, where these too
+            must come out even). The length is rounded up to a multiple of it.
         seed: Seed of all draws, at least 0.
         num_samples: Rows drawn an epoch before rounding up; the number of rows by default.
         label_column: Name of the label column of a data set.
@@ -115,26 +110,12 @@ class ClassBalancedSampler(Sampler[int]):
         self.epoch = _check_epoch(epoch)
 
     def quotas(self, epoch: int) -> NDArray[np.int64]:
-        """Give how often an epoch draws each class.
-
-        Args:
-            epoch: From 0.
-
-        Returns:
-            Array (num_classes,) of int64, which sums to the length.
-        """
+        """Return how often an epoch draws each class (num_classes,)."""
         epoch = _check_epoch(epoch)
         return self._drawn_before(epoch + 1) - self._drawn_before(epoch)
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Give the row ids of an epoch in the order in which they are drawn.
-
-        Args:
-            epoch: From 0.
-
-        Returns:
-            Array (len(self),) of int64.
-        """
+        """Return the row ids of an epoch (len(self),) in the order of the draw."""
         epoch = _check_epoch(epoch)
         quotas = self.quotas(epoch)
         classes = np.repeat(np.arange(len(quotas)), quotas)
@@ -157,21 +138,13 @@ class ClassBalancedSampler(Sampler[int]):
 
 
 def _points_below(edges: NDArray[np.int64], epochs: int) -> NDArray[np.int64]:
-    """Count, over some epochs, the points of each epoch's comb that lie below each edge.
+    """Count, over the first epochs, the points of each epoch's comb below each edge (in units of 2^-40).
 
-    The comb of epoch e is u_e, u_e + 1, u_e + 2, ... with u_e the e-th number of van der Corput's sequence in base 2
-    (the bits of e mirrored at the point). A class whose interval lies between two edges gets one row for each point
-    in it: one at most, as no interval is longer than 1. The sequence is summed in closed form: its values over a
-    block of 2^k epochs that starts at a multiple of 2^k are an even grid of spacing 2^-k, and each set bit of
-    ``epochs`` is a block.
-
-    Args:
-        edges: Array of int64, at least 0, in units of 2^-40.
-        epochs: Number of epochs, from epoch 0.
-
-    Returns:
-        Array of int64 of the shape of ``edges``.
+    The comb of epoch e is u_e, u_e + 1, u_e + 2, ..., u_e the e-th number of van der Corput's sequence in base 2.
     """
+    # Systematic sampling of the rows left over: a class whose interval lies between two edges gets one row for each point
+    # in it, at most one, as no interval is longer than 1. The sequence is summed in closed form: its values over a block of 2^k
+    # epochs that starts at a multiple of 2^k are an even grid of spacing 2^-k, and each set bit of `epochs` is a block.
     whole, fractions = edges >> _UNIT_BITS, edges & ((1 << _UNIT_BITS) - 1)
     points = epochs * whole
     for k in range(epochs.bit_length()):

@@ -5,7 +5,6 @@ What comes out still has the columns and labels of its source; `etf_adapt.data` 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import logging
 import os
@@ -20,6 +19,7 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from etf_adapt.data.digits import make_digits
+from etf_adapt.errors import nearest_names
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Holds the raw splits of a data set.
+    """The raw splits of a data set: "train" and, where there are some, "validation" and "test".
 
-    Args:
-        kind: What was found: "embedded", "image folder", "files", "saved folder" or "Hub".
-        splits: "train" and, where the source has them, "validation" and "test".
-        folder: Where relative image paths in a column start; None where there is no such place.
-        imbalance_factor: The long tail that this data set gets by default, or None.
-        allow_flip: Whether a mirrored image still shows its class.
+    ``kind`` is "embedded", "image folder", "files", "saved folder" or "Hub"; relative paths of images start at ``folder``;
+    ``imbalance_factor`` is the long tail that the data set gets by default; ``allow_flip``: a mirrored image shows its class.
     """
 
     kind: str
@@ -58,21 +54,10 @@ class Source:
 
 
 def open_source(dataset: str, *, revision: str | None = None) -> Source:
-    """Open a data set by name or path.
+    """Open a data set by name or path: "digits", a local file, pattern or folder, or a Hub id ("owner/name:configuration").
 
-    Args:
-        dataset: "digits"; a csv, tsv, json, jsonl or parquet file, or a pattern of such; a folder of such files, an
-            image folder (`<class>/...` or `<split>/<class>/...`, or with a `metadata` file), a `save_to_disk` folder;
-            or a Hub id, with the configuration after a colon where the data set has several
-            ("nyu-mll/glue:sst2"). A local path goes first; a local folder named digits is `./digits`.
-        revision: Branch, tag or commit of a Hub data set.
-
-    Returns:
-        The source, its splits named "train", "validation" and "test".
-
-    Raises:
-        FileNotFoundError: Nothing lies at the path.
-        DataError: What lies there cannot be read as a data set, or the Hub cannot be reached.
+    Files are csv, tsv, json, jsonl or parquet; folders hold such files, images (``<class>/...`` or ``<split>/<class>/...``, or
+    beside a ``metadata`` file), or what `save_to_disk` wrote. A local path goes before a Hub id.
     """
     if dataset == "digits":
         return _open_digits()
@@ -145,11 +130,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def _class_folders(root: Path, images: Sequence[Path]) -> tuple[dict[str, dict[str, list[Path]]], list[Path]]:
-    """Group images as {split: {class: files}} by the folders that they lie in, and list those in no class folder.
-
-    `datasets`' own image folder loses the labels where one class is alone and adds a class that only test has to
-    train's names (5.2); here the first folder, below the split's, is the class, everywhere.
-    """
+    """Group images as {split: {class: files}} by the folders that they lie in, and list those in no class folder."""
+    # `datasets`' own image folder loses the labels where one class is alone, and adds a class that only test has to train's
+    # names (5.2). Here the first folder below the split's is the class, everywhere.
     by_name = {folder.name: _split_of(folder.name) for folder in root.iterdir() if folder.is_dir()}
     split_folders = {name: split for name, split in by_name.items() if split}
     if "train" not in split_folders.values():
@@ -303,7 +286,7 @@ def _looks_like_a_path(dataset: str) -> bool:
 
 def _neighbour(path: Path) -> str:
     names = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
+    near = nearest_names(path.name, names, limit=1)
     return f" (nearest: {path.parent / near[0]})" if near else ""
 
 

@@ -10,22 +10,7 @@ _SPLIT_STREAM = 21
 
 
 def take_per_class(labels: np.ndarray, counts: np.ndarray, *, seed: int) -> np.ndarray:
-    """Choose a given number of random rows from each class.
-
-    Args:
-        labels: (rows,) class of each row, in 0 .. num_classes - 1.
-        counts: (num_classes,) rows to choose from each class, none above the rows that it has.
-        seed: Of the choice.
-
-    Returns:
-        (sum of counts,) row ids, int64, sorted.
-
-    Example:
-        >>> labels = np.array([0, 0, 0, 1, 1, 1])
-        >>> chosen = take_per_class(labels, np.array([2, 1]), seed=0)
-        >>> np.bincount(labels[chosen]).tolist()
-        [2, 1]
-    """
+    """Choose ``counts[c]`` random rows of each class c; return their ids in ascending order."""
     rows, starts = rows_by_class(Labels(labels, len(counts), None), seeded_generator(seed, _SPLIT_STREAM))
     classes = labels[rows]
     place_in_class = np.arange(len(rows)) - starts[classes]
@@ -35,31 +20,14 @@ def take_per_class(labels: np.ndarray, counts: np.ndarray, *, seed: int) -> np.n
 def validation_rows(
     labels: np.ndarray, *, num_classes: int, fraction: float, balanced: bool = False, seed: int = 0
 ) -> np.ndarray:
-    """Choose the training rows that become the validation split.
+    """Choose the training rows that become the validation split; return their ids in ascending order.
 
-    Stratified: n rows of a class give round(fraction n), halves upwards, so at a tenth a class gives its first row at
-    5; a smaller class trains on all it has and is not validated, unless no class would give any: then each class of two
-    rows or more gives one. Balanced: each class gives the same number, fraction x rows / classes, at least one.
-    No class ever gives its last row.
-
-    Args:
-        labels: (rows,) class of each training row.
-        num_classes: Number of classes.
-        fraction: Share of the rows to choose, in (0, 1).
-        balanced: The same number from each class, as far as its rows allow.
-        seed: Of the choice.
-
-    Returns:
-        Row ids, int64, sorted.
-
-    Raises:
-        ValueError: Every class has a single row.
-
-    Example:
-        >>> labels = np.array([0] * 100 + [1] * 5 + [2])
-        >>> np.bincount(labels[validation_rows(labels, num_classes=3, fraction=0.1)], minlength=3).tolist()
-        [10, 1, 0]
+    Stratified: a class of n rows gives round(fraction n), halves upwards. Balanced: each class gives the same number,
+        fraction x
+    rows / classes, at least one. No class gives its last row.
     """
+    # At a tenth a class gives its first row at 5; a smaller one trains on all its rows and is not validated, unless no class
+    # would give any: then each class of two rows or more gives one.
     counts = np.bincount(labels, minlength=num_classes)
     if balanced:
         wanted = np.full(num_classes, max(1, int(fraction * len(labels) / num_classes)))
@@ -77,28 +45,8 @@ def validation_rows(
 
 
 def fewer_rows(labels: np.ndarray, *, num_classes: int, max_rows: int, seed: int = 0) -> np.ndarray:
-    """Choose at most `max_rows` rows that keep the shape of the class counts.
-
-    Each class keeps its proportional share, at least one row; rows that rounding leaves go to the largest remainders,
-    so that `max_rows` is met exactly.
-
-    Args:
-        labels: (rows,) class of each row; every class has at least one.
-        num_classes: Number of classes.
-        max_rows: Rows to keep, at least one for each class.
-        seed: Of the choice.
-
-    Returns:
-        Row ids, int64, sorted: all of them where there are no more than `max_rows`.
-
-    Raises:
-        ValueError: Fewer rows than classes are asked for.
-
-    Example:
-        >>> labels = np.array([0] * 80 + [1] * 20)
-        >>> np.bincount(labels[fewer_rows(labels, num_classes=2, max_rows=10)]).tolist()
-        [8, 2]
-    """
+    """Choose at most ``max_rows`` rows, each class in its proportion and with at least one; return their ids, ascending."""
+    # Rows that rounding leaves over go to the largest remainders, so that `max_rows` is met exactly.
     if max_rows < num_classes:
         raise ValueError(
             f"`max_train_rows` (={max_rows}) must be at least the number of classes ({num_classes}): "

@@ -23,21 +23,9 @@ _REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None, *, text_column: str = "text") -> Dataset:
-    """Tokenize a split once; the same rows, tokenizer and length are read from the cache later.
+    """Tokenize a split; the result has the tokenizer's columns, "length" in tokens and "row_id" in place of the texts.
 
-    Args:
-        dataset: With a column of strings and any others, which stay.
-        tokenizer: Of transformers.
-        max_length: Tokens that a text is cut to, those that the tokenizer adds included. By default the tokenizer's
-            own limit, and 512 where it has none. The least of this and the model's positions is what a model can read.
-        text_column: Name of the column of strings; it is left out of the result.
-
-    Returns:
-        The rows with the tokenizer's columns ("input_ids", "attention_mask", ...), "length", the number of tokens, and
-        "row_id", the row's number in `dataset`.
-
-    Raises:
-        ValueError: `max_length` is not positive, or a text gives no token.
+    ``max_length`` counts the tokenizer's own tokens too; by default it is the tokenizer's limit, 512 where it has none.
     """
     if max_length is None:
         own = tokenizer.model_max_length
@@ -71,20 +59,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None, *,
 
 
 class TextCollator:
-    """Makes a batch of rows that `tokenize` gives, padded to its longest one.
-
-    Args:
-        tokenizer: Of transformers; it says with what and on which side to pad.
-        pad_to_multiple_of: Rounds the length up to a multiple, as tensor cores like it (8).
-        label_column: Name of the column of labels.
-
-    Returns:
-        The tokenizer's inputs (batch, longest length), "labels" (batch,) and "row_id" (batch,), the rows' numbers in
-        their split, not for the model; all int64.
-
-    Raises:
-        ValueError: The tokenizer has no padding token.
-    """
+    """Pads rows of `tokenize` to the longest of the batch: the tokenizer's inputs, labels and row_id, all int64."""
 
     def __init__(self, tokenizer: Any, *, pad_to_multiple_of: int | None = None, label_column: str = "label") -> None:
         if tokenizer.pad_token_id is None:
@@ -113,21 +88,8 @@ _POOL_BATCHES = 50
 class SimilarLengths(Sampler[int]):
     """Reorder the draw of a sampler so that a batch holds rows of similar length, and pads little.
 
-    The rows of an epoch stay the same, each as often, so class quotas do too. Pools of 50 batches are sorted by length,
-    ties in the order drawn, cut into batches, and the batches shuffled; all by seed and epoch alone.
-
-    Args:
-        sampler: Draws the rows; its length is in whole batches.
-        lengths: Length of each row of the data set, in tokens.
-        batch_size: Rows of a global batch.
-        seed: Seed of the shuffle, at least 0.
-
-    Example:
-        >>> lengths = [1, 9, 2, 8]
-        >>> draw = ClassBalancedSampler([0, 0, 1, 1], batch_size=2)
-        >>> rows = list(SimilarLengths(draw, lengths, batch_size=2))
-        >>> sorted(sorted(rows[start : start + 2]) for start in (0, 2))
-        [[0, 2], [1, 3]]
+    The rows of an epoch stay, each as often, so class quotas do too. Pools of 50 batches are sorted by length, ties in the
+    order drawn, cut into batches, and the batches shuffled; all by seed and epoch alone.
     """
 
     def __init__(
@@ -160,21 +122,11 @@ class SimilarLengths(Sampler[int]):
 
 
 class EvenLengths(Sampler[int]):
-    """Draw each row once, in batches of similar length, for passes whose result does not depend on the order.
+    """Draw each row once, in batches of similar length, for passes whose result does not depend on the order."""
 
-    Rows are sorted by length and cut into batches, and the batches shuffled, so that the first ones stand for all and the time
-    that is left can be told. A last, smaller batch holds the shortest rows.
-
-    Args:
-        lengths: Length of each row of the data set, in tokens.
-        batch_size: Rows of a batch.
-        seed: Seed of the shuffle, at least 0.
-
-    Example:
-        >>> rows = list(EvenLengths([1, 9, 2, 8, 3], batch_size=2))
-        >>> sorted(sorted(rows[start : start + 2]) for start in (0, 2)), rows[4:]
-        ([[1, 3], [2, 4]], [0])
-    """
+    # The batches are shuffled so that the first ones stand for all and the time that is left can be told; transformers'
+    # `LengthGroupedSampler` sorts within pools of 50 batches and draws from torch's generator. The last, smaller batch
+    # holds the shortest rows.
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.int64], *, batch_size: int, seed: int = 0) -> None:
         by_length = np.argsort(-np.asarray(lengths), kind="stable")
@@ -190,15 +142,7 @@ class EvenLengths(Sampler[int]):
 
 
 def lengths_of(dataset: Any, column: str) -> NDArray[np.int64] | None:
-    """Read the length of each row of a data set.
-
-    Args:
-        dataset: The data set.
-        column: Column of lengths, such as ``etf_adapt.data.text.tokenize`` adds.
-
-    Returns:
-        Array (rows,); None where the data set has no such column.
-    """
+    """Return the length of each row (rows,) from a column of `tokenize`; None where there is no such column."""
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return None
     return np.asarray(dataset.with_format("numpy")[column][:])

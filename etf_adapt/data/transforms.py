@@ -34,31 +34,25 @@ class ImagePipeline(Protocol):
 def image_transforms(
     processor: Any, *, train: bool, image_size: int | None = None, augment: bool = True, allow_flip: bool = True
 ) -> Callable[[PILImage.Image], Tensor]:
-    """Make the transform from an image to the model's input.
+    """Make the transform from an image to the model's input: pixel values (3, height, width), float32; picklable.
 
-    For evaluation it is the processor itself, or timm's evaluation transform. For training the image is cropped at
-    random to a share of its area in `AREA` (in `SMALL_AREA` where its shorter side is less than half of the model's),
-    with an aspect ratio in 3/4 .. 4/3, resized to the model's size, mirrored in half of the cases, and finished
-    (scaled, normalised, channels ordered) by that same processor. Images of any mode become RGB.
+    For evaluation it is the processor itself, or timm's evaluation transform. For training the image is cropped at random to a
+    share of its area in `AREA` (in `SMALL_AREA` where its shorter side is less than half of the model's), with an aspect
+    ratio in 3/4 .. 4/3, resized, mirrored in half of the cases, and finished (scaled, normalised) by that same processor.
 
     Args:
-        processor: Image processor of transformers, or timm data config: a mapping with "input_size", "mean", "std",
-            "interpolation", "crop_pct" (a pretrained_cfg is one).
+        processor: Image processor of transformers, or timm data config (a ``pretrained_cfg`` is one).
         train: The training transform, which draws from torch's generator.
         image_size: Height and width in pixels, for models that allow another than their own.
         augment: Crop and mirror at random; without it the training transform is that of evaluation.
         allow_flip: Mirror at random too; not for images that mean something else then, such as digits.
 
-    Returns:
-        A function from a `PIL.Image.Image` to pixel values (3, height, width), float32; picklable.
-
     Raises:
-        ValueError: The processor does not give images of one size, or not of `image_size`.
+        ValueError: The processor does not give images of one size, or not of ``image_size``.
 
     Example:
         >>> config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-        >>> transform = image_transforms(config, train=False)
-        >>> transform(PILImage.new("L", (40, 60))).shape
+        >>> image_transforms(config, train=False)(PILImage.new("L", (40, 60))).shape
         torch.Size([3, 32, 32])
     """
     if image_size is not None and image_size < 1:

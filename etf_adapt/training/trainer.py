@@ -105,6 +105,7 @@ class ETFTrainer(ResumableTrainer):
         self._head = next(iter(self.heads.values()))
         set_threads(args.torch_threads)
         num_classes = self._head.num_classes
+        self.train_labels: NDArray[np.int64] | None = None
         self.class_counts: NDArray[np.int64] | None = None
         if train_dataset is not None:
             self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids

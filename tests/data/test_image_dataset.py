@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import BatchSampler, DataLoader
 
-from etf_adapt.data.image_dataset import ImageCollator, RowDraw, RowDraws, TransformedRows
+from etf_adapt.data.image_dataset import ImageCollator, ImageDataset, RowDraw, RowDraws
 from etf_adapt.data.sampler import ClassBalancedSampler
 
 ORDER = [0, 1, 0, 2, 0, 3, 1, 0]
@@ -34,7 +34,7 @@ def images():
 
 @pytest.fixture
 def rows(images):
-    return TransformedRows(images, one_number, seed=1)
+    return ImageDataset(images, one_number, seed=1)
 
 
 def draws(epoch, order=ORDER):
@@ -68,7 +68,7 @@ def test_batches_hold_labels_and_row_numbers(rows):
 
 def test_each_draw_is_augmented_anew(rows):
     everything = drawn(loader(rows, draws(0))) + drawn(loader(rows, draws(1)))
-    everything += drawn(loader(TransformedRows(rows.dataset, one_number, seed=2), draws(0)))
+    everything += drawn(loader(ImageDataset(rows.dataset, one_number, seed=2), draws(0)))
     assert len(set(everything)) == 3 * len(ORDER)
 
 
@@ -116,13 +116,13 @@ def test_a_plain_row_number_always_gives_the_same(rows):
 def counting(images, **options):
     calls = []
     transform = lambda image: calls.append(image.size) or torch.rand(1)
-    return TransformedRows(images, transform, seed=1, **options), calls
+    return ImageDataset(images, transform, seed=1, **options), calls
 
 
 def test_rows_that_are_kept_are_transformed_once_and_are_the_same(images):
     kept, calls = counting(images, keep=True)
     read = [kept[row]["pixel_values"].item() for row in (2, 0, 2, 0)]
-    again = [TransformedRows(images, lambda image: torch.rand(1), seed=1)[row]["pixel_values"].item() for row in (2, 0)]
+    again = [ImageDataset(images, lambda image: torch.rand(1), seed=1)[row]["pixel_values"].item() for row in (2, 0)]
     assert read == again * 2 and len(calls) == 2
     kept[2]["labels"] = 9
     assert kept[2]["labels"] == 1
@@ -167,6 +167,6 @@ def test_a_damaged_image_is_named(tmp_path):
     features = Features({"image": Image(), "label": Value("int64")})
     rows = Dataset.from_dict({"image": [str(file), str(tmp_path / "gone.png")], "label": [0, 1]}, features=features)
     with pytest.raises(ValueError, match=r"row 0 .*broken\.png.* cannot be decoded"):
-        TransformedRows(rows, one_number)[0]
+        ImageDataset(rows, one_number)[0]
     with pytest.raises(ValueError, match=r"row 1 .*gone\.png"):
-        TransformedRows(rows, one_number)[1]
+        ImageDataset(rows, one_number)[1]

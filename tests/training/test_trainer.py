@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from etf_adapt.data.image_dataset import ImageCollator, TransformedRows
+from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.load import load_data
 from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.auto import adapt
@@ -407,7 +407,7 @@ def test_workers_change_nothing(tmp_path):
             torch_threads=1,
         )  # fmt: skip
         trainer = ETFTrainer(
-            model, args, train_dataset=TransformedRows(data.train, noisy, seed=0), data_collator=ImageCollator()
+            model, args, train_dataset=ImageDataset(data.train, noisy, seed=0), data_collator=ImageCollator()
         )
         trainer.train()
         trained.append(weights(trainer))
