@@ -42,7 +42,7 @@ def find_columns(
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
 
     Label: the named column, else the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only one left.
-    Input: the named column, else one of images (`Image`, bytes, or paths of image files under a usual name), else one of strings.
+    Input: the named column, else one of images (`Image`, bytes, or paths of images in a usual column), else one of strings.
     """
     if image_column and text_column:
         raise DataError(f"`image_column` (={image_column}) and `text_column` (={text_column}) exclude each other.")

@@ -22,9 +22,8 @@ def validation_rows(
 ) -> np.ndarray:
     """Choose the training rows that become the validation split; return their ids in ascending order.
 
-    Stratified: a class of n rows gives round(fraction n), halves upwards. Balanced: each class gives the same number,
-        fraction x
-    rows / classes, at least one. No class gives its last row.
+    Stratified: a class of n rows gives round(fraction n), halves upwards.
+    Balanced: each class gives the same number, fraction x rows / classes, at least one. No class gives its last row.
     """
     # At a tenth a class gives its first row at 5; a smaller one trains on all its rows and is not validated, unless no class
     # would give any: then each class of two rows or more gives one.
