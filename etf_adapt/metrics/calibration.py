@@ -45,17 +45,13 @@ def _fit(
 
     if len(labels) == 0:
         return 1.0, 0.0
-
-    def objective(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        return _loss(point, logits, labels, weights, prior)
-
+    data = logits, labels, weights, prior
     bounds = (math.log(FACTORS[0]), math.log(FACTORS[1])), strengths
     # Far from the minimum the loss is flat in log s (small s) or a straight line in s (rows all sure): start near it.
     starts = [np.array([exponent * math.log(2.0), 0.0]) for exponent in range(-6, 11, 2)]
-    start = min(starts, key=lambda point: objective(point)[0])
-    found = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10}
-    )
+    start = min(starts, key=lambda point: _loss(point, *data)[0])
+    options = {"ftol": 1e-15, "gtol": 1e-10}
+    found = minimize(_loss, start, data, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
     return float(np.exp(found.x[0]).clip(*FACTORS)), float(found.x[1])
 
 
