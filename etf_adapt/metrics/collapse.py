@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import evaluate
 import numpy as np
-from datasets import Features, List, Value
+from datasets import List, Value
 from numpy.typing import NDArray
 
 from etf_adapt.data.long_tail import check_labels
@@ -56,6 +55,8 @@ class NeuralCollapse(InMemoryMetric):
         {'nc1': 0.0, 'nc2': 0.0, 'nc2_norms': 0.0, 'nc2_angles': 0.0, 'nc3': 0.0, 'nc4': 0.0}
     """
 
+    columns: ClassVar = {"features": List(Value("float64")), "references": Value("int64")}
+
     def __init__(self, weight: Any, bias: Any = None) -> None:
         super().__init__()
         self._weight = to_float64(weight)
@@ -66,18 +67,8 @@ class NeuralCollapse(InMemoryMetric):
         if self._bias.shape != (classes,):
             raise ValueError(f"`bias` has shape {self._bias.shape}, but `weight` has {classes} classes: ({classes},).")
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Neural collapse of features and head (Papyan, Han, Donoho 2020).",
-            citation="",
-            features=Features({"features": List(Value("float64")), "references": Value("int64")}),
-        )
-
     def add_batch(self, *, features: Any = None, references: Any = None) -> None:
-        """Add features (batch, in_features) and true class ids (batch,); the first batch after `compute` begins anew.
-
-        Lists, arrays or tensors on any device. ValueError where shapes do not fit or a value is not finite.
-        """
+        """Add features (batch, in_features) and true class ids (batch,); the first batch after `compute` begins anew."""
         labels = check_labels(references, name="references", num_classes=len(self._weight))
         rows = to_float64(features)
         if rows.shape != (len(labels), self._weight.shape[1]):
