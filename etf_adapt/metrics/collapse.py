@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import List, Value
-from numpy.typing import NDArray
 
 from etf_adapt.data.long_tail import check_labels
-from etf_adapt.metrics.shots import InMemoryMetric, to_float64
+from etf_adapt.metrics.shots import Floats, Ids, InMemoryMetric, to_float64
 
 _EPS = np.finfo(np.float64).eps
 
@@ -80,20 +79,16 @@ class NeuralCollapse(InMemoryMetric):
             raise ValueError("`features` holds NaN or infinite values: the model's output is not finite.")
         self._hold({"features": rows, "references": labels})
 
-    def _compute(self, features: NDArray[np.float64], references: NDArray[np.int64]) -> dict[str, float | None]:
+    def _compute(self, features: Floats, references: Ids) -> dict[str, float | None]:
         return collapse_measures(features, references, self._weight, self._bias)
 
 
-def collapse_measures(
-    features: NDArray[np.float64], labels: NDArray[np.int64], weight: NDArray[np.float64], bias: NDArray[np.float64]
-) -> dict[str, float | None]:
+def collapse_measures(features: Floats, labels: Ids, weight: Floats, bias: Floats) -> dict[str, float | None]:
     """Compute the measures of `NeuralCollapse` of all rows: features (rows, in_features), labels (rows,)."""
     classes, own, counts = np.unique(labels, return_inverse=True, return_counts=True)
     num_classes = len(classes)
     if num_classes < 2:
-        raise ValueError(
-            f"{num_classes} classes have rows, but collapse is measured between at least 2: add more rows."
-        )
+        raise ValueError(f"{num_classes} classes have rows, but collapse is measured between two or more: add rows.")
     means = np.zeros((num_classes, features.shape[1]))
     np.add.at(means, own, features)
     means /= counts[:, None]
