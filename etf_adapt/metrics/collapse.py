@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import evaluate
 import numpy as np
-from datasets import Features, List, Value
-from numpy.typing import NDArray
+from datasets import List, Value
 
 from etf_adapt.data.long_tail import check_labels
-from etf_adapt.metrics.shots import InMemoryMetric, to_float64
+from etf_adapt.metrics.shots import Floats, Ids, InMemoryMetric, to_float64
 
 _EPS = np.finfo(np.float64).eps
 
@@ -56,6 +54,8 @@ class NeuralCollapse(InMemoryMetric):
         {'nc1': 0.0, 'nc2': 0.0, 'nc2_norms': 0.0, 'nc2_angles': 0.0, 'nc3': 0.0, 'nc4': 0.0}
     """
 
+    columns: ClassVar = {"features": List(Value("float64")), "references": Value("int64")}
+
     def __init__(self, weight: Any, bias: Any = None) -> None:
         super().__init__()
         self._weight = to_float64(weight)
@@ -66,18 +66,8 @@ class NeuralCollapse(InMemoryMetric):
         if self._bias.shape != (classes,):
             raise ValueError(f"`bias` has shape {self._bias.shape}, but `weight` has {classes} classes: ({classes},).")
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Neural collapse of features and head (Papyan, Han, Donoho 2020).",
-            citation="",
-            features=Features({"features": List(Value("float64")), "references": Value("int64")}),
-        )
-
     def add_batch(self, *, features: Any = None, references: Any = None) -> None:
-        """Add features (batch, in_features) and true class ids (batch,); the first batch after `compute` begins anew.
-
-        Lists, arrays or tensors on any device. ValueError where shapes do not fit or a value is not finite.
-        """
+        """Add features (batch, in_features) and true class ids (batch,); the first batch after `compute` begins anew."""
         labels = check_labels(references, name="references", num_classes=len(self._weight))
         rows = to_float64(features)
         if rows.shape != (len(labels), self._weight.shape[1]):
@@ -89,20 +79,16 @@ class NeuralCollapse(InMemoryMetric):
             raise ValueError("`features` holds NaN or infinite values: the model's output is not finite.")
         self._hold({"features": rows, "references": labels})
 
-    def _compute(self, features: NDArray[np.float64], references: NDArray[np.int64]) -> dict[str, float | None]:
+    def _compute(self, features: Floats, references: Ids) -> dict[str, float | None]:
         return collapse_measures(features, references, self._weight, self._bias)
 
 
-def collapse_measures(
-    features: NDArray[np.float64], labels: NDArray[np.int64], weight: NDArray[np.float64], bias: NDArray[np.float64]
-) -> dict[str, float | None]:
+def collapse_measures(features: Floats, labels: Ids, weight: Floats, bias: Floats) -> dict[str, float | None]:
     """Compute the measures of `NeuralCollapse` of all rows: features (rows, in_features), labels (rows,)."""
     classes, own, counts = np.unique(labels, return_inverse=True, return_counts=True)
     num_classes = len(classes)
     if num_classes < 2:
-        raise ValueError(
-            f"{num_classes} classes have rows, but collapse is measured between at least 2: add more rows."
-        )
+        raise ValueError(f"{num_classes} classes have rows, but collapse is measured between two or more: add rows.")
     means = np.zeros((num_classes, features.shape[1]))
     np.add.at(means, own, features)
     means /= counts[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import evaluate
 import numpy as np
@@ -24,10 +24,15 @@ Counts: TypeAlias = Sequence[int] | Ids
 class InMemoryMetric(evaluate.Metric):
     """Base of metrics that hold their rows as arrays in memory; subclasses define `add_batch` and `_compute`."""
 
+    columns: ClassVar[dict[str, Any]]  # types of the required columns
+
     def __init__(self) -> None:
         super().__init__()
         self._batches: list[dict[str, NDArray[Any]]] = []
         self._closed = False  # whether the next batch begins anew
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=str(self.__doc__), citation="", features=Features(self.columns))
 
     def _build_data_dir(self) -> str:
         # `evaluate` would make a folder in the user's cache here, for rows that are never written.
@@ -43,9 +48,8 @@ class InMemoryMetric(evaluate.Metric):
 
     def compute(self, **rows: Any) -> dict[str, float | None]:
         """Compute all measures of the rows added, after adding those given here; arguments as `add_batch`."""
-        given = {name: values for name, values in rows.items() if values is not None}
-        if given:
-            self.add_batch(**given)
+        if any(values is not None for values in rows.values()):
+            self.add_batch(**rows)
         results: dict[str, float | None] = self._compute(**self._columns())
         self._closed = True
         return results
@@ -104,13 +108,14 @@ class ShotAccuracy(InMemoryMetric):
         (0.5, 0.5, 0.5, 0.0, None)
     """
 
+    columns: ClassVar = {"predictions": Value("int64"), "references": Value("int64")}
+
     def __init__(self, class_counts: Counts | None = None, *, shot_bounds: tuple[float, float] = SHOT_BOUNDS) -> None:
         super().__init__()
         self.shot_bounds, self.class_counts = shot_bounds, None
         if not 0 <= shot_bounds[0] <= shot_bounds[1]:
             raise ValueError(
-                f"`shot_bounds` (={tuple(shot_bounds)}) must be the least and the greatest count of the medium group, such as "
-                "(20, 100)."
+                f"`shot_bounds` (={tuple(shot_bounds)}) must be the least and greatest count of a medium class, as (20, 100)."
             )
         if class_counts is not None:
             counts = np.asarray(class_counts.cpu() if isinstance(class_counts, torch.Tensor) else class_counts)
@@ -121,20 +126,12 @@ class ShotAccuracy(InMemoryMetric):
                 )
             self.class_counts = counts.astype(np.int64)
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy over rows, classes and groups of classes by training count, and calibration.",
-            citation="",
-            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
-        )
-
     def add_batch(
         self, *, predictions: Any = None, references: Any = None, confidences: Any = None, losses: Any = None
     ) -> None:
-        """Add rows; the first batch after `compute` begins anew.
+        """Add predicted and true class ids (batch,); the first batch after `compute` begins anew.
 
-        Predicted and true class ids (batch,); for all batches or none probabilities of the predictions (batch,), from 0 to 1,
-        and losses (batch,): lists, arrays or tensors on any device. ValueError where they do not fit.
+        For all batches or none: probabilities of the predictions, from 0 to 1, and losses. Lists, arrays or tensors.
         """
         num_classes = None if self.class_counts is None else len(self.class_counts)
         batch: dict[str, NDArray[Any]] = {

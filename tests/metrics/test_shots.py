@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from etf_adapt.metrics.shots import ShotAccuracy, class_thirds, shot_groups
+from etf_adapt.metrics.shots import ShotAccuracy, class_thirds, pooled_balanced_accuracy, shot_groups
 
 NUM_CLASSES = 12
 OVERALL = ["accuracy", "balanced_accuracy", "macro_f1"]
@@ -161,6 +161,14 @@ def test_thirds_split_by_count():
         assert order.tolist() == sorted(range(num_classes), key=lambda label: (-counts[label], label))
         sizes = [len(labels) for labels in thirds.values()]
         assert sizes[0] == sizes[2] and abs(sizes[0] - sizes[1]) <= 1
+
+
+def test_pooling_lies_between_balanced_accuracy_and_accuracy(rows):
+    predictions, labels = np.array([0, 0, 0, 0, 1, 0]), np.array([0, 0, 0, 0, 1, 2])
+    assert pooled_balanced_accuracy(predictions, labels, min_rows=3) == pytest.approx((1.0 + 2 * 0.5) / 3)
+    pair, results = (rows["predictions"], rows["references"]), compute([rows])
+    assert pooled_balanced_accuracy(*pair, min_rows=1) == pytest.approx(results["balanced_accuracy"], abs=1e-15)
+    assert pooled_balanced_accuracy(*pair, min_rows=999) == pytest.approx(results["accuracy"], abs=1e-15)
 
 
 def test_recalls_of_the_classes_are_at_hand_until_the_next_round(rows):
