@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from etf_adapt.data.sources import IMAGE_SUFFIXES, DataError
+from etf_adapt.data.long_tail import arrow_column
+from etf_adapt.data.sources import IMAGE_SUFFIXES, DataError, quoted
+from etf_adapt.errors import nearest_names
 
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "class_name", "category", "intent", "y")
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
@@ -25,7 +26,7 @@ TEXT_NAMES = ("text", "sentence", "content", "utterance", "review", "comment", "
 
 @dataclass(frozen=True)
 class Columns:
-    """Names the input column, what it holds ("image" or "text"), and the label column."""
+    """The input column, what it holds ("image" or "text"), and the label column."""
 
     task: str
     input: str
@@ -41,14 +42,14 @@ def find_columns(
 ) -> Columns:
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
 
-    Label: the named column, else the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only one left.
-    Input: the named column, else one of images (`Image`, bytes, or paths of images in a usual column), else one of strings.
+    Label: the only `ClassLabel`, else the first of `LABEL_NAMES`, else the only column left. Input: a column of images (an
+    `Image`, image bytes, or paths of image files under a usual name), else a column of strings.
     """
     if image_column and text_column:
         raise DataError(f"`image_column` (={image_column}) and `text_column` (={text_column}) exclude each other.")
     for flag, name in (("image_column", image_column), ("text_column", text_column), ("label_column", label_column)):
         if name is not None and name not in dataset.column_names:
-            near = difflib.get_close_matches(name, dataset.column_names, n=1)
+            near = nearest_names(name, dataset.column_names, limit=1)
             hint = f"; nearest: `{near[0]}`" if near else ""
             raise DataError(f"`{flag}` (={name}) is no column: there are {describe_columns(dataset)}{hint}.")
 
@@ -56,19 +57,17 @@ def find_columns(
         dataset, LABEL_NAMES, lambda name: isinstance(dataset.features[name], ClassLabel), strict=False
     )
     free = [name for name in dataset.column_names if name != label]
-    if image_column:
-        if not (_holds_images(dataset, image_column) or is_string(dataset, image_column)):
-            raise DataError(f"`image_column` (={image_column}) holds no images: {describe_columns(dataset)}.")
-        task, chosen = "image", image_column
-    elif text_column:
-        if not is_string(dataset, text_column):
-            raise DataError(f"`text_column` (={text_column}) holds no strings: {describe_columns(dataset)}.")
-        task, chosen = "text", text_column
-    elif image := _choose(dataset.select_columns(free), IMAGE_NAMES, lambda name: _holds_images(dataset, name)):
-        task, chosen = "image", image
-    elif text := _choose(dataset.select_columns(free), TEXT_NAMES, lambda name: is_string(dataset, name)):
-        task, chosen = "text", text
-    else:
+    if image_column and not (_holds_images(dataset, image_column) or is_string(dataset, image_column)):
+        raise DataError(f"`image_column` (={image_column}) holds no images: {describe_columns(dataset)}.")
+    if text_column and not is_string(dataset, text_column):
+        raise DataError(f"`text_column` (={text_column}) holds no strings: {describe_columns(dataset)}.")
+    task, chosen = ("image", image_column) if image_column else ("text", text_column)
+    if chosen is None:
+        inputs = dataset.select_columns(free)
+        task, chosen = "image", _choose(inputs, IMAGE_NAMES, lambda name: _holds_images(dataset, name))
+    if chosen is None:
+        task, chosen = "text", _choose(inputs, TEXT_NAMES, lambda name: is_string(dataset, name))
+    if chosen is None:
         raise DataError(
             "There is no or more than one column to classify by: there are "
             f"{describe_columns(dataset)}; name it with `image_column` or `text_column`."
@@ -96,7 +95,7 @@ def _choose(
 
 
 def is_string(dataset: Dataset, name: str) -> bool:
-    """Tell whether a column holds strings."""
+    """Return whether a column holds strings."""
     feature = dataset.features[name]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
@@ -114,47 +113,35 @@ def _holds_images(dataset: Dataset, name: str) -> bool:
 
 def describe_columns(dataset: Dataset) -> str:
     """Return the names and types of the columns as one line of text."""
-    types = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
-    for name, feature in dataset.features.items():
-        if not isinstance(feature, Value):
-            types[name] = type(feature).__name__
-    return ", ".join(f"`{name}` ({kind})" for name, kind in types.items())
+    types = {
+        name: feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        for name, feature in dataset.features.items()
+    }
+    return ", ".join(f"`{name}` ({dtype})" for name, dtype in types.items())
 
 
-def require_columns(dataset: Dataset, columns: Columns, *, split: str) -> None:
-    """Raise `DataError` where a split lacks a column that train has."""
-    for name in (columns.input, columns.label):
-        if name not in dataset.column_names:
-            raise DataError(
-                f"Column `{name}` is missing in split {split}, which has {describe_columns(dataset)}: add it, or take "
-                "the split away."
-            )
+def encode_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarray, list[str]]:
+    """Encode a column of `ClassLabel`s, strings, integers or booleans as labels (rows,) int64; return also the class names.
 
-
-def read_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarray, list[str]]:
-    """Read a column of classes as integers (rows,), with the class names to which they are indices.
-
-    Names of a `ClassLabel` keep their order; strings are sorted; integers are sorted by value and named by their digits.
+    The names of a `ClassLabel` keep their order; strings are sorted, integers by value, and False precedes True.
     """
     feature = dataset.features[column]
     values = arrow_column(dataset, column)
-    kind = values.type
-    integers = pa.types.is_integer(kind)
-    if not (integers or pa.types.is_boolean(kind) or is_string(dataset, column)):
-        missing = pa.types.is_floating(kind) and pc.any(pc.is_null(values, nan_is_null=True)).as_py()
+    dtype = values.type
+    if not (pa.types.is_integer(dtype) or pa.types.is_boolean(dtype) or is_string(dataset, column)):
+        missing = pa.types.is_floating(dtype) and pc.any(pc.is_null(values, nan_is_null=True)).as_py()
         why = "some are missing" if missing else "a class is a string, an integer or a boolean, one for each row"
-        raise DataError(f"Label column `{column}` of split {split} holds {kind} values: {why}.")
+        raise DataError(f"Label column `{column}` of split {split} holds {dtype} values: {why}.")
     absent = pc.is_null(values)
     if isinstance(feature, ClassLabel):
         absent = pc.or_(absent, pc.fill_null(pc.equal(values, -1), False))
-    elif not integers and not pa.types.is_boolean(kind):
+    elif is_string(dataset, column):
         absent = pc.or_(absent, pc.fill_null(pc.equal(values, ""), False))
     row = first_true(absent)
     if row is not None:
         raise DataError(f"Row {row} of split {split} has no label in column `{column}`: fill it or remove the row.")
 
-    encoded = values.dictionary_encode()
-    unique: list[Any] = encoded.dictionary.to_pylist()
+    unique: list[Any] = values.unique().to_pylist()
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
         outside = [value for value in unique if not 0 <= value < len(names)]
@@ -164,17 +151,14 @@ def read_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarra
                 f"Label {outside[0]} in row {row} of split {split} is outside of 0 .. {len(names) - 1}, the range of "
                 f"the {len(names)} names of column `{column}`: correct the label or the names."
             )
-        positions = {value: value for value in unique}
-    else:
-        order = sorted(unique)
-        names = [str(value) for value in order]
-        positions = {value: position for position, value in enumerate(order)}
-    lookup = np.array([positions[value] for value in unique], dtype=np.int64)
-    return lookup[encoded.indices.to_numpy(zero_copy_only=False)], names
+        return values.to_numpy().astype(np.int64), names
+    order = sorted(unique)
+    positions = pc.index_in(values, pa.array(order, type=dtype))
+    return positions.to_numpy().astype(np.int64), [str(value) for value in order]
 
 
 def labels_are_hidden(dataset: Dataset, column: str) -> bool:
-    """Tell whether a split's labels are all -1 or missing, as benchmarks publish the test rows that they score."""
+    """Return whether a split's labels are all -1 or missing, as benchmarks publish the test rows that they score."""
     values = arrow_column(dataset, column)
     if values.null_count == len(values):
         return True
@@ -182,34 +166,27 @@ def labels_are_hidden(dataset: Dataset, column: str) -> bool:
 
 
 def match_labels(labels: np.ndarray, names: Sequence[str], train_names: Sequence[str], *, split: str) -> np.ndarray:
-    """Renumber the labels of a split, indices to ``names``, by train's names; classes that train lacks are an error."""
+    """Renumber the labels (rows,) of a split, indices to `names`, by train's names."""
     positions = {name: position for position, name in enumerate(train_names)}
     lookup = np.array([positions.get(name, -1) for name in names], dtype=np.int64)
     matched = lookup[labels]
     if (matched < 0).any():
         unknown = [names[label] for label in np.unique(labels[matched < 0])]
-        shown = ", ".join(f"`{name}`" for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
         raise DataError(
-            f"Split {split} has rows of {len(unknown)} class(es) that train does not know: {shown}, first in row "
+            f"Split {split} has rows of {len(unknown)} class(es) that train does not know: {quoted(unknown)}, first in row "
             f"{int((matched < 0).argmax())}: add training rows of them, or remove them from {split}."
         )
     return matched
 
 
-def arrow_column(dataset: Dataset, column: str) -> pa.Array:
-    """Return a column as one Arrow array; nothing is decoded."""
-    values = dataset.select_columns([column]).with_format("arrow")[:].column(0)
-    return pa.concat_arrays(values.chunks) if values.num_chunks != 1 else values.chunk(0)
-
-
-def first_true(mask: pa.Array) -> int | None:
+def first_true(mask: pa.Array | pa.ChunkedArray) -> int | None:
     """Return the first row of a mask that is true."""
     row = pc.index(mask, True).as_py()
     return None if row < 0 else row
 
 
 def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
-    """Make the column "image", of images, bytes or paths, one of ``Image``s that are decoded when read; open no file."""
+    """Make a column "image" of `Image`s, bytes or paths (relative ones from `folder`) one of `Image`s, decoded when read."""
     if is_string(dataset, "image"):
         paths = [None if path is None else str((folder or Path()) / path) for path in dataset["image"]]
         return Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
@@ -217,8 +194,8 @@ def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
 
 
 def check_images(dataset: Dataset, *, rows: np.ndarray, split: str) -> None:
-    """Read the header of each image of ``rows``; raise with the row and its file at the first that is none."""
-    # An image that breaks off behind its header is found when it is decoded, by `ImageDataset`.
+    """Read the header of each image of these rows of a split, and name the first row that has none."""
+    # An image that breaks off behind its header is found when it is decoded, by `image_dataset.ImageDataset`.
     stored = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     stored = stored.select(rows, keep_in_memory=True)
     known_format: list[str] | None = None  # of the image before: to try every format costs five times as much

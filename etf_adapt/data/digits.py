@@ -12,9 +12,9 @@ from etf_adapt.data.splits import take_per_class
 
 
 def make_digits() -> dict[str, Dataset]:
-    """Return 1,797 scanned digits, 8 x 8 pixels, as RGB images: 1,198 rows of "train" and a stratified third, 599, of "test".
+    """Make 1,797 scanned digits, 8 x 8 pixels, a data set of RGB images: "train" (1,198 rows) and "test" (599), stratified.
 
-    Alpaydin, Kaynak (1998), Optical Recognition of Handwritten Digits. The test rows are the same for every seed.
+    Alpaydin, Kaynak (1998). Optical Recognition of Handwritten Digits. https://archive.ics.uci.edu/dataset/80
     """
     from sklearn.datasets import load_digits
 
@@ -23,6 +23,7 @@ def make_digits() -> dict[str, Dataset]:
     images = [{"bytes": _png(image), "path": None} for image in pixels]
     names = [str(name) for name in digits.target_names]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    # The test rows belong to the definition of the data set: the same for every seed of a run.
     test = take_per_class(digits.target, np.rint(np.bincount(digits.target) / 3).astype(np.int64), seed=0)
     rows = {"train": np.delete(np.arange(len(images)), test), "test": test}
     return {

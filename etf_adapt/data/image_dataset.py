@@ -1,8 +1,8 @@
 """Rows of images for a data loader, with augmentation that can be repeated.
 
-Augmentation is a function of the run's seed and of the draw: epoch, place in the epoch and row. It does not depend on
-the number of workers or processes, on the batch, or on where a run was stopped and resumed. For this the sampler's
-rows carry their draw with them, into whatever process reads them:
+Augmentation is a function of the seed and of the draw: epoch, place in the epoch and row. It does not depend on the number
+of workers or processes, on the batch, or on where a run was stopped and resumed. For this the sampler's rows carry their
+draw with them, into whatever process reads them:
 
     RowDraws(sampler)  ->  RowDraw(row), an int with epoch and place  ->  ImageDataset[RowDraw]  ->  ImageCollator
 
@@ -11,7 +11,7 @@ A class-balanced epoch draws a rare row many times; each draw has a place of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
-KEPT_BYTES = 2**30
-"""Most memory that one ``ImageDataset`` keeps tensors in."""
+KEPT_BYTES = 2**30  # most memory that one ``ImageDataset`` keeps tensors in
 
 
 class RowDraw(int):
-    """A row id that knows its epoch and its place in the epoch's draw; samplers and workers take it for the int that it is."""
+    """A row id with the epoch of its draw and its place in it, from 0; batch samplers and workers pass it on as an int."""
 
     epoch: int
     place: int
@@ -41,12 +40,10 @@ class RowDraw(int):
         return draw
 
 
+# It stands between the sampler of global batches and the loader: as each process walks the whole order and keeps its share
+# of it, and a resumed run walks over what it has done, places are the same in all of them.
 class RowDraws(Sampler[int]):
-    """Yields the rows of a sampler as `RowDraw`s; ``set_epoch`` is passed on.
-
-    It wraps the sampler of global batches: each process walks the whole draw and keeps its share, and a resumed run walks over
-    what it has done, so that places are the same in all of them.
-    """
+    """Yields the rows of a sampler as `RowDraw`s, and passes `set_epoch` on to it."""
 
     def __init__(self, sampler: Iterable[int]) -> None:
         self.sampler = sampler
@@ -64,34 +61,23 @@ class RowDraws(Sampler[int]):
             yield RowDraw(row, epoch, place)
 
     def __len__(self) -> int:
-        if not isinstance(self.sampler, Sized):
-            raise TypeError(f"`sampler` (={type(self.sampler).__name__}) has no length.")
-        return len(self.sampler)
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
 class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
-    Random transforms depend on ``seed`` and the `RowDraw` alone (an int is always the same draw). With ``keep`` the tensors of
-    rows asked for by ints stay in memory, up to ``KEPT_BYTES``: for rows that are read again without augmentation.
+    What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
+    the same draw); the generator itself is left as it was. `keep` keeps the tensors of plain ints in memory.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        transform: Callable[[PILImage.Image], Tensor],
-        *,
-        seed: int = 0,
-        image_column: str = "image",
-        label_column: str = "label",
-        keep: bool = False,
+        self, dataset: Dataset, transform: Callable[[PILImage.Image], Tensor], *, seed: int = 0, keep: bool = False
     ) -> None:
-        self.dataset = dataset.select_columns([image_column, label_column])
+        self.dataset = dataset.select_columns(["image", "label"])
         self.transform = transform
         self.seed = seed
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
-        self._image_column = image_column
-        self._label_column = label_column
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -107,15 +93,15 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise at a damaged file
             raise ValueError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
         with _seeded(self.seed, draw.epoch, draw.place, row):
-            pixel_values = self.transform(values[self._image_column])
-        found = {"pixel_values": pixel_values, "labels": values[self._label_column], "row_id": row}
-        # What a worker keeps is gone with it, after one pass.
+            pixel_values = self.transform(values["image"])
+        found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
+        # For rows that are read again without augmentation. What a worker keeps is gone with it, after one pass.
         if kept is not None and get_worker_info() is None and (len(kept) + 1) * pixel_values.nbytes <= KEPT_BYTES:
             kept[row] = dict(found)
         return found
 
     def _where(self, row: int) -> str:
-        stored = self.dataset.cast_column(self._image_column, Image(decode=False))[row][self._image_column]
+        stored = self.dataset.cast_column("image", Image(decode=False))[row]["image"]
         return f"The image of row {row}" + (f" (`{stored['path']}`)" if stored["path"] else "")
 
 
@@ -131,7 +117,7 @@ def _seeded(*key: int) -> Iterator[None]:
 
 
 class ImageCollator:
-    """Stacks rows of `ImageDataset`: pixel_values (batch, 3, height, width) float32, labels and row_id (batch,) int64."""
+    """Makes a batch of rows of `ImageDataset`: "pixel_values" (batch, 3, height, width), "labels" and "row_id" (batch,)."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these rows."""

@@ -13,43 +13,38 @@ from datasets import ClassLabel, Dataset
 
 from etf_adapt.data.columns import (
     Columns,
-    arrow_column,
     as_images,
     check_images,
+    describe_columns,
+    encode_labels,
     find_columns,
     first_true,
     labels_are_hidden,
     match_labels,
-    read_labels,
-    require_columns,
 )
-from etf_adapt.data.long_tail import long_tailed_indices
-from etf_adapt.data.sources import DataError, Source, logger, open_source
+from etf_adapt.data.long_tail import arrow_column, long_tailed_indices
+from etf_adapt.data.sources import DataError, Source, logger, open_source, quoted
 from etf_adapt.data.splits import fewer_rows, validation_rows
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A data set ready to train on: each split has the columns ``input_column`` and ``label_column`` alone.
-
-    ``class_counts`` (num_classes,) are the training rows of each class, all at least 1; ``description`` says for JSON where the
-    rows came from and which were chosen.
-    """
+    """A data set ready to train on: each split has the columns `input_column` and `label_column` alone."""
 
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-    task: str
-    input_column: str
-    label_column: str
-    label_names: list[str]
-    class_counts: np.ndarray
-    allow_flip: bool = True
-    description: dict[str, Any] = field(default_factory=dict)
+    task: str  # "image" or "text"
+    input_column: str  # "image" (a `datasets.Image`) or "text" (a string)
+    label_column: str  # "label", a `ClassLabel` with `label_names`, the same in every split
+    label_names: list[str]  # their positions are the labels
+    class_counts: np.ndarray  # (num_classes,) int64, training rows, all at least 1
+    allow_flip: bool = True  # whether a mirrored image still shows its class
+    description: dict[str, Any] = field(default_factory=dict)  # of the rows' origin and choice, ready for JSON
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Return the class names by label, as transformers configurations hold them."""
+        """Class names by label, as transformers' configurations hold them."""
         return dict(enumerate(self.label_names))
 
 
@@ -70,21 +65,26 @@ def load_data(
 ) -> ClassificationData:
     """Load a data set for classification, check it, and bring it into one form; no image is decoded.
 
-    Steps: find the columns; read the labels of every split and match them to train's by *name*; with
-    ``validation_before_long_tail`` cut a missing validation split, balanced; make train long-tailed; else cut the validation
-    split now, stratified; cut train down to ``max_train_rows``; check the texts or the headers of the chosen images. A split
-    whose labels are all hidden (-1) is left out.
+    The steps: find the columns; read the labels of every split and match them to train's by *name*; cut a missing validation
+    split, balanced, with `validation_before_long_tail`; make train long-tailed; else cut the validation split now, stratified;
+    cut train down to `max_train_rows`; check texts and the headers of the chosen images. A validation or test split whose
+    labels are all hidden (-1) is left out.
 
     Args:
-        dataset: "digits" (embedded), a Hub id, a file or a folder (``etf_adapt.data.sources.open_source``).
+        dataset: "digits" (embedded); a csv, tsv, json, jsonl or parquet file, or a pattern of such; a folder of such files, of
+            images (`<class>/...` or `<split>/<class>/...`, or with a `metadata` file) or from `save_to_disk`; or a Hub id, with
+            the configuration after a colon where there are several ("nyu-mll/glue:sst2"). A local path goes first; a local
+            folder named digits is `./digits`.
         image_column: Column of images, where it is not found by itself.
         text_column: Column of texts, likewise.
         label_column: Column of classes, likewise.
-        imbalance_factor: Largest over smallest class count of train, at least 1; by default 20 for "digits", else all rows.
-        imbalance_profile: "exponential" or "step" (`make_long_tailed`).
+        imbalance_factor: Largest over smallest class count that train gets, at least 1; None is the data set's own
+            default: 20 for "digits", all rows for any other.
+        imbalance_profile: "exponential" or "step"; see `etf_adapt.make_long_tailed`.
         class_order: "label" or "permuted": which classes are the rare ones.
-        validation_fraction: Share of the training rows that a missing validation split gets, in [0, 1); 0 cuts none.
-        validation_before_long_tail: Cut it before the long tail, with as many rows of each class, as benchmarks do.
+        validation_fraction: Share of the training rows, in [0, 1), that a missing validation split is cut from; 0 cuts none.
+        validation_before_long_tail: Cut the validation split before the long tail, with the same number of rows from
+            each class, as benchmarks do; by default after it, as a user's own rows would be.
         max_train_rows: Training rows to keep at most, each class in its proportion.
         seed: Seed of every choice of rows, at least 0.
         revision: Branch, tag or commit of a Hub data set.
@@ -188,7 +188,12 @@ def load_data(
 def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
     splits = {}
     for split, dataset in source.splits.items():
-        require_columns(dataset, columns, split=split)
+        for name in (columns.input, columns.label):
+            if name not in dataset.column_names:
+                raise DataError(
+                    f"Column `{name}` is missing in split {split}, which has {describe_columns(dataset)}: add it, or take "
+                    "the split away."
+                )
         if split != "train" and labels_are_hidden(dataset, columns.label):
             logger.warning("Split %s is left out: its labels are hidden.", split)
         else:
@@ -198,7 +203,7 @@ def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
 
 def _read_all_labels(splits: dict[str, Dataset], columns: Columns) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read the labels of every split as indices to train's class names, and those names."""
-    train, names = read_labels(splits["train"], columns.label, split="train")
+    train, names = encode_labels(splits["train"], columns.label, split="train")
     if len(names) < 2:
         raise DataError(
             f"Label column `{columns.label}` has {len(names)} class ({', '.join(names)}), but a classifier needs two: "
@@ -207,14 +212,13 @@ def _read_all_labels(splits: dict[str, Dataset], columns: Columns) -> tuple[dict
     counts = np.bincount(train, minlength=len(names))
     if not counts.all():
         empty = [names[label] for label in np.flatnonzero(counts == 0)]
-        shown = ", ".join(f"`{name}`" for name in empty[:10]) + (", ..." if len(empty) > 10 else "")
         raise DataError(
-            f"{len(empty)} of {len(names)} classes have no training rows: {shown}. Add rows, or take the names out of "
+            f"{len(empty)} of {len(names)} classes have no training rows: {quoted(empty)}. Add rows, or take the names out of "
             f"label column `{columns.label}`."
         )
     labels = {"train": train}
     for split in splits.keys() - labels.keys():
-        labels[split] = match_labels(*read_labels(splits[split], columns.label, split=split), names, split=split)
+        labels[split] = match_labels(*encode_labels(splits[split], columns.label, split=split), names, split=split)
     return {split: labels[split] for split in splits}, names
 
 

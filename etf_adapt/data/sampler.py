@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from etf_adapt.data.long_tail import read_labels, rows_by_class, seeded_generator
+from etf_adapt.data.long_tail import check_integer, read_labels, rows_by_class, seeded_generator
 
 _WALK_STREAM, _LINE_STREAM, _SHUFFLE_STREAM = 11, 12, 13
 
@@ -21,27 +21,29 @@ _UNIT_BITS = 40
 class ClassBalancedSampler(Sampler[int]):
     r"""Draw rows so that each class has a fixed share of every epoch.
 
-    With :math:`n_c` rows in class c, T the length of an epoch and p the power, class c is drawn
+    With :math:`n_c` rows in class c, T the rows drawn an epoch and p the power, class c is drawn
 
     .. math:: t_c = T\, n_c^{1-p} \big/ \textstyle\sum_k n_k^{1-p}
 
-    times an epoch: p = 1 is class-balanced, 1/2 square-root and 0 instance sampling (Kang et al., section 4.1, whose q is
-    1 - p).
+    times an epoch: p = 1 is class-balanced, 1/2 square-root and 0 natural (instance) sampling (Kang et al., section
+    4.1, whose q is 1 - p). Nothing of this is left to chance:
 
-    - An epoch draws a class :math:`\lfloor t_c \rfloor` or :math:`\lfloor t_c \rfloor + 1` times; after e epochs each class is
-      within a few rows (of the order of log e) of :math:`e\,t_c`.
-    - Each epoch goes on in a class where the one before stopped: no row is repeated before all of its class were drawn. With
-      power 0 every epoch holds every row.
-    - The draw is a function of seed and epoch alone, not of the number of processes: Accelerate hands batch i, i + n, ... to
-      process i of n, so that n processes with batches of B see at each step what one process with batches of n B sees.
+    - An epoch draws a class :math:`\lfloor t_c \rfloor` or :math:`\lfloor t_c \rfloor + 1` times. Who gets the rows
+      left over rotates over the epochs (systematic sampling; the offsets are van der Corput's sequence), so that
+      after e epochs each class is within a few rows (of the order of log e) of :math:`e\,t_c`.
+    - A class is walked through in one seeded order, and each epoch goes on where the one before stopped: no row repeats
+      before all of its class were drawn. With power 0 every epoch holds every row.
+    - The draw is a function of seed and epoch. It knows nothing of processes: Accelerate hands batch i, i + n, ... of it to
+      process i of n, so n processes with batch B see at each step what one process with batch n B sees.
 
-    Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``.
+    Call ``set_epoch`` before each epoch, as with torch's ``DistributedSampler``, or each epoch draws the same rows.
 
     Args:
-        labels: Label of each row: list, array, tensor, or a ``datasets.Dataset``. Classes without rows are left out.
-        power: p above, from 0 (instance) to 1 (balanced).
-        batch_size: Rows of a whole *global* batch: rows per process times processes (times accumulation steps, where these too
-            must come out even). The length is rounded up to a multiple of it.
+        labels: Label of each row: list, array, tensor, or a ``datasets.Dataset``, whose label column is read. Classes
+            without rows are left out.
+        power: p above, from 0 (natural) to 1 (balanced).
+        batch_size: Rows of a whole *global* batch: rows per process times processes (times accumulation steps, where
+            these too must come out even). The length is rounded up to a multiple of it.
         seed: Seed of all draws, at least 0.
         num_samples: Rows drawn an epoch before rounding up; the number of rows by default.
         label_column: Name of the label column of a data set.
@@ -60,8 +62,8 @@ class ClassBalancedSampler(Sampler[int]):
         (100, 50)
     """
 
-    seed: int
     epoch: int
+    seed: int
     _length: int
     _counts: NDArray[np.int64]
     _rows: NDArray[np.int64]
@@ -86,8 +88,8 @@ class ClassBalancedSampler(Sampler[int]):
         rows = len(checked.ids)
         if rows == 0:
             raise ValueError("`labels` holds no rows: there is nothing to draw.")
-        batch = _check_positive("batch_size", batch_size)
-        wanted = rows if num_samples is None else _check_positive("num_samples", num_samples)
+        batch = check_integer("batch_size", batch_size, least=1)
+        wanted = rows if num_samples is None else check_integer("num_samples", num_samples, least=1)
 
         self.seed = seed
         self.epoch = 0
@@ -107,16 +109,16 @@ class ClassBalancedSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0, that the next iteration draws."""
-        self.epoch = _check_epoch(epoch)
+        self.epoch = check_integer("epoch", epoch, least=0)
 
     def quotas(self, epoch: int) -> NDArray[np.int64]:
-        """Return how often an epoch draws each class (num_classes,)."""
-        epoch = _check_epoch(epoch)
+        """Return how often an epoch draws each class (num_classes,); the sum is the length."""
+        epoch = check_integer("epoch", epoch, least=0)
         return self._drawn_before(epoch + 1) - self._drawn_before(epoch)
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Return the row ids of an epoch (len(self),) in the order of the draw."""
-        epoch = _check_epoch(epoch)
+        """Return the row ids of an epoch (len(self),) in the order in which they are drawn."""
+        epoch = check_integer("epoch", epoch, least=0)
         quotas = self.quotas(epoch)
         classes = np.repeat(np.arange(len(quotas)), quotas)
         place_in_class = np.arange(self._length) - np.repeat(np.cumsum(quotas) - quotas, quotas)
@@ -131,37 +133,24 @@ class ClassBalancedSampler(Sampler[int]):
         return self._length
 
     def _drawn_before(self, epoch: int) -> NDArray[np.int64]:
-        """Give how often each class was drawn in all epochs before this one."""
+        """Return how often each class was drawn in all epochs before this one."""
         drawn = epoch * self._whole
         drawn[self._line] += np.diff(_points_below(self._edges, epoch))
         return drawn
 
 
 def _points_below(edges: NDArray[np.int64], epochs: int) -> NDArray[np.int64]:
-    """Count, over the first epochs, the points of each epoch's comb below each edge (in units of 2^-40).
+    """Count, over the first epochs, the points of each epoch's comb below each edge, in units of 2^-40.
 
-    The comb of epoch e is u_e, u_e + 1, u_e + 2, ..., u_e the e-th number of van der Corput's sequence in base 2.
+    The comb of epoch e is u_e, u_e + 1, u_e + 2, ... with u_e the e-th number of van der Corput's sequence in base 2 (the bits
+    of e mirrored at the point). A class whose interval lies between two edges gets one row for each point in it.
     """
-    # Systematic sampling of the rows left over: a class whose interval lies between two edges gets one row for each point
-    # in it, at most one, as no interval is longer than 1. The sequence is summed in closed form: its values over a block of 2^k
-    # epochs that starts at a multiple of 2^k are an even grid of spacing 2^-k, and each set bit of `epochs` is a block.
     whole, fractions = edges >> _UNIT_BITS, edges & ((1 << _UNIT_BITS) - 1)
     points = epochs * whole
-    for k in range(epochs.bit_length()):
+    # In closed form: over a block of 2^k epochs that starts at a multiple of 2^k, the u_e are an even grid of spacing 2^-k.
+    for k in range(epochs.bit_length()):  # each set bit of `epochs` is a block
         if epochs >> k & 1:
             first_epoch = epochs >> (k + 1) << (k + 1)
             first_value = int(f"{first_epoch:0{_UNIT_BITS}b}"[::-1], 2)
             points += np.clip(-((first_value - fractions) >> (_UNIT_BITS - k)), 0, 1 << k)
     return points
-
-
-def _check_positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"`{name}` (={value!r}) must be an integer of at least 1.")
-    return int(value)
-
-
-def _check_epoch(epoch: int) -> int:
-    if not isinstance(epoch, Integral) or epoch < 0:
-        raise ValueError(f"`epoch` (={epoch!r}) must be an integer of at least 0.")
-    return int(epoch)

@@ -1,7 +1,4 @@
-"""Opening a data set by its name: the embedded digits, files, folders and Hub data sets, as raw splits.
-
-What comes out still has the columns and labels of its source; `etf_adapt.data` brings them into one form.
-"""
+"""Opening a data set by its name: the embedded digits, files, folders and Hub data sets, as raw splits."""
 
 from __future__ import annotations
 
@@ -35,32 +32,24 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 class DataError(ValueError):
-    """Tells what is wrong with a data set, and the way on."""
+    """A mistake in a data set, and its remedy."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The raw splits of a data set: "train" and, where there are some, "validation" and "test".
+    """The raw splits of a data set, with its own columns and labels."""
 
-    ``kind`` is "embedded", "image folder", "files", "saved folder" or "Hub"; relative paths of images start at ``folder``;
-    ``imbalance_factor`` is the long tail that the data set gets by default; ``allow_flip``: a mirrored image shows its class.
-    """
-
-    kind: str
+    kind: str  # "embedded", "image folder", "files", "saved folder" or "Hub"
     splits: dict[str, Dataset]
-    folder: Path | None = None
-    imbalance_factor: float | None = None
-    allow_flip: bool = True
+    folder: Path | None = None  # where relative image paths in a column start
+    imbalance_factor: float | None = None  # the long tail by default
+    allow_flip: bool = True  # whether a mirrored image still shows its class
 
 
 def open_source(dataset: str, *, revision: str | None = None) -> Source:
-    """Open a data set by name or path: "digits", a local file, pattern or folder, or a Hub id ("owner/name:configuration").
-
-    Files are csv, tsv, json, jsonl or parquet; folders hold such files, images (``<class>/...`` or ``<split>/<class>/...``, or
-    beside a ``metadata`` file), or what `save_to_disk` wrote. A local path goes before a Hub id.
-    """
+    """Open a data set by name or path, as `load_data` describes them; splits are "train", "validation" and "test"."""
     if dataset == "digits":
-        return _open_digits()
+        return Source("embedded", make_digits(), imbalance_factor=DIGITS_IMBALANCE, allow_flip=False)
     path = Path(dataset).expanduser().absolute()
     if path.is_dir():
         source = _open_folder(path)
@@ -76,19 +65,11 @@ def open_source(dataset: str, *, revision: str | None = None) -> Source:
     else:
         source = _open_hub(dataset, revision)
     if "train" not in source.splits:
-        raise DataError(f"`dataset` (={dataset}) has no train split: it holds {_quoted(source.splits)}.")
+        raise DataError(f"`dataset` (={dataset}) has no train split: it holds {quoted(source.splits)}.")
     for split, rows in source.splits.items():
         if not rows.num_rows:
             raise DataError(f"The {split} split of `dataset` (={dataset}) has no rows: remove it or fill it.")
     return source
-
-
-def _open_digits() -> Source:
-    try:
-        splits = make_digits()
-    except ImportError as error:
-        raise DataError("`dataset` (=digits) comes with scikit-learn: run `pip install scikit-learn`.") from error
-    return Source("embedded", splits, imbalance_factor=DIGITS_IMBALANCE, allow_flip=False)
 
 
 def _open_folder(path: Path) -> Source:
@@ -131,8 +112,8 @@ def _is_hidden(name: str) -> bool:
 
 def _class_folders(root: Path, images: Sequence[Path]) -> tuple[dict[str, dict[str, list[Path]]], list[Path]]:
     """Group images as {split: {class: files}} by the folders that they lie in, and list those in no class folder."""
-    # `datasets`' own image folder loses the labels where one class is alone, and adds a class that only test has to train's
-    # names (5.2). Here the first folder below the split's is the class, everywhere.
+    # `datasets`' own image folder loses the labels where one class is alone and adds a class that only test has to train's
+    # names (5.2); here the first folder, below the split's, is the class, everywhere.
     by_name = {folder.name: _split_of(folder.name) for folder in root.iterdir() if folder.is_dir()}
     split_folders = {name: split for name, split in by_name.items() if split}
     if "train" not in split_folders.values():
@@ -154,17 +135,14 @@ def _class_folders(root: Path, images: Sequence[Path]) -> tuple[dict[str, dict[s
 
 
 def _image_rows(classes: Mapping[str, Sequence[Path]]) -> Dataset:
-    names = sorted(classes, key=_class_order(classes))
+    # As numbers where all are, so that "10" does not precede "9".
+    numeric = all(re.fullmatch(r"\d+", name) for name in classes)
+    names = sorted(classes, key=int if numeric else str)
     paths = [str(file) for name in names for file in classes[name]]
     labels = [index for index, name in enumerate(names) for _ in classes[name]]
     return Dataset.from_dict(
         {"image": paths, "label": labels}, features=Features({"image": Image(), "label": ClassLabel(names=names)})
     )
-
-
-def _class_order(names: Iterable[str]) -> Callable[[str], int | str]:
-    """Return the sort key of class names: as numbers where all are, so that "10" does not precede "9"."""
-    return int if all(re.fullmatch(r"\d+", name) for name in names) else str
 
 
 def _open_files(files: Sequence[Path], folder: Path) -> Source:
@@ -186,7 +164,7 @@ def _read_tables(files: Sequence[Path], split: str) -> Dataset:
     suffixes = sorted({file.suffix.lower() for file in files})
     if len(suffixes) > 1 or suffixes[0] not in BUILDERS:
         raise DataError(
-            f"File type {' and '.join(suffixes)} of {_quoted(file.name for file in files)} cannot be read: "
+            f"File type {' and '.join(suffixes)} of {quoted(file.name for file in files)} cannot be read: "
             f"give files of one type among {', '.join(BUILDERS)}."
         )
     options: dict[str, Any] = {}
@@ -294,5 +272,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _quoted(names: Iterable[object]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def quoted(names: Iterable[object]) -> str:
+    """Return the first ten names for a message."""
+    shown = [f"`{name}`" for name in names]
+    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")

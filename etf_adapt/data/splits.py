@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from etf_adapt.data.long_tail import Labels, rows_by_class, seeded_generator
+from etf_adapt.data.long_tail import Labels, draw_per_class, seeded_generator
 
 _SPLIT_STREAM = 21
 
 
 def take_per_class(labels: np.ndarray, counts: np.ndarray, *, seed: int) -> np.ndarray:
-    """Choose ``counts[c]`` random rows of each class c; return their ids in ascending order."""
-    rows, starts = rows_by_class(Labels(labels, len(counts), None), seeded_generator(seed, _SPLIT_STREAM))
-    classes = labels[rows]
-    place_in_class = np.arange(len(rows)) - starts[classes]
-    return np.sort(rows[place_in_class < counts[classes]])
+    """Choose ``counts[c]`` random rows of each class c from ``labels`` (rows,); row ids, ascending."""
+    return draw_per_class(Labels(labels, len(counts), None), counts, seeded_generator(seed, _SPLIT_STREAM))
 
 
 def validation_rows(
     labels: np.ndarray, *, num_classes: int, fraction: float, balanced: bool = False, seed: int = 0
 ) -> np.ndarray:
-    """Choose the training rows that become the validation split; return their ids in ascending order.
+    """Choose the training rows that become the validation split; no class ever gives its last row.
 
-    Stratified: a class of n rows gives round(fraction n), halves upwards.
-    Balanced: each class gives the same number, fraction x rows / classes, at least one. No class gives its last row.
+    Stratified: n rows of a class give round(fraction n), halves upwards; balanced: fraction x rows / classes, at least one.
     """
-    # At a tenth a class gives its first row at 5; a smaller one trains on all its rows and is not validated, unless no class
-    # would give any: then each class of two rows or more gives one.
     counts = np.bincount(labels, minlength=num_classes)
     if balanced:
         wanted = np.full(num_classes, max(1, int(fraction * len(labels) / num_classes)))
     else:
+        # At a tenth a class gives its first row at 5; a smaller one trains on all it has and is not validated, unless no
+        # class would give any: then each class of two rows or more gives one.
         wanted = np.floor(fraction * counts + 0.5).astype(np.int64)
         if not np.minimum(wanted, counts - 1).any():
             wanted = np.ones(num_classes, dtype=np.int64)
@@ -44,8 +40,7 @@ def validation_rows(
 
 
 def fewer_rows(labels: np.ndarray, *, num_classes: int, max_rows: int, seed: int = 0) -> np.ndarray:
-    """Choose at most ``max_rows`` rows, each class in its proportion and with at least one; return their ids, ascending."""
-    # Rows that rounding leaves over go to the largest remainders, so that `max_rows` is met exactly.
+    """Choose `max_rows` rows, or all where there are fewer: each class its proportional share, at least one."""
     if max_rows < num_classes:
         raise ValueError(
             f"`max_train_rows` (={max_rows}) must be at least the number of classes ({num_classes}): "
@@ -56,7 +51,7 @@ def fewer_rows(labels: np.ndarray, *, num_classes: int, max_rows: int, seed: int
     exact = np.bincount(labels, minlength=num_classes) * (max_rows / len(labels))
     share = np.maximum(np.floor(exact).astype(np.int64), 1)
     rest = max_rows - share.sum()
-    if rest > 0:
+    if rest > 0:  # to the largest remainders
         share[np.argsort(share - exact, kind="stable")[:rest]] += 1
     for _ in range(-rest):  # the classes lifted to one row are paid for by the largest
         share[share.argmax()] -= 1

@@ -22,10 +22,10 @@ DEFAULT_MAX_LENGTH = 512
 _REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
 
 
-def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None, *, text_column: str = "text") -> Dataset:
-    """Tokenize a split; the result has the tokenizer's columns, "length" in tokens and "row_id" in place of the texts.
+def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
+    """Tokenize a split once, to columns of the tokenizer, "length" (num_tokens) and "row_id"; later runs read the cache.
 
-    ``max_length`` counts the tokenizer's own tokens too; by default it is the tokenizer's limit, 512 where it has none.
+    ``max_length`` counts the tokenizer's own tokens too; by default its own limit, and 512 where it has none.
     """
     if max_length is None:
         own = tokenizer.model_max_length
@@ -34,18 +34,18 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None, *,
         raise ValueError(f"`max_length` (={max_length}) must be at least 1: it counts tokens.")
 
     def encode(rows: dict[str, list[Any]], ids: list[int]) -> dict[str, list[Any]]:
-        encoded = dict(tokenizer(rows[text_column], truncation=True, max_length=max_length))
+        encoded = dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
         return encoded | {"length": [len(tokens) for tokens in encoded["input_ids"]], "row_id": ids}
 
     # Named here, because by default `datasets` writes beside the rows, which may lie in a folder of the user's.
-    fingerprint = Hasher.hash((dataset._fingerprint, tokenizer, max_length, text_column))
+    fingerprint = Hasher.hash((dataset._fingerprint, tokenizer, max_length, "text"))
     cache = Path(datasets.config.HF_DATASETS_CACHE, "etf_adapt")
     cache.mkdir(parents=True, exist_ok=True)
     tokenized = dataset.map(
         encode,
         batched=True,
         with_indices=True,
-        remove_columns=[text_column],
+        remove_columns=["text"],
         cache_file_name=str(cache / f"tokenized-{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
         desc="Tokenizing",
@@ -53,15 +53,17 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None, *,
     lengths = tokenized.with_format("numpy")["length"][:]
     if not lengths.all():
         row = int(lengths.argmin())
-        text = dataset[row][text_column]
-        raise ValueError(f"Row {row} (={text!r}) gives no token: change the text or remove the row.")
+        raise ValueError(f"Row {row} (={dataset[row]['text']!r}) gives no token: change the text or remove the row.")
     return tokenized
 
 
 class TextCollator:
-    """Pads rows of `tokenize` to the longest of the batch: the tokenizer's inputs, labels and row_id, all int64."""
+    """Make a batch of rows of `tokenize`, padded to its longest one: the tokenizer's inputs, "labels" and "row_id".
 
-    def __init__(self, tokenizer: Any, *, pad_to_multiple_of: int | None = None, label_column: str = "label") -> None:
+    ``pad_to_multiple_of`` rounds the length up, as tensor cores like it (8).
+    """
+
+    def __init__(self, tokenizer: Any, *, pad_to_multiple_of: int | None = None) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 f"`tokenizer` (={type(tokenizer).__name__}) has no padding token, so texts cannot be batched: set its "
@@ -69,14 +71,13 @@ class TextCollator:
             )
         self._tokenizer = tokenizer
         self._pad_to_multiple_of = pad_to_multiple_of
-        self._label_column = label_column
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch of these rows."""
+        """Return the batch of these rows; all values int64."""
         inputs = [{name: row[name] for name in self._tokenizer.model_input_names if name in row} for row in rows]
         padded = self._tokenizer.pad(inputs, pad_to_multiple_of=self._pad_to_multiple_of, return_tensors="pt")
         return dict(padded) | {
-            "labels": torch.tensor([row[self._label_column] for row in rows]),
+            "labels": torch.tensor([row["label"] for row in rows]),
             "row_id": torch.tensor([row["row_id"] for row in rows]),
         }
 
@@ -86,10 +87,9 @@ _POOL_BATCHES = 50
 
 
 class SimilarLengths(Sampler[int]):
-    """Reorder the draw of a sampler so that a batch holds rows of similar length, and pads little.
+    """Reorder the draw of a sampler so that a batch holds rows of similar length, and pads little; class quotas stay.
 
-    The rows of an epoch stay, each as often, so class quotas do too. Pools of 50 batches are sorted by length, ties in the
-    order drawn, cut into batches, and the batches shuffled; all by seed and epoch alone.
+    Pools of 50 batches are sorted by length, ties in the order drawn, cut into batches, and these shuffled, by seed and epoch.
     """
 
     def __init__(
@@ -121,16 +121,14 @@ class SimilarLengths(Sampler[int]):
         return len(self.sampler)
 
 
+# transformers' LengthGroupedSampler draws another order at each pass, where sums over a pass must come out bit for bit.
 class EvenLengths(Sampler[int]):
-    """Draw each row once, in batches of similar length, for passes whose result does not depend on the order."""
-
-    # The batches are shuffled so that the first ones stand for all and the time that is left can be told; transformers'
-    # `LengthGroupedSampler` sorts within pools of 50 batches and draws from torch's generator. The last, smaller batch
-    # holds the shortest rows.
+    """Draw each row once, in batches of similar length, always in the same order."""
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.int64], *, batch_size: int, seed: int = 0) -> None:
         by_length = np.argsort(-np.asarray(lengths), kind="stable")
         whole = len(by_length) // batch_size * batch_size
+        # Shuffled, so that the first batches stand for all and the time that is left can be told; the last is the shortest.
         shuffled = seeded_generator(seed, _LENGTH_STREAM).permutation(by_length[:whole].reshape(-1, batch_size))
         self._rows = [*shuffled.ravel().tolist(), *by_length[whole:].tolist()]
 
@@ -142,7 +140,7 @@ class EvenLengths(Sampler[int]):
 
 
 def lengths_of(dataset: Any, column: str) -> NDArray[np.int64] | None:
-    """Return the length of each row (rows,) from a column of `tokenize`; None where there is no such column."""
+    """Read a column of lengths (rows,), such as `tokenize` adds; None where the data set has no such column."""
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return None
     return np.asarray(dataset.with_format("numpy")[column][:])

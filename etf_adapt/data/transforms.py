@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+# Share of the area that a random crop keeps. From the 0.08 of training from scratch, it was raised for fine-tuning, where a
+# crop that has lost its object costs a rare class one of its few rows.
 AREA = (0.25, 1.0)
-"""Share of the area that a random crop keeps. From the 0.08 of training from scratch, it was raised for fine-tuning,
-where a crop that has lost its object costs a rare class one of its few rows."""
-
+# The same for images smaller than half of the model's size, which a deep crop would leave with a few pixels.
 SMALL_AREA = (0.8, 1.0)
-"""The same for images smaller than half of the model's size, which a deep crop would leave with a few pixels."""
-
-
-class ImagePipeline(Protocol):
-    """Turns an image into the model's input, deterministically, and finishes a tensor that has its size already."""
-
-    size: tuple[int, int]
-    interpolation: InterpolationMode
-
-    def __call__(self, image: PILImage.Image) -> Tensor:
-        """Return pixel values (3, height, width), float32, for a whole image."""
-
-    def finish(self, pixels: Tensor) -> Tensor:
-        """Return pixel values for uint8 pixels (3, height, width) that are `size` already."""
 
 
 def image_transforms(
     processor: Any, *, train: bool, image_size: int | None = None, augment: bool = True, allow_flip: bool = True
 ) -> Callable[[PILImage.Image], Tensor]:
-    """Make the transform from an image to the model's input: pixel values (3, height, width), float32; picklable.
+    """Make the transform from an image of any mode to the model's input (3, height, width), float32; picklable.
 
-    For evaluation it is the processor itself, or timm's evaluation transform. For training the image is cropped at random to a
-    share of its area in `AREA` (in `SMALL_AREA` where its shorter side is less than half of the model's), with an aspect
-    ratio in 3/4 .. 4/3, resized, mirrored in half of the cases, and finished (scaled, normalised) by that same processor.
-
-    Args:
-        processor: Image processor of transformers, or timm data config (a ``pretrained_cfg`` is one).
-        train: The training transform, which draws from torch's generator.
-        image_size: Height and width in pixels, for models that allow another than their own.
-        augment: Crop and mirror at random; without it the training transform is that of evaluation.
-        allow_flip: Mirror at random too; not for images that mean something else then, such as digits.
-
-    Raises:
-        ValueError: The processor does not give images of one size, or not of ``image_size``.
-
-    Example:
-        >>> config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
-        >>> image_transforms(config, train=False)(PILImage.new("L", (40, 60))).shape
-        torch.Size([3, 32, 32])
+    For evaluation it is transformers' `processor` itself, or timm's transform for a data config of timm. For training
+    the image is cropped at random to a share of its area and an aspect ratio in 3/4 .. 4/3, resized, mirrored in half of the
+    cases where `allow_flip`, and scaled and normalised by that same processor.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"`image_size` (={image_size}) must be at least 1: it is a length in pixels.")
@@ -85,35 +56,28 @@ class _ProcessorPipeline:
             )
         resample = getattr(processor, "resample", None)
         resample = PILImage.Resampling.BILINEAR if resample is None else resample
-        self.interpolation = (
-            resample
-            if isinstance(resample, InterpolationMode)
-            else InterpolationMode(PILImage.Resampling(resample).name.lower())
-        )
+        if not isinstance(resample, InterpolationMode):
+            resample = InterpolationMode(PILImage.Resampling(resample).name.lower())
+        self.interpolation = resample
 
     def __call__(self, image: PILImage.Image) -> Tensor:
         return self._processor(images=_rgb(image), return_tensors="pt", **self._options)["pixel_values"][0]
 
     def finish(self, pixels: Tensor) -> Tensor:
-        finished = self._processor(
-            images=pixels,
-            do_resize=False,
-            do_center_crop=False,
-            input_data_format="channels_first",
-            return_tensors="pt",
-        )
-        return finished["pixel_values"][0]
+        """Scale and normalise uint8 pixels (3, height, width) that are `size` already."""
+        options = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_first"}
+        return self._processor(images=pixels, return_tensors="pt", **options)["pixel_values"][0]
 
 
 def _sizes(processor: Any, image_size: int) -> dict[str, dict[str, int]]:
     """Return a processor's size and crop size at another image size, in the proportion that they have."""
     size = {side: length for side, length in dict(processor.size).items() if length is not None}
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    cropped = {"height": image_size, "width": image_size}
     if crop is None:
         return {"size": {side: image_size for side in size}}
+    square = {"height": image_size, "width": image_size}
     scale = image_size / dict(crop)["height"]
-    return {"size": {side: round(length * scale) for side, length in size.items()}, "crop_size": cropped}
+    return {"size": {side: round(length * scale) for side, length in size.items()}, "crop_size": square}
 
 
 class _TimmPipeline:
@@ -141,7 +105,7 @@ class _TimmPipeline:
 class _RandomCrop:
     """Crops, resizes and mirrors at random, then finishes as the pipeline does."""
 
-    def __init__(self, pipeline: ImagePipeline, allow_flip: bool) -> None:
+    def __init__(self, pipeline: _ProcessorPipeline | _TimmPipeline, allow_flip: bool) -> None:
         self._pipeline = pipeline
         self._crop, self._small_crop = (
             v2.RandomResizedCrop(pipeline.size, scale=area, interpolation=pipeline.interpolation, antialias=True)

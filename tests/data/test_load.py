@@ -12,7 +12,6 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from etf_adapt.data.columns import find_columns
 from etf_adapt.data.load import load_data
 from etf_adapt.data.sources import DataError
 
@@ -143,34 +142,6 @@ def test_no_image_is_decoded(shared_data, monkeypatch):
         data.train[0]
 
 
-# -- digits
-
-
-def test_digits():
-    data = load_data("digits")
-    assert (data.task, data.allow_flip) == ("image", False)
-    assert data.label_names == [str(digit) for digit in range(10)]
-    assert data.train[0]["image"].mode == "RGB"
-    assert data.test.num_rows == 599
-    assert data.class_counts.min() == 5
-    assert data.description["imbalance_factor"] == data.class_counts.max() / data.class_counts.min() > 20
-    assert data.description["rows_in_source"]["train"] + data.test.num_rows == 1797
-
-
-def test_digits_without_the_long_tail():
-    data = load_data("digits", imbalance_factor=1, validation_fraction=0)
-    assert data.train.num_rows + data.test.num_rows == 1797
-    assert np.bincount(data.test["label"]).tolist() == pytest.approx([599 / 10] * 10, abs=2)
-
-
-def test_the_seed_chooses_training_rows_and_never_test_rows():
-    first, again, other = (load_data("digits", seed=seed).description["row_ids_sha256"] for seed in (0, 0, 1))
-    assert first == again
-    assert first["train"] != other["train"]
-    assert first["validation"] != other["validation"]
-    assert load_data("digits", seed=0).test["label"][:] == load_data("digits", seed=1).test["label"][:]
-
-
 # -- image folders
 
 
@@ -249,51 +220,6 @@ def test_a_split_with_hidden_labels_is_left_out(tmp_path):
     hidden = table([("x", -1), ("y", -1)], label=label)
     data = load_data(saved(tmp_path, train=table([("x", 0), ("y", 1)] * 5, label=label), test=hidden))
     assert data.test is None
-
-
-# -- columns
-
-
-@pytest.mark.parametrize(
-    ("columns", "options", "expected"),
-    [
-        ({"words": ["x"], "mood": ["m"], "text": ["y"], "label": [0]}, {}, ("text", "text", "label")),
-        ({"headline": ["x"], "target": [1]}, {}, ("text", "headline", "target")),
-        ({"sentence": ["x"], "mood": ["m"]}, {}, ("text", "sentence", "mood")),
-        ({"a": ["x"], "b": ["y"]}, {"text_column": "b", "label_column": "a"}, ("text", "b", "a")),
-        ({"id": [7], "img": [b"..."], "caption": ["c"], "class": ["k"]}, {}, ("image", "img", "class")),
-        ({"shot": [{"bytes": b"", "path": "p"}], "intent": ["k"]}, {}, ("image", "shot", "intent")),
-        ({"image": ["a.JPG"], "label": [0]}, {}, ("image", "image", "label")),
-        ({"image": ["a.JPG"], "text": ["t"], "label": [0]}, {"text_column": "text"}, ("text", "text", "label")),
-    ],
-)
-def test_columns_are_found(columns, options, expected):
-    found = find_columns(Dataset.from_dict(columns), **options)
-    assert (found.task, found.input, found.label) == expected
-
-
-def test_of_several_class_labels_the_usual_name_is_taken():
-    features = Features({"text": Value("string"), "coarse_label": ClassLabel(2), "fine_label": ClassLabel(3)})
-    rows = Dataset.from_dict({"text": ["x"], "coarse_label": [0], "fine_label": [1]}, features=features)
-    assert find_columns(rows).label == "fine_label"
-
-
-@pytest.mark.parametrize(
-    ("columns", "options", "message"),
-    [
-        ({"text": ["x"], "label": [0]}, {"label_column": "labell"}, r"`label_column` \(=labell\).*nearest: `label`"),
-        ({"text": ["x"], "label": [0]}, {"image_column": "text", "text_column": "text"}, "exclude each other"),
-        ({"text": ["x"], "label": [0]}, {"image_column": "label"}, r"`label` \(int64\)"),
-        ({"text": ["x"], "label": [0]}, {"text_column": "label"}, "holds no strings"),
-        ({"a": ["x"], "b": ["x"], "label": [0]}, {}, r"`a` \(string\), `b` \(string\).*`text_column`"),
-        ({"text": ["x"], "a": [0], "b": [0]}, {}, "`label_column`"),
-        ({"text": ["x"]}, {}, "`label_column`"),
-        ({"x": [1.0], "label": [0]}, {}, "`image_column`"),
-    ],
-)
-def test_columns_that_cannot_be_found(columns, options, message):
-    with pytest.raises(DataError, match=message):
-        find_columns(Dataset.from_dict(columns), **options)
 
 
 # -- the order of cuts
