@@ -18,6 +18,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HOME": _CACHE.name,
+    "OMP_NUM_THREADS": "1",  # in the processes that tests start, too: the workers of a parallel run share the cores
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -32,11 +33,11 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    """Keep to two threads: the models are tiny, and on many cores waiting for each other would take most of the time."""
+def _one_thread() -> None:
+    """Keep to one thread: the models are tiny, and waiting for each other would take most of the time."""
     import torch
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

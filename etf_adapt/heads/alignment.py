@@ -211,6 +211,8 @@ def _keep_probability(counts: np.ndarray, max_rows: int) -> np.ndarray:
 
 def _sum(statistics: ClassStatistics, device: torch.device) -> ClassStatistics:
     """Sum statistics over the processes, on the device where these communicate."""
+    if PartialState().num_processes == 1:  # some devices have no float64
+        return statistics
     return ClassStatistics(*(sum_over_processes(part.to(device)).cpu() for part in vars(statistics).values()))
 
 

@@ -108,6 +108,10 @@ class TrainingLogits:
         """Take up what ``tensors`` returned."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            _, path, name = key.split("/")
+            kind, path, name = key.split("/")
+            if kind != "left_out":  # such as the norms of features, of an earlier version
+                raise ValueError(
+                    f"The checkpoint holds {key!r}, which this version cannot go on from: start another run."
+                )
             parts.setdefault(path, {})[name] = value
         self.left_out = {path: LeftOutRows(**part).to(device) for path, part in parts.items()}

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
 from etf_adapt.results.card import CARD_FILE
@@ -17,6 +18,13 @@ SECONDS = 120.0  # for which the Hub may be silent; its client alone (2.4) waits
 
 # Without them `hf_xet` (1.8) gives up a storage that is away after seven minutes, and one that is silent not at all.
 _XET_LIMITS = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", "HF_XET_CLIENT_READ_TIMEOUT": "60s"}
+
+# What no repetition mends, by the status of the Hub's answer or by the class of the client's error.
+_REMEDIES = {
+    "401": " Log in anew (`hf auth login`), or set a valid HF_TOKEN.",
+    "403": " Take a token with write access, or a name of your own.",
+    "OfflineModeIsEnabled": " Publishing needs the Hub: unset HF_HUB_OFFLINE.",
+}
 
 # Readers would find two models where weights of an earlier commit stayed beside the new ones.
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
@@ -55,6 +63,7 @@ def send_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         names = [name for name in names if name not in kept or not api.file_exists(repo_id, name, revision=revision)]
+        # One commit, with Xet too: its pipeline commits again only past 256 files or 100 MB that are no large files (2.4).
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=Path(folder),
@@ -85,16 +94,24 @@ def explained_errors(repo_id: str, command: str) -> Iterator[None]:
 @contextmanager
 def _time_limits() -> Iterator[None]:
     """Let neither the client nor Xet wait for ever; what the user has set for Xet stays."""
-    from huggingface_hub import get_session
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
 
-    session = get_session()
-    before, added = session.timeout, {name: _XET_LIMITS[name] for name in _XET_LIMITS.keys() - os.environ.keys()}
-    session.timeout = SECONDS
+    # Of the factory, not of one client: where a connection broke, the library makes itself another client.
+    factory = _http._GLOBAL_CLIENT_FACTORY
+    added = {name: _XET_LIMITS[name] for name in _XET_LIMITS.keys() - os.environ.keys()}
+
+    def patient_client() -> Any:
+        client = factory()
+        client.timeout = SECONDS
+        return client
+
+    set_client_factory(patient_client)
     os.environ |= added
     try:
         yield
     finally:
-        session.timeout = before
+        set_client_factory(factory)
         for name in added:
             del os.environ[name]
 
@@ -153,7 +170,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
         error = error.__cause__
     kind, text, response = type(error).__name__, str(error), getattr(error, "response", None)
+    remedy = _REMEDIES.get(kind if response is None else str(response.status_code), "")
     if response is not None:
         kind = f"{response.status_code} {response.reason_phrase}"
         text = str(getattr(error, "server_message", None) or "no message")
-    return f"{kind}: " + re.sub(r"https?://\S+|\bhf_\w+", "...", " ".join(text.split()))[:300]
+    return f"{kind}: " + re.sub(r"https?://\S+|\bhf_\w+", "...", " ".join(text.split()))[:300] + remedy

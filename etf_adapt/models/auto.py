@@ -103,6 +103,8 @@ class _Factory(ETFModel):
         if config is None:
             config, kwargs = load_config(location, fetch=pretrained, **kwargs)
         names = _label_names(id2label, label2id)
+        if names is not None and num_labels not in (None, len(names)):
+            raise ValueError(f"`num_labels` (={num_labels}) must be the number of names in `id2label` (={len(names)}).")
         count = len(names) if num_labels is None and names is not None else num_labels
         saved = getattr(config, ENTRY, None) if pretrained else None
         if saved is not None and saved.get("adapters"):
@@ -204,9 +206,19 @@ class _Factory(ETFModel):
         kind = {name: options.pop(name) for name in ("encoder_class", "dtype")}
         model = cls._load_stock(location, config, None, pretrained=False, **kind)
         model = _restore(cls, model, {**saved, "head": {**saved["head"], "sha256": None}})
-        model.load_state_dict(read_weights(location, **options), strict=False)
-        model._require_complete()
-        for head in head_modules(model).values():
+        try:
+            model.load_state_dict(read_weights(location, **options), strict=False)
+            model._require_complete()
+        except RuntimeError as error:
+            raise ValueError(f"The checkpoint {location} cannot be loaded: {error} Take another one.") from error
+        heads = head_modules(model).values()
+        is_stock = all(head.is_stock_layer for head in heads)  # as under a pooling of our own
+        if is_stock and _was_changed([(head.weight, head.bias) for head in heads], saved["head"]):
+            for head in heads:
+                head.frame = "changed"
+            model.reset_temperature()
+            return model
+        for head in heads:
             head.frame = saved["head"]["frame"]
         return model
 
@@ -315,7 +327,7 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     for path, layer in layers.items():
         require_plain_weight(layer, path)
     tensors = [(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)) for layer in layers.values()]
-    was_changed = entry.get("sha256") is not None and is_changed(tensors, entry)
+    was_changed = _was_changed(tensors, entry)
     num_labels = cast(int, model.config.num_labels)
     counts = saved["class_counts"] if len(saved["class_counts"] or ()) == num_labels else None
     kind = "linear" if entry["folded"] else entry["kind"]
@@ -327,15 +339,21 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
         head.frame = "changed" if was_changed else entry["frame"]
         if entry["folded"]:
             head.folded_from = entry["kind"]
-    if was_changed:
-        warnings.warn(
-            f"The head's layer is not the one that etf_adapt saved: another tool has changed it since. It is loaded as it "
-            f"stands, without its calibration, and is {'trained' if entry['trainable'] else 'fixed'}.",
-            stacklevel=3,
-        )
-    else:
+    if not was_changed:
         model._temperature, model._prior_adjustment = saved["temperature"], saved["prior_adjustment"]
     return model
+
+
+def _was_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[str, Any]) -> bool:
+    """Return whether the layers of the heads are others than those that were saved, and warn if so."""
+    if entry.get("sha256") is None or not is_changed(layers, entry):
+        return False
+    warnings.warn(
+        f"The head's layer is not the one that etf_adapt saved: another tool has changed it since. It is loaded as it "
+        f"stands, without its calibration, and is {'trained' if entry['trainable'] else 'fixed'}.",
+        stacklevel=4,
+    )
+    return True
 
 
 def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) -> dict[str, Any] | None:
@@ -371,7 +389,8 @@ def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTra
 
 def _label_names(id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None) -> dict[int, str] | None:
     pairs = id2label.items() if id2label is not None else ((index, name) for name, index in (label2id or {}).items())
-    return {int(index): str(name) for index, name in pairs} or None
+    names = {int(index): str(name) for index, name in pairs}
+    return None if id2label is None and label2id is None else names
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -124,6 +124,8 @@ def find_file(location: str | Path, name: str, *, is_needed: bool = False, **opt
 
     Where the Hub cannot be asked and the file is not cached, that is an error if the file is needed.
     """
+    if Path(location).is_absolute() and not Path(location).is_dir():
+        return None
     try:
         return Path(cast(str, cached_file(location, name, **options)))
     except OSError as error:

@@ -122,6 +122,8 @@ def calibrate(
 def _each_row_once(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
     """Gather columns, the first of them row ids, over all processes on the CPU; each row once, in order of the ids."""
     gathered = gather_over_processes([tuple(column.cpu() for column in part) for part in parts])
+    if not gathered:
+        raise ValueError("There are no rows to predict: the data loader gives no batch.")
     columns = [torch.cat(chunks) for chunks in zip(*gathered, strict=True)]
     first = torch.from_numpy(np.unique(columns[0].numpy(), return_index=True)[1])
     return [column[first] for column in columns]

@@ -251,7 +251,7 @@ def test_labels_are_named_as_everywhere_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_labels": 4, "id2label": NAMES}, "`id2label` must name the classes 0 to 3"),
+        ({"num_labels": 4, "id2label": NAMES}, r"`num_labels` \(=4\) must be the number of names in `id2label` \(=3\)"),
         ({"num_labels": 1}, "at least 2"),
         ({"id2label": {0: "a", 2: "b"}}, "`id2label` must name the classes 0 to 1"),
         ({"num_labels": 3, "head": "liner"}, "liner"),

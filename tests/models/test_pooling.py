@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
     AutoModel,
@@ -106,6 +107,24 @@ def test_a_folder_comes_back_and_so_does_a_checkpoint(kind, head, tmp_path):
     stock = load_stock(tmp_path / "out", "text")
     assert type(stock) is MeanPoolingForSequenceClassification
     assert torch.equal(stock(**batch).logits, load(tmp_path / "out")(**batch).logits)
+
+
+def test_a_checkpoint_that_another_tool_changed_loads_as_it_stands_and_one_that_lacks_weights_is_refused(tmp_path):
+    model = load(save_encoder(tmp_path / "encoder"), id2label=NAMES, pooling="mean")
+    model.set_temperature(2.0)
+    model.save_pretrained(tmp_path / "checkpoint-7")
+    file = tmp_path / "checkpoint-7" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "classifier.weight": 2.0 * tensors["classifier.weight"]}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="another tool has changed it since"):
+        back = load(tmp_path / "checkpoint-7")
+    assert back.etf_settings["head"]["frame"] == "changed" and back.etf_settings["temperature"] == 1.0
+    torch.testing.assert_close(back.classifier.weight, 2.0 * model.classifier.weight)
+    save_file(
+        {name: value for name, value in tensors.items() if "layer.0" not in name}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"checkpoint-7 cannot be loaded: .* lack "):
+        load(tmp_path / "checkpoint-7")
 
 
 def test_the_encoder_of_a_folder_is_read_by_transformers_without_a_word(tmp_path, caplog):

@@ -30,6 +30,7 @@ def test_every_example_is_run_here():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:::etf_adapt")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

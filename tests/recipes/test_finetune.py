@@ -223,14 +223,6 @@ def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
-def test_the_first_command_as_it_is_written(tmp_path):
-    done = launch(["accelerate", "launch", str(ROOT / "recipes/finetune.py")], tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "out/digits-micro-etf"
-    assert (folder / "model.safetensors").exists() and 'model="out/digits-micro-etf"' in done.stdout
-
-
-@pytest.mark.slow
 def test_two_processes_train_together_and_one_reports(tmp_path):
     flags = ["--max_train_rows", "90", "--max_steps", "2", "--output_dir", "two", "--use_cpu"]
     script = str(ROOT / "recipes/finetune.py")
