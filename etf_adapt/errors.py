@@ -48,7 +48,8 @@ def one_line_errors() -> Iterator[None]:
     """End the process with one line, without a traceback, for an error that the user can mend.
 
     Exit code 2 for a wrong value, a missing or unreadable file or a missing package, 1 for a loss that is not finite or memory
-    that runs out, 130 for Ctrl-C. Any other exception is a bug and keeps its traceback. Only process 0 prints.
+    that runs out, 130 for Ctrl-C. (The recipe adds 3 for a finished run that could not be published.) Any other exception is a
+    bug and keeps its traceback. Only process 0 prints.
     """
     try:
         yield

@@ -82,7 +82,7 @@ def leave_report(
             recalls=recalls,
             row_counts=evaluated.tolist(),
             shot_bounds=args.shot_bounds,
-            temperature=calibrated["temperature"],
+            logit_scale=calibrated["logit_scale"],
             alignment=trainer.alignment or {},
             collapse=last_collapse(trainer.state.log_history),
             inherited=read_base_card(location) if is_base(model_args) else {},

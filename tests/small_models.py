@@ -108,7 +108,7 @@ def finished(name, seed=0):
         weight, _ = head.class_vectors()
         bias = None if head.bias is None else torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
         head.set_class_vectors(torch.randn(weight.shape), bias, frame="means")
-    model.set_temperature(2.5, None if name == "llama" else [0.5, 0.0, -0.5])
+    model.set_calibration(2.5, None if name == "llama" else [0.5, 0.0, -0.5])
     model.processor = processor(name)
     return model
 

@@ -121,7 +121,8 @@ class SimilarLengths(Sampler[int]):
         return len(self.sampler)
 
 
-# transformers' LengthGroupedSampler draws another order at each pass, where sums over a pass must come out bit for bit.
+# Not transformers' LengthGroupedSampler, which draws another order at each pass: sums over a pass must come out bit for bit,
+# and the first batches of an alignment set the scale of the head.
 class EvenLengths(Sampler[int]):
     """Draw each row once, in batches of similar length, always in the same order."""
 

@@ -1,4 +1,8 @@
-"""The closed form without one example at a time: exact scores, changes of class vectors, and the choice of the penalty."""
+"""The closed form without one example at a time.
+
+``left_out_changes`` is for training: how the class vector of an example's class changes, the rest as it is; it goes with
+features that move on. ``leave_one_out_scores`` is exact, for the features that the head was set from.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,8 @@ import torch
 from torch import Tensor
 
 from etf_adapt.errors import check_choice
-from etf_adapt.geometry.frames import MEAN_FRAMES, TINY, check_frame, penalized_covariance, unit_vectors
+from etf_adapt.geometry.closed_form import MEAN_FRAMES, TINY, check_frame, penalized_covariance, unit_vectors
 from etf_adapt.geometry.statistics import ClassStatistics
-
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-_CHUNK = 2048  # examples scored at a time: several arrays of examples by classes
 
 
 def left_out_changes(
@@ -88,29 +89,6 @@ def leave_one_out_scores(
     return products / squared_norms.sqrt().clamp_min(TINY)
 
 
-def choose_penalty(
-    statistics: ClassStatistics, features: Tensor, labels: Tensor, *, intercept: bool = True
-) -> tuple[float, float]:
-    """Choose the penalty of the whitened frame, of ``PENALTIES``: the best leave-one-out balanced accuracy on a sample.
-
-    Returns the penalty (of equally good ones the largest) and its accuracy, over the sampled classes with two rows or more;
-    1 and NaN where there is no such class.
-    """
-    usable = statistics.counts[labels] >= 2
-    features, labels = features[usable], labels[usable]
-    if len(labels) == 0:
-        return 1.0, math.nan
-    accuracies = {}
-    for penalty in PENALTIES:
-        predicted = [
-            leave_one_out_scores(statistics, *chunk, penalty=penalty, intercept=intercept).argmax(dim=1)
-            for chunk in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
-        ]
-        accuracies[penalty] = _mean_recall(torch.cat(predicted), labels)
-    best = max(PENALTIES, key=lambda penalty: (accuracies[penalty], penalty))
-    return best, accuracies[best]
-
-
 def nearest_mean_accuracy(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> float:
     r"""Return the leave-one-out balanced accuracy of the nearest class mean on a sample; NaN where it cannot be known.
 
@@ -124,10 +102,10 @@ def nearest_mean_accuracy(statistics: ClassStatistics, features: Tensor, labels:
     distances = torch.cdist(features, statistics.means)
     own, counts = labels.unsqueeze(1), statistics.counts[labels].unsqueeze(1)
     distances.scatter_(1, own, distances.gather(1, own) * counts / (counts - 1.0))
-    return _mean_recall(distances.argmin(dim=1), labels)
+    return mean_recall(distances.argmin(dim=1), labels)
 
 
-def _mean_recall(predicted: Tensor, labels: Tensor) -> float:
+def mean_recall(predicted: Tensor, labels: Tensor) -> float:
     """Return the balanced accuracy over the classes that occur."""
     rows = torch.bincount(labels)
     correct = torch.bincount(labels, weights=(predicted == labels).to(torch.float64))

@@ -13,8 +13,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from etf_adapt.geometry.frames import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import choose_penalty, left_out_changes, nearest_mean_accuracy
+from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
+from etf_adapt.geometry.leave_one_out import left_out_changes, nearest_mean_accuracy
+from etf_adapt.geometry.penalty import choose_penalty
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import (
@@ -61,7 +62,7 @@ def align_head(
     r"""Set a model's classification head in closed form from the features of its training rows.
 
     One pass in evaluation mode gathers class counts, means and second moment of what each head reads (float64, summed over
-    processes); ``etf_adapt.geometry.frames.closed_form_vectors`` turns them into class vectors and biases. By default these
+    processes); ``geometry.closed_form.closed_form_vectors`` turns them into class vectors and biases. By default these
     are the unit vectors along the centred class means :math:`o_c = x_c - x` where the within-class covariance is white,
 
     .. math:: w_c = S^{-1} o_c / \sqrt{o_c^\top S^{-1} o_c}, \qquad b = -W x, \qquad S = S_w + \lambda I
@@ -75,7 +76,7 @@ def align_head(
         data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
             ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
         class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
-        frame: One of ``etf_adapt.geometry.frames.FRAMES``; a cosine head has means only.
+        frame: One of ``etf_adapt.geometry.closed_form.FRAMES``; a cosine head has means only.
         penalty: :math:`\lambda` of the whitened frame, in mean eigenvalues of :math:`S_w`; chosen on the data where None.
         seed: Seed of the sample and of a random frame.
 
@@ -107,7 +108,7 @@ def align_head(
         for head, statistics, features in zip(heads.values(), rows.statistics, rows.features, strict=True)
     ]
     penalties, accuracies, left_out = zip(*set_heads, strict=True)
-    if hasattr(model, "reset_temperature"):
+    if hasattr(model, "reset_calibration"):
         _update_adapted_model(model, counts)
 
     length = _norm_in_training(model, rows.first_batches, seed)
@@ -141,7 +142,7 @@ def _alignable_heads(model: nn.Module) -> dict[str, ClassifierHead]:
 
 
 def _update_adapted_model(model: Any, counts: np.ndarray) -> None:
-    model.reset_temperature()  # fitted to class vectors that are gone
+    model.reset_calibration()  # fitted to class vectors that are gone
     settings = model.etf_settings
     if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
         model.set_loss(settings["loss"], class_counts=counts.tolist())

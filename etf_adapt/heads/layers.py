@@ -24,9 +24,8 @@ class ClassifierHead(nn.Module):
     bias: Any
 
     def _describe(self, *, frame: str, trainable: bool) -> None:
-        self.frame = (
-            frame  # origin of the class vectors: one of geometry.frames.FRAMES, "initialised", "loaded" or "changed"
-        )
+        # Origin of the class vectors: one of geometry.closed_form.FRAMES, "initialised", "loaded" or "changed".
+        self.frame = frame
         self.trainable = trainable
         self.fix()
 

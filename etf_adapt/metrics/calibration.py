@@ -1,4 +1,4 @@
-"""What is fitted on held-out rows after training: the temperature, and an adjustment by the class prior."""
+"""What is fitted on held-out rows after training: the logit scale, and an adjustment by the class prior."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FACTORS = (2.0**-6, 2.0**10)  # bounds of the factor of the logits
 _CHUNK = 256  # rows that are computed in float64 at once
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_logit_scale(logits: Tensor, labels: Tensor) -> float:
     """Fit the factor s = 1/T of the logits by held-out likelihood (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Within ``FACTORS``; 1.0 without rows. Logits (rows, num_classes), labels (rows,).

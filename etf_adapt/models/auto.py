@@ -216,7 +216,7 @@ class _Factory(ETFModel):
         if is_stock and _was_changed([(head.weight, head.bias) for head in heads], saved["head"]):
             for head in heads:
                 head.frame = "changed"
-            model.reset_temperature()
+            model.reset_calibration()
             return model
         for head in heads:
             head.frame = saved["head"]["frame"]
@@ -313,7 +313,7 @@ def _adapt(
     made = cast(ETFModel, model)
     made._has_bias = {**has_bias, **made._has_bias}
     made._class_counts, made._has_trained = None, False
-    made.reset_temperature()
+    made.reset_calibration()
     made.set_loss(loss, class_counts)
     return made
 
@@ -340,7 +340,9 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
         if entry["folded"]:
             head.folded_from = entry["kind"]
     if not was_changed:
-        model._temperature, model._prior_adjustment = saved["temperature"], saved["prior_adjustment"]
+        # The scale went by the name of its inverse once.
+        model._logit_scale = saved.get("logit_scale", saved.get("temperature", 1.0))
+        model._prior_adjustment = saved["prior_adjustment"]
     return model
 
 

@@ -61,7 +61,7 @@ class ETFModel(_Base):
     _loss: Loss | None = None
     _loss_settings: Mapping[str, Any] = MappingProxyType({})
     _class_counts: list[int] | None = None
-    _temperature: float = 1.0
+    _logit_scale: float = 1.0
     _prior_adjustment: list[float] | None = None
     _shards: dict[str, Tensor] | None = None
     _unlabelled_steps: int = 0
@@ -90,7 +90,7 @@ class ETFModel(_Base):
             "head": head,
             "loss": dict(self._loss_settings),
             "class_counts": None if self._class_counts is None else list(self._class_counts),
-            "temperature": self._temperature,
+            "logit_scale": self._logit_scale,
             "prior_adjustment": self._prior_adjustment,
         }
 
@@ -115,14 +115,14 @@ class ETFModel(_Base):
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
 
-    def set_temperature(self, temperature: float, prior_adjustment: Sequence[float] | None = None) -> None:
+    def set_calibration(self, logit_scale: float, prior_adjustment: Sequence[float] | None = None) -> None:
         r"""Fold a logit scale s and offsets a into the head in place of earlier ones: W <- s W, b <- s b + a.
 
         The stock layer then gives calibrated confidences; the loss of ``forward`` takes both out again, so that training goes
-        on as before. The scale (``temperature``) changes no argmax; the offsets (``prior_adjustment``) do.
+        on as before. The scale changes no argmax; the offsets do.
         """
-        if not temperature > 0.0:
-            raise ValueError(f"`temperature` (={temperature}) must be above 0.")
+        if not logit_scale > 0.0:
+            raise ValueError(f"`logit_scale` (={logit_scale}) must be above 0.")
         heads = list(head_modules(self).values())
         for head in heads:
             if not head.is_stock_layer:
@@ -133,13 +133,13 @@ class ETFModel(_Base):
                 )
         if prior_adjustment is not None:
             self.require_adjustable()
-        factor = temperature / self._temperature
+        factor = logit_scale / self._logit_scale
         old = torch.tensor(self._prior_adjustment or [0.0], dtype=torch.float64)
         new = torch.tensor(list(prior_adjustment or [0.0]), dtype=torch.float64)
         for head in heads:
             weight, bias = head.class_vectors()
             head.set_class_vectors(factor * weight, None if bias is None else factor * (bias - old) + new)
-        self._temperature = float(temperature)
+        self._logit_scale = float(logit_scale)
         self._prior_adjustment = None if prior_adjustment is None else [float(offset) for offset in prior_adjustment]
 
     @property
@@ -152,11 +152,11 @@ class ETFModel(_Base):
         if not all(self._has_bias.values()):
             raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
         if len(self._has_bias) > 1:
-            raise ValueError("`prior_adjustment` cannot be split over several heads: fit the temperature alone.")
+            raise ValueError("`prior_adjustment` cannot be split over several heads: fit the logit scale alone.")
 
-    def reset_temperature(self) -> None:
+    def reset_calibration(self) -> None:
         """Forget what was folded into the head, after its class vectors were set anew."""
-        self._temperature, self._prior_adjustment = 1.0, None
+        self._logit_scale, self._prior_adjustment = 1.0, None
 
     def fold_heads(self) -> None:
         """Replace cosine and paper heads by the stock layer with the same argmax; confidences change: calibrate afterwards."""
@@ -174,8 +174,8 @@ class ETFModel(_Base):
             self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
         if self._prior_adjustment is not None:
             logits = logits - logits.new_tensor(self._prior_adjustment)
-        if self._temperature != 1.0:
-            logits = logits.float() / self._temperature
+        if self._logit_scale != 1.0:
+            logits = logits.float() / self._logit_scale
         return self._loss(logits, labels.to(logits.device))
 
     def _warn_in_training(self, labels: Tensor | None) -> None:

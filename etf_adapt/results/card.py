@@ -58,7 +58,7 @@ class CardFacts:
         recalls: Recall of each class on the split; None or NaN where it has no row. Empty without a split.
         row_counts: Rows of each class in the split.
         shot_bounds: Training rows (at least, at most) of a medium class.
-        temperature: Factor of the logits from calibration.
+        logit_scale: Factor of the logits from calibration.
         alignment: Fields of the last ``etf_adapt.heads.alignment.AlignmentResult``.
         collapse: Measures of neural collapse by name.
         inherited: Licence and languages from ``etf_adapt.results.card_metadata.read_base_card``.
@@ -85,7 +85,7 @@ class CardFacts:
     recalls: Sequence[float | None] = ()
     row_counts: Sequence[int] = ()
     shot_bounds: Sequence[int] = (20, 100)
-    temperature: float = 1.0
+    logit_scale: float = 1.0
     alignment: Mapping[str, Any] = field(default_factory=dict)
     collapse: Mapping[str, Any] = field(default_factory=dict)
     inherited: Mapping[str, Any] = field(default_factory=dict)

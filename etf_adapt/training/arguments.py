@@ -137,13 +137,16 @@ class ETFTrainingArguments(TrainingArguments):
         "whitened", "Closed form that sets a fresh ETF head before the first step."
     )
     frame_penalty: float | None = _option(
-        None, "Penalty of the whitened frame, in mean eigenvalues; default: chosen by leave-one-out."
+        None,
+        "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out.",
     )
     realign_epochs: int | None = _option(
         None, "A fixed ETF head is aligned again after each of this many first epochs; default: after every epoch."
     )
     leave_one_out: bool = _option(
-        True, "Score each training row by the aligned, fixed head as it would be without that row (no mixup or CutMix)."
+        True,
+        "Score each training row by the aligned, fixed head as it would be without that row: rows with a row_id, no mixup or "
+        "CutMix; of more than 20,000 rows those of a sample that is even over the classes.",
     )
     final_frame: Literal["whitened", "means"] | None = _option(
         None, "Closed form that a head of any kind is refitted by after training; default: none."

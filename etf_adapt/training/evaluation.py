@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from etf_adapt.heads.in_model import evaluation_mode, gather_over_processes, logits_of, to_device
-from etf_adapt.metrics.calibration import fit_prior_adjustment, fit_temperature
+from etf_adapt.metrics.calibration import fit_logit_scale, fit_prior_adjustment
 from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
 from etf_adapt.models.names import ENTRY
@@ -107,15 +107,15 @@ def calibrate(
     process; t is 0 without the training rows of each class.
     """
     model.fold_heads()
-    model.set_temperature(1.0)
+    model.set_calibration(1.0)
     _, labels, logits = _each_row_once(_scored(model, batches))
     if class_counts is None:
-        factor, strength = fit_temperature(logits, labels), 0.0
-        model.set_temperature(factor)
+        factor, strength = fit_logit_scale(logits, labels), 0.0
+        model.set_calibration(factor)
     else:
         counts = np.asarray(class_counts)
         factor, strength = fit_prior_adjustment(logits, labels, torch.as_tensor(counts))
-        model.set_temperature(factor, (-strength * np.log(counts / counts.sum())).tolist())
+        model.set_calibration(factor, (-strength * np.log(counts / counts.sum())).tolist())
     return factor, strength
 
 

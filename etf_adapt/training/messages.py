@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from etf_adapt.geometry.leave_one_out import PENALTIES
+from etf_adapt.geometry.penalty import PENALTIES
 from etf_adapt.results.tables import percent
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.launch import unmet_requests

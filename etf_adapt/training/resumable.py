@@ -26,6 +26,7 @@ from etf_adapt.training.checkpoints import (
     rotate_checkpoints,
     write_tensors,
 )
+from etf_adapt.training.early_stopping import EarlyStopping
 from etf_adapt.training.parameters import require_finite
 
 
@@ -43,13 +44,13 @@ class ResumableTrainer(Trainer):
     - A finished folder is published in one commit. The stock class makes the repository before the first step, and sends the
       whole output folder, with the pickle that holds the token.
 
-    Subclasses set ``train_labels`` (rows,), and define what else belongs to a checkpoint.
+    Subclasses set ``train_labels`` (rows,) and ``early_stopping``, and define what else belongs to a checkpoint.
     """
 
     args: ETFTrainingArguments
     model: PreTrainedModel
     train_labels: NDArray[np.int64] | None = None
-    _misses = 0  # evaluations since the best one
+    early_stopping: EarlyStopping
 
     def draw_settings(self) -> dict[str, Any]:
         """Return all that decides which rows are drawn when and what they train, by names for a person."""
@@ -85,7 +86,7 @@ class ResumableTrainer(Trainer):
                     f"`{checkpoint}` was written with {name} {state['draw'][name]!r}, and this run has {value!r}: it would "
                     "go on otherwise than it began. Resume with the same settings, or start another run."
                 )
-        self._misses = state["misses"]
+        self.early_stopping.misses = state["misses"]
         self.restore_own_state(state["own"], read_tensors(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -100,7 +101,9 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             own, tensors = self.own_state()
             write_tensors(folder, tensors)
-            complete_checkpoint(folder, {"draw": self.draw_settings(), "misses": self._misses, "own": own})
+            complete_checkpoint(
+                folder, {"draw": self.draw_settings(), "misses": self.early_stopping.misses, "own": own}
+            )
             rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -120,16 +123,13 @@ class ResumableTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Of equally good checkpoints the latest is the best: few validation rows are soon all right, when training is not done.
         is_better = super()._determine_best_metric(metrics, trial)
-        self._misses = 0 if is_better else self._misses + 1
-        self.control.should_training_stop |= self._is_stopped_early()
+        self.early_stopping.count(is_better=is_better)
+        self.control.should_training_stop |= self.early_stopping.is_due
         name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         is_equal = not is_better and self.state.best_metric is not None and metrics.get(name) == self.state.best_metric
         if is_equal and self.args.save_strategy != "no":
             self.state.best_global_step = self.state.global_step
         return is_better or is_equal
-
-    def _is_stopped_early(self) -> bool:
-        return self.args.early_stopping_patience is not None and self._misses >= self.args.early_stopping_patience
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
@@ -138,14 +138,14 @@ class ResumableTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
         if resume is None:
-            self._misses = 0
+            self.early_stopping.misses = 0
             return epochs, batches
         # Once more: the weights were loaded in between, by which a head that changed counts as a new one.
         self.restore_own_state(read_state(resume)["own"], read_tensors(resume))
         if self.state.best_global_step:
             best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        if self._is_stopped_early() or self.state.global_step >= max_steps:
+        if self.early_stopping.is_due or self.state.global_step >= max_steps:
             return num_train_epochs, 0
         return epochs, batches
 

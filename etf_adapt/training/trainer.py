@@ -30,6 +30,7 @@ from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingA
 from etf_adapt.training.callbacks import EpochStart, ProgressBar, Realign, RunLog
 from etf_adapt.training.checkpoints import resolve_checkpoint
 from etf_adapt.training.collapse_monitor import make_monitors
+from etf_adapt.training.early_stopping import EarlyStopping
 from etf_adapt.training.evaluation import predict_rows, score_rows
 from etf_adapt.training.launch import set_threads
 from etf_adapt.training.messages import RunSetup, advise, describe_alignment, describe_run
@@ -118,6 +119,7 @@ class ETFTrainer(ResumableTrainer):
             num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
         self._train_sampler: RowDraws | None = None
+        self.early_stopping = EarlyStopping(args.early_stopping_patience)
         super().__init__(
             model,
             args,

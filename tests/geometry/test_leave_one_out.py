@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etf_adapt.geometry.frames import MEAN_FRAMES, closed_form_vectors
+from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import (
-    choose_penalty,
     leave_one_out_scores,
     left_out_changes,
     nearest_mean_accuracy,
 )
+from etf_adapt.geometry.penalty import choose_penalty
 from etf_adapt.geometry.statistics import ClassStatistics
 
 COUNTS = (14, 9, 4, 2, 7)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
-from etf_adapt.geometry.frames import FRAMES, MEAN_FRAMES, closed_form_vectors
+from etf_adapt.geometry.closed_form import FRAMES, MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
@@ -204,7 +204,7 @@ def test_models_without_our_head_and_paper_heads_are_refused(rows):
 
 def test_an_alignment_forgets_the_calibration_of_the_rows_before_it(rows):
     model = adapt(ViTForImageClassification(ViTConfig(**SIZES)), 3)
-    model.set_temperature(5.0)
+    model.set_calibration(5.0)
     data = [{"pixel_values": batch["x"], "labels": batch["labels"]} for batch in batches(rows, 23)]
     align_head(model, data, frame="means")
-    assert model.etf_settings["temperature"] == 1.0
+    assert model.etf_settings["logit_scale"] == 1.0

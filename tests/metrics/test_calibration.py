@@ -11,7 +11,7 @@ from scipy.optimize import approx_fprime
 
 from etf_adapt.losses.terms import log_prior
 from etf_adapt.metrics import calibration
-from etf_adapt.metrics.calibration import FACTORS, fit_prior_adjustment, fit_temperature
+from etf_adapt.metrics.calibration import FACTORS, fit_logit_scale, fit_prior_adjustment
 
 COUNTS = [500, 100, 20, 5]
 
@@ -52,7 +52,7 @@ def test_a_factor_and_a_prior_in_the_logits_are_undone(factor, strength):
     logits, prior, labels = fair_rows()
     s, t = fit_prior_adjustment((logits + strength * prior) / factor, labels, torch.tensor(COUNTS))
     assert s == pytest.approx(factor, rel=0.06) and t == pytest.approx(strength, abs=0.08)
-    assert fit_temperature(logits / factor, labels) == pytest.approx(factor, rel=0.05)
+    assert fit_logit_scale(logits / factor, labels) == pytest.approx(factor, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3, 18, 68, 89, 91])  # the last five have defeated Newton's steps
@@ -62,7 +62,7 @@ def test_the_fit_beats_a_fine_grid_wherever_the_minimum_lies(seed):
     best = min(loss(s, t, *rows, by_class=True) for s in factors for t in strengths)
     assert loss(*fit_prior_adjustment(*rows), *rows, by_class=True) <= best * (1 + 1e-12)
     best = min(loss(s, 0.0, *rows, by_class=False) for s in np.geomspace(*FACTORS, 501))
-    assert loss(fit_temperature(*rows[:2]), 0.0, *rows, by_class=False) <= best * (1 + 1e-12)
+    assert loss(fit_logit_scale(*rows[:2]), 0.0, *rows, by_class=False) <= best * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("point", [[-1.0, 0.0], [0.5, 2.0]])
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_finite_differences(point):
 @pytest.mark.parametrize("count", [10, 1000])
 def test_rows_that_are_all_right_leave_room_for_one_error_in_their_number(count):
     logits = torch.tensor([[1.0, -1.0]]).repeat(count, 1)
-    factor = fit_temperature(logits, torch.zeros(count, dtype=torch.long))
+    factor = fit_logit_scale(logits, torch.zeros(count, dtype=torch.long))
     error = 1.0 - (factor * logits[0]).softmax(dim=0)[0].item()
     assert error == pytest.approx(0.5 / (count + 1), rel=1e-3)  # half of the uniform row is wrong
 
@@ -87,13 +87,13 @@ def test_rows_that_are_all_right_leave_room_for_one_error_in_their_number(count)
 def test_rows_that_say_little_give_finite_numbers_within_the_bounds(num_classes, scale, labels):
     logits = scale * torch.eye(num_classes)[[0, 1] * 4][: len(labels)]  # all right, all wrong, one row, one class
     s, t = fit_prior_adjustment(logits, torch.tensor(labels), torch.tensor([9, 3, 1])[:num_classes])
-    factors = s, fit_temperature(logits, torch.tensor(labels))
+    factors = s, fit_logit_scale(logits, torch.tensor(labels))
     assert all(FACTORS[0] <= factor <= FACTORS[1] for factor in factors) and 0.0 <= t < math.inf
 
 
 def test_no_rows_change_nothing():
     none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
-    assert fit_temperature(*none) == 1.0 and fit_prior_adjustment(*none, torch.tensor(COUNTS)) == (1.0, 0.0)
+    assert fit_logit_scale(*none) == 1.0 and fit_prior_adjustment(*none, torch.tensor(COUNTS)) == (1.0, 0.0)
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch):

@@ -175,7 +175,7 @@ def test_gradients_reach_the_backbone_and_not_the_fixed_head():
 @pytest.mark.parametrize("name", ["vit", "resnet", "llama"])
 def test_a_copy_is_the_same_model(name, copied):
     model, inputs = MAKERS[name](loss={"name": "dot_regression", "form": "one_sided"}), batch(name)
-    model.set_temperature(3.0)
+    model.set_calibration(3.0)
     twin = copied(model)
     assert type(twin) is type(model) and twin.etf_settings == model.etf_settings
     ours, theirs = model(**inputs, labels=LABELS), twin(**inputs, labels=LABELS)
@@ -297,31 +297,31 @@ def test_the_seed_alone_decides_the_new_rows(tmp_path):
 
 
 @pytest.mark.parametrize("offsets", [None, [0.5, -1.0, 0.25]])
-def test_the_temperature_scales_the_logits_and_leaves_the_loss(offsets):
+def test_the_logit_scale_scales_the_logits_and_leaves_the_loss(offsets):
     model, inputs = vit(), batch("vit")
     before = model(**inputs, labels=LABELS)
-    model.set_temperature(7.0)  # replaced by the next
-    model.set_temperature(3.0, offsets)
+    model.set_calibration(7.0)  # replaced by the next
+    model.set_calibration(3.0, offsets)
     after = model(**inputs, labels=LABELS)
     expected = 3.0 * before.logits + torch.tensor(offsets or [0.0])
     torch.testing.assert_close(after.logits, expected)
     torch.testing.assert_close(after.loss, before.loss)
     if offsets is None:
         assert torch.equal(after.logits.argmax(1), before.logits.argmax(1))
-    model.set_temperature(1.0)
+    model.set_calibration(1.0)
     torch.testing.assert_close(model(**inputs).logits, before.logits)
 
 
 def test_wrong_calibrations_are_refused():
     model = vit()
-    with pytest.raises(ValueError, match=r"`temperature` \(=0\.0\)"):
-        model.set_temperature(0.0)
+    with pytest.raises(ValueError, match=r"`logit_scale` \(=0\.0\)"):
+        model.set_calibration(0.0)
     with pytest.raises(ValueError, match=r"2 entries.*3 classes"):
-        model.set_temperature(1.0, [0.0, 1.0])
+        model.set_calibration(1.0, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"no bias|has none"):
-        llama().set_temperature(1.0, [0.0, 1.0, 0.0])
+        llama().set_calibration(1.0, [0.0, 1.0, 0.0])
     with pytest.raises(ValueError, match="fold_heads"):
-        vit(head="cosine").set_temperature(2.0)
+        vit(head="cosine").set_calibration(2.0)
 
 
 # One folder, two readings
@@ -345,7 +345,7 @@ def test_the_folder_comes_back_here_in_full(folders, name):
         warnings.simplefilter("error")
         again = factory(name).from_pretrained(folder)
     assert again.etf_settings == model.etf_settings
-    assert again.etf_settings["temperature"] == 2.5 and again.etf_settings["head"]["frame"] == "means"
+    assert again.etf_settings["logit_scale"] == 2.5 and again.etf_settings["head"]["frame"] == "means"
     assert type(again) is type(model) and not again.training
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
@@ -385,7 +385,7 @@ def test_other_labels_or_another_head_give_a_new_head(folders, name, settings):
     with pytest.warns(UserWarning, match=r"replaced by a new one"):
         again = ETFForImageClassification.from_pretrained(folder, **settings)
     found = again.etf_settings
-    assert found["temperature"] == 1.0 and found["prior_adjustment"] is None and found["class_counts"] is None
+    assert found["logit_scale"] == 1.0 and found["prior_adjustment"] is None and found["class_counts"] is None
     assert found["head"]["frame"] in ("random", "initialised")
     assert logits(again, batch(name)).shape == (4, settings.get("num_labels", 3))
 

@@ -79,7 +79,7 @@ def test_a_folder_comes_back_and_so_does_a_checkpoint(kind, head, tmp_path):
     model = load(save_encoder(tmp_path / "encoder", kind), id2label=NAMES, head=head)
     align_head(model, [{"pixel_values": images(), "labels": torch.arange(6) % 3}])
     if head == "etf":
-        model.set_temperature(2.0)
+        model.set_calibration(2.0)
     logits = model(images()).logits
     for folder in (tmp_path / "out", tmp_path / "checkpoint-7"):
         model.save_pretrained(folder)
@@ -120,7 +120,7 @@ def test_sentence_transformers_gives_the_logits(kind, tmp_path):
     photos = [Image.fromarray(picture) for picture in pixels]
     batch = dict(model.processor(photos, return_tensors="pt"))
     align_head(model, [{**batch, "labels": torch.arange(3)}])
-    model.set_temperature(3.0, [0.5, 0.0, -0.5])
+    model.set_calibration(3.0, [0.5, 0.0, -0.5])
     model.save_pretrained(tmp_path / "out")
     other = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert other[0].auto_model.config.id2label == NAMES

@@ -168,7 +168,7 @@ def test_several_heads_come_back(tmp_path):
         head.set_class_vectors(
             torch.randn(3, head.weight.shape[1]), torch.tensor([0.0, 1.0, float(number)]), frame="means"
         )
-    model.set_temperature(2.0)
+    model.set_calibration(2.0)
     model.save_pretrained(tmp_path)
     again = ETFForImageClassification.from_pretrained(tmp_path)
     assert len(head_modules(again)) == 2 and again.etf_settings == model.etf_settings
@@ -282,7 +282,7 @@ def test_loss_settings_of_older_versions_are_dropped_with_one_warning(case, tmp_
     assert len(warned) == 1 and torch.equal(logits(again, inputs), logits(model, inputs))
     found = again.etf_settings
     assert found["loss"]["name"] == "margin_dot_regression" and found["loss"].keys() <= {"name", "margin"}
-    assert found["temperature"] == 2.5 and found["head"] == model.etf_settings["head"]
+    assert found["logit_scale"] == 2.5 and found["head"] == model.etf_settings["head"]
     assert again(**inputs, labels=LABELS).loss.isfinite()
     again.save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():

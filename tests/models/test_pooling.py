@@ -111,14 +111,14 @@ def test_a_folder_comes_back_and_so_does_a_checkpoint(kind, head, tmp_path):
 
 def test_a_checkpoint_that_another_tool_changed_loads_as_it_stands_and_one_that_lacks_weights_is_refused(tmp_path):
     model = load(save_encoder(tmp_path / "encoder"), id2label=NAMES, pooling="mean")
-    model.set_temperature(2.0)
+    model.set_calibration(2.0)
     model.save_pretrained(tmp_path / "checkpoint-7")
     file = tmp_path / "checkpoint-7" / "model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "classifier.weight": 2.0 * tensors["classifier.weight"]}, file, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="another tool has changed it since"):
         back = load(tmp_path / "checkpoint-7")
-    assert back.etf_settings["head"]["frame"] == "changed" and back.etf_settings["temperature"] == 1.0
+    assert back.etf_settings["head"]["frame"] == "changed" and back.etf_settings["logit_scale"] == 1.0
     torch.testing.assert_close(back.classifier.weight, 2.0 * model.classifier.weight)
     save_file(
         {name: value for name, value in tensors.items() if "layer.0" not in name}, file, metadata={"format": "pt"}
@@ -148,7 +148,7 @@ def test_sentence_transformers_gives_the_logits(minilm, tmp_path):
     said = ["what a day", "the second of these texts has more words", "cats", "the bank is closed today"]
     encoded = dict(model.processor(said, padding=True, return_tensors="pt"))
     align_head(model, [{**encoded, "labels": torch.tensor([0, 1, 2, 2])}])
-    model.set_temperature(3.0, [0.5, 0.0, -0.5])
+    model.set_calibration(3.0, [0.5, 0.0, -0.5])
     model.save_pretrained(tmp_path)
     other = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     assert other[0].auto_model.config.id2label == NAMES

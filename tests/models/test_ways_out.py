@@ -202,7 +202,7 @@ def test_a_layer_that_a_stock_tool_changed_is_recognised(folders, name, tool, op
     with pytest.warns(UserWarning, match="another tool has changed"):
         again = factory(name).from_pretrained(tmp_path / "theirs")
     settings = again.etf_settings
-    assert settings["head"]["frame"] == "changed" and settings["temperature"] == 1.0
+    assert settings["head"]["frame"] == "changed" and settings["logit_scale"] == 1.0
     assert torch.equal(the_head(again).weight, 2 * the_head(model).weight)
     assert not the_head(again).weight.requires_grad
     again.save_pretrained(tmp_path / "ours")
@@ -226,7 +226,7 @@ def test_rounding_is_no_change_and_hides_none(folders, name, half, tmp_path):
         assert again.etf_settings == model.etf_settings
         with pytest.warns(UserWarning, match="another tool has changed"):
             changed = factory(name).from_pretrained(tmp_path / "changed", **settings)
-        assert changed.etf_settings["temperature"] == 1.0
+        assert changed.etf_settings["logit_scale"] == 1.0
 
 
 def test_timms_note_is_written_once_and_not_read_where_the_classifier_is_gone(folders, tmp_path):
@@ -240,7 +240,7 @@ def test_timms_note_is_written_once_and_not_read_where_the_classifier_is_gone(fo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = ETFForImageClassification.from_pretrained(tmp_path / "bare", num_labels=4)
-    assert model.config.num_labels == 4 and model.etf_settings["temperature"] == 1.0
+    assert model.config.num_labels == 4 and model.etf_settings["logit_scale"] == 1.0
     restore_head(ETFForImageClassification.from_pretrained(folder)).save_pretrained(tmp_path / "restored")
     assert "etf_adapt" not in (tmp_path / "restored" / "config.json").read_text()
 
@@ -252,7 +252,7 @@ def test_an_encoder_that_was_saved_without_its_head_gets_a_new_one_and_says_so(f
     with pytest.warns(UserWarning, match=r"is replaced by a new one .*saved the encoder without it"):
         model = ETFForSequenceClassification.from_pretrained(tmp_path)
     settings = model.etf_settings
-    assert (settings["pooling"], settings["head"]["frame"], settings["temperature"]) == ("mean", "random", 1.0)
+    assert (settings["pooling"], settings["head"]["frame"], settings["logit_scale"]) == ("mean", "random", 1.0)
     assert logits(model, batch("pooled")).shape == (4, 3)
     with pytest.warns(UserWarning, match="is replaced by a new one"):
         assert ETFForSequenceClassification.from_pretrained(tmp_path, num_labels=5).config.num_labels == 5
@@ -284,7 +284,7 @@ def test_real_checkpoints_go_in_and_out(name, request, tmp_path):
             head.set_class_vectors(
                 torch.randn(head.class_vectors()[0].shape), torch.tensor([0.1, -0.2, 0.3]), frame="means"
             )
-        model.set_temperature(2.5, [0.5, 0.0, -0.5])
+        model.set_calibration(2.5, [0.5, 0.0, -0.5])
         if name.endswith(".hf"):
             model.processor = AutoImageProcessor.from_pretrained(source)
         expected, folder = logits(model, inputs), tmp_path / f"out {pooling}"

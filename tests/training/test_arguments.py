@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from etf_adapt.geometry.frames import FRAMES
+from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.training.arguments import REFUSED, REFUSED_ACCELERATOR, ETFTrainingArguments
 
 

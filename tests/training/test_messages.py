@@ -7,7 +7,8 @@ import pytest
 import torch
 from small_run import make_trainer
 
-from etf_adapt.geometry.leave_one_out import PENALTIES, nearest_mean_accuracy
+from etf_adapt.geometry.leave_one_out import nearest_mean_accuracy
+from etf_adapt.geometry.penalty import PENALTIES
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.training.messages import _standard_error, advise, describe_alignment
 

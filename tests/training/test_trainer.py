@@ -153,7 +153,7 @@ def test_of_equally_good_checkpoints_the_latest_is_the_best(tmp_path):
     for step, score in enumerate((0.5, 0.9, 0.9, 0.8)):
         trainer.state.global_step = step
         trainer._determine_best_metric({name: score}, None)
-        seen.append((trainer.state.best_global_step, trainer._misses))
+        seen.append((trainer.state.best_global_step, trainer.early_stopping.misses))
     assert seen == [(0, 0), (1, 0), (2, 1), (2, 2)]  # an equal one is no progress for early stopping
 
 

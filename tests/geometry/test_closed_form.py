@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etf_adapt.geometry.frames import FRAMES, closed_form_vectors
+from etf_adapt.geometry.closed_form import FRAMES, closed_form_vectors
 from etf_adapt.geometry.statistics import ClassStatistics
 
 COUNTS = (23, 9, 4, 2, 7)

@@ -1,0 +1,37 @@
+"""The penalty of the whitened frame, chosen by exact leave-one-out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from etf_adapt.geometry.leave_one_out import leave_one_out_scores, mean_recall
+from etf_adapt.geometry.statistics import ClassStatistics
+
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # multiples of the covariance's mean eigenvalue
+_CHUNK = 2048  # examples scored at a time: several arrays of examples by classes
+
+
+def choose_penalty(
+    statistics: ClassStatistics, features: Tensor, labels: Tensor, *, intercept: bool = True
+) -> tuple[float, float]:
+    """Choose the penalty of the whitened frame, of ``PENALTIES``: the best leave-one-out balanced accuracy on a sample.
+
+    Returns the penalty (of equally good ones the largest) and its accuracy, over the sampled classes with two rows or more;
+    1 and NaN where there is no such class.
+    """
+    usable = statistics.counts[labels] >= 2
+    features, labels = features[usable], labels[usable]
+    if len(labels) == 0:
+        return 1.0, math.nan
+    accuracies = {}
+    for penalty in PENALTIES:
+        predicted = [
+            leave_one_out_scores(statistics, *chunk, penalty=penalty, intercept=intercept).argmax(dim=1)
+            for chunk in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
+        ]
+        accuracies[penalty] = mean_recall(torch.cat(predicted), labels)
+    best = max(PENALTIES, key=lambda penalty: (accuracies[penalty], penalty))
+    return best, accuracies[best]
