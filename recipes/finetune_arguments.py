@@ -117,6 +117,7 @@ class Parser(HfArgumentParser):
 
 def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, OutputArguments, list[str]]:
     """Parse and check the arguments defined here; return them, and the flags left for ETFTrainingArguments."""
+    refuse_stages(argv)
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = [*flags_from_file(argv[0]), *argv[1:]]
     if "-h" in argv or "--help" in argv:
@@ -187,6 +188,16 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
         if os.environ.get("RANK", "0") == "0":  # which publishes
             check_name_and_token(args.hub_model_id)
     return args
+
+
+def refuse_stages(argv: Sequence[str]) -> None:
+    """Refuse the flags by which other scripts choose what to do: here --do_eval would train on the data to evaluate on."""
+    names = [word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")]
+    if typed := [name for name in names if name in ("do_train", "do_eval", "do_predict")]:
+        raise ValueError(
+            f"`--{typed[0]}` does nothing here: one run trains, validates after each epoch and scores the test split at the "
+            "end. Leave it out; `--evaluate_test false` leaves the test split alone."
+        )
 
 
 def flags_from_file(file: str) -> list[str]:
