@@ -13,6 +13,10 @@ TRACEBACK_VARIABLE = "ETF_ADAPT_TRACEBACK"
 """Environment variable that, set to anything, brings the tracebacks back."""
 
 
+class DataError(ValueError):
+    """Raised where a data set cannot be used as it is: says where, and the way on."""
+
+
 class OutputFolderError(ValueError):
     """Raised where results would mix with, or replace, what an output folder holds already."""
 

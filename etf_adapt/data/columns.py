@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from etf_adapt.data.long_tail import arrow_column
-from etf_adapt.data.sources import IMAGE_SUFFIXES, DataError, quoted
-from etf_adapt.errors import nearest_names
+from etf_adapt.data.sources import IMAGE_SUFFIXES, quoted
+from etf_adapt.errors import DataError, nearest_names
 
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "class_name", "category", "intent", "y")
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
@@ -53,6 +54,7 @@ def find_columns(
             hint = f"; nearest: `{near[0]}`" if near else ""
             raise DataError(f"`{flag}` (={name}) is no column: there are {describe_columns(dataset)}{hint}.")
 
+    _require_header(dataset, asked=(image_column, text_column, label_column))
     label = label_column or _choose(
         dataset, LABEL_NAMES, lambda name: isinstance(dataset.features[name], ClassLabel), strict=False
     )
@@ -81,6 +83,19 @@ def find_columns(
             "`label_column`."
         )
     return Columns(task, chosen, label)
+
+
+def _require_header(dataset: Dataset, *, asked: Sequence[str | None]) -> None:
+    """Refuse a table without a line of column names, whose first row would be taken for them."""
+    for name in dataset.column_names:
+        if name in (*LABEL_NAMES, *IMAGE_NAMES, *TEXT_NAMES, *asked):
+            continue
+        recurs = is_string(dataset, name) and first_true(pc.equal(arrow_column(dataset, name), name)) is not None
+        if recurs or re.fullmatch(r"[-+]?\d+(\.\d+)?", name):
+            raise DataError(
+                f"Column name `{name}` looks like a cell of the first row: begin the table with a line of column names, such "
+                "as text,label; or, if this is one, name the columns by `text_column` or `image_column`, and `label_column`."
+            )
 
 
 def _choose(

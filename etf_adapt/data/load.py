@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from etf_adapt.data.columns import (
     match_labels,
 )
 from etf_adapt.data.long_tail import arrow_column, long_tailed_indices
-from etf_adapt.data.sources import DataError, Source, logger, open_source, quoted
+from etf_adapt.data.sources import Source, logger, open_source, quoted
 from etf_adapt.data.splits import fewer_rows, validation_rows
+from etf_adapt.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -216,10 +218,22 @@ def _read_all_labels(splits: dict[str, Dataset], columns: Columns) -> tuple[dict
             f"{len(empty)} of {len(names)} classes have no training rows: {quoted(empty)}. Add rows, or take the names out of "
             f"label column `{columns.label}`."
         )
+    _warn_of_similar(names)
     labels = {"train": train}
     for split in splits.keys() - labels.keys():
         labels[split] = match_labels(*encode_labels(splits[split], columns.label, split=split), names, split=split)
     return {split: labels[split] for split in splits}, names
+
+
+def _warn_of_similar(names: list[str]) -> None:
+    """Warn of class names that differ in case, blanks or Unicode form alone; they stay apart."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            listed = ", ".join(map(repr, group))
+            logger.warning("Classes that differ in case, blanks or Unicode form alone stay apart: %s", listed)
 
 
 def _in_one_form(

@@ -16,7 +16,8 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from etf_adapt.data.digits import make_digits
-from etf_adapt.errors import nearest_names
+from etf_adapt.data.tables import read_tables
+from etf_adapt.errors import DataError, nearest_names
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ SPLIT_WORDS = {
 }
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class DataError(ValueError):
-    """A mistake in a data set, and its remedy."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +164,10 @@ def _read_tables(files: Sequence[Path], split: str) -> Dataset:
             f"File type {' and '.join(suffixes)} of {quoted(file.name for file in files)} cannot be read: "
             f"give files of one type among {', '.join(BUILDERS)}."
         )
-    options: dict[str, Any] = {}
     if BUILDERS[suffixes[0]] == "csv":
-        # pandas would take a class or a text named "NA", "None" or "null" for a missing value.
-        options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffixes[0] == ".tsv" else ","}
+        return read_tables(files)
     named = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    options |= {"data_files": {split: [str(file) for file in files]}, "split": split}
+    options = {"data_files": {split: [str(file) for file in files]}, "split": split}
     return _read(datasets.load_dataset, BUILDERS[suffixes[0]], named=named, **options)
 
 

@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from etf_adapt.data.columns import encode_labels, find_columns
-from etf_adapt.data.sources import DataError
+from etf_adapt.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from etf_adapt.data.load import load_data
-from etf_adapt.data.sources import DataError
+from etf_adapt.errors import DataError
 
 TEXTS = {
     "train": [("a cat", "cat"), ("a dog", "dog"), ("an eel", "eel")] * 20,

@@ -1,0 +1,137 @@
+"""Laws of tables: cells are read as they stand, and a row that does not fit is an error that names its line."""
+
+from __future__ import annotations
+
+import csv
+import random
+
+import pytest
+
+from etf_adapt.data.load import load_data
+from etf_adapt.data.tables import read_tables
+from etf_adapt.errors import DataError
+
+
+def write(path, *lines, encoding="utf-8"):
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+    return path
+
+
+def labelled(path, labels):
+    return write(path, "text,label", *(f"text {row},{label}" for row, label in enumerate(labels)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_csv_that_is_written_by_the_rules_is_read_back_verbatim(seed, tmp_path):
+    generator = random.Random(seed)
+    pieces = [
+        '"',
+        ",",
+        "\n",
+        "\r\n",
+        "\t",
+        " ",
+        "NA",
+        "null",
+        "007",
+        "1.10",
+        "é",
+        "\u2028",
+        "'",
+        "\\",
+        "x" * 200_000,
+        "#",
+    ]
+    rows = [[*("".join(generator.choices(pieces, k=generator.randint(1, 4))) for _ in range(3))] for _ in range(30)]
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["first", "second", "third"], *rows])
+    read = read_tables([tmp_path / "rows.csv"])
+    assert [list(row.values()) for row in read.to_list()] == rows
+
+
+def test_a_quotation_mark_in_a_tab_separated_file_is_a_character(tmp_path):
+    file = write(tmp_path / "rows.tsv", "text\tlabel", '"well begun\ta', 'half "done"\tb', "it's 5\"\ta")
+    assert read_tables([file])["text"][:] == ['"well begun', 'half "done"', "it's 5\""]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["001", "002", "010"], ["001", "002", "010"]),
+        (["1.1", "1.10", "2.0"], ["1.1", "1.10", "2.0"]),
+        ([*["2", "10", "1"] * 20_000, "other"], ["1", "10", "2", "other"]),  # the last row alone is no number
+        (["A01", *["000", "001"] * 20_000], ["000", "001", "A01"]),  # the first alone
+        (["10", "9", "1"], ["1", "9", "10"]),  # integers, as they would be written again
+        (["-1", "0", "1"], ["-1", "0", "1"]),
+        (["+1", "0", "1"], ["+1", "0", "1"]),
+        (["NA", "null", "None"], ["NA", "None", "null"]),
+        (["True", "False", "True"], ["False", "True"]),
+    ],
+)
+def test_labels_are_never_numbers_by_a_guess(labels, names, tmp_path):
+    data = load_data(str(labelled(tmp_path / "train.csv", [*labels, *labels])), validation_fraction=0)
+    assert data.label_names == names
+    assert [names[label] for label in data.train["label"]] == [*labels, *labels]
+
+
+def test_types_do_not_differ_by_file_of_a_split_and_labels_match_by_name_between_splits(tmp_path):
+    labelled(tmp_path / "train-0.csv", ["0", "1"] * 9)
+    labelled(tmp_path / "train-1.csv", ["0", "x"] * 9)
+    labelled(tmp_path / "test.csv", ["1", "0"])  # integers here
+    data = load_data(str(tmp_path), validation_fraction=0)
+    assert data.label_names == ["0", "1", "x"] and data.test["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ["text,label", "a,b", "c,d,e"],
+            r"rows.csv`: the row on line 3 has 3 fields, and the header has 2: put a cell",
+        ),
+        (["text,label", "a,b", "", "c"], r"the row on line 4 has 1 fields, and the header has 2: add what is missing"),
+        (["text,label", '"two', 'lines",b', "c,d,e"], r"the row on line 4 has 3 fields"),
+        (["text,label", "a,b", '"c,d', '"e,f'], r"the row that begins on line 3 cannot be read"),
+        (["text,label", "a,b", '"c,d', "e,f"], r"the row that begins on line 3 cannot be read"),
+        (["text,text", "a,b"], r"names column `text` twice"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_an_error_with_file_and_line(lines, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        load_data(str(write(tmp_path / "rows.csv", *lines)))
+
+
+@pytest.mark.parametrize("header", ["i like it,positive", "i like it,1", "text,3"])
+def test_a_table_without_column_names_keeps_its_first_row(header, tmp_path):
+    second = header.split(",")[1]
+    rows = [f"text {row},{second if row % 2 else 'negative'}" for row in range(40)]
+    with pytest.raises(DataError, match=f"Column name `{second}` looks like a cell of the first row: begin the table"):
+        load_data(str(write(tmp_path / "rows.csv", header, *rows)))
+    data = load_data(str(tmp_path / "rows.csv"), label_column=second, text_column=header.split(",")[0])
+    assert data.description["rows_in_source"] == {"train": 40}  # a person who names the columns knows them
+
+
+def test_files_of_one_split_have_one_header_in_any_order(tmp_path):
+    write(tmp_path / "train-0.csv", "text,label", "a,x", "b,y")
+    write(tmp_path / "train-1.csv", "label,text", "y,c")
+    assert read_tables([tmp_path / "train-0.csv", tmp_path / "train-1.csv"])["text"][:] == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"train-2.csv` has columns label, words, and `.*train-0.csv` has text, label"):
+        read_tables([tmp_path / "train-0.csv", write(tmp_path / "train-2.csv", "label,words", "y,c")])
+
+
+def test_encodings(tmp_path):
+    file = write(tmp_path / "rows.csv", "text,label", "né,a", encoding="utf-8-sig")
+    assert read_tables([file]).column_names == ["text", "label"]
+    with pytest.raises(DataError, match=r"latin.csv` is not encoded in UTF-8"):
+        read_tables([write(tmp_path / "latin.csv", "text,label", "né,a", encoding="latin-1")])
+
+
+def test_a_column_of_row_numbers_without_a_name_is_no_mistake(tmp_path):
+    file = write(tmp_path / "rows.csv", ",text,label", *(f"{row},text {row},{'ab'[row % 2]}" for row in range(20)))
+    assert load_data(str(file), validation_fraction=0).label_names == ["a", "b"]
+
+
+def test_class_names_that_look_alike_stay_apart_with_a_warning(tmp_path, caplog):
+    file = labelled(tmp_path / "train.csv", ["Cat", "cat ", "dog", "ﬁsh", "fish"] * 9)
+    assert len(load_data(str(file), validation_fraction=0).label_names) == 5
+    assert [record.message.split(": ")[1] for record in caplog.records] == ["'Cat', 'cat '", "'fish', 'ﬁsh'"]
