@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Column, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, Subset
 
 from etf_adapt.errors import check_choice
 
@@ -33,8 +34,8 @@ def class_counts(data: Any, *, num_classes: int | None = None, label_column: str
     """Count the rows of each class.
 
     Args:
-        data: A ``datasets.Dataset``, whose label column is read through Arrow and whose other columns are not
-            touched; or the labels themselves (rows,): a list, array, tensor or data set column.
+        data: A ``datasets.Dataset``, of which only the label column is read; a ``Subset``, ``ConcatDataset`` or torchvision
+            data set; or the labels themselves (rows,): a list, array, tensor or data set column.
         num_classes: Number of classes; by default the number of names of a ``ClassLabel`` column, otherwise the
             largest label plus one.
         label_column: Name of the label column of a data set.
@@ -171,6 +172,7 @@ def read_labels(data: Any, *, num_classes: int | None = None, label_column: str 
             num_classes = feature.num_classes if num_classes is None else num_classes
         ids = check_labels(ids, name=label_column, num_classes=num_classes)
     else:
+        data = labels_of(data) if isinstance(data, torch.utils.data.Dataset) else data
         ids = check_labels(data, num_classes=num_classes)
     if num_classes is None:
         num_classes = int(ids.max(initial=-1)) + 1
@@ -290,12 +292,29 @@ def _check_filled(counts: NDArray[np.int64], names: list[str] | None) -> None:
 
 
 def labels_of(dataset: Any) -> NDArray[np.int64]:
-    """Read column ``label`` or ``labels`` of a data set, or of the one that a wrapper has as ``dataset``."""
-    inner = dataset if isinstance(dataset, Dataset) else getattr(dataset, "dataset", None)
-    column = next((name for name in ("label", "labels") if name in getattr(inner, "column_names", ())), None)
-    if not isinstance(inner, Dataset) or column is None:
+    """Read the label of each row of a data set as it is indexed, without reading the rows.
+
+    Of a ``datasets.Dataset`` the column ``label`` or ``labels``; of a torchvision data set its ``targets``; of ``Subset`` and
+    ``ConcatDataset`` those of their parts; of a wrapper as long as its ``dataset`` those of that.
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return np.concatenate([labels_of(part) for part in dataset.datasets])
+    if isinstance(dataset, Dataset):
+        column = next((name for name in ("label", "labels") if name in dataset.column_names), None)
+        if column is not None:
+            return read_labels(dataset, label_column=column).ids
+    elif getattr(dataset, "targets", None) is not None and getattr(dataset, "target_transform", None) is None:
+        return check_labels(dataset.targets, name="targets")
+    elif (inner := getattr(dataset, "dataset", None)) is not None:
+        if len(inner) == len(dataset):
+            return labels_of(inner)
         raise ValueError(
-            f"`train_dataset` (a {type(dataset).__name__}) has no column `label` that can be read: pass `labels`, the label "
-            "of each row."
+            f"The labels of a {type(dataset).__name__} of {len(dataset)} rows are unknown: it holds a data set of {len(inner)} "
+            "rows, and which of them are its own is not. Pass `labels`, the label of each row."
         )
-    return read_labels(inner, label_column=column).ids
+    raise ValueError(
+        f"The labels of a {type(dataset).__name__} are unknown: it has no column `label` and no `targets`. Pass `labels`, the "
+        "label of each row."
+    )

@@ -38,6 +38,10 @@ class RowPredictions:
     confidences: np.ndarray  # softmax probability of the prediction
     losses: np.ndarray  # negative log-likelihood of the label
 
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        # `np.argmax(trainer.predict(rows).predictions, -1)`, of nearly every tutorial, would be 0 of an object otherwise.
+        raise TypeError("`predictions` holds no logits: `predictions.predictions` is the class of each row already.")
+
 
 def load_stock(folder: str | Path, task: str) -> PreTrainedModel:
     """Load a saved folder of an ``"image"`` or ``"text"`` model without this library, as its users do.

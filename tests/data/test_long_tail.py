@@ -6,9 +6,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torchvision
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from torch.utils.data import ConcatDataset, Subset, random_split
 
-from etf_adapt.data.long_tail import check_labels, class_counts, long_tailed_indices, make_long_tailed, read_labels
+from etf_adapt.data.long_tail import (
+    check_labels,
+    class_counts,
+    labels_of,
+    long_tailed_indices,
+    make_long_tailed,
+    read_labels,
+)
 
 LABELS = [2, 0, 3, 2, 0, 2, 3, 2]
 COUNTS = [2, 0, 4, 2]
@@ -205,3 +214,59 @@ def test_factor_below_one_is_refused(factor):
 def test_what_cannot_be_cut_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         long_tailed_indices(**{"data": [0, 1], "imbalance_factor": 2} | options)
+
+
+class TestLabelsOf:
+    """One function answers which label a row has, as the data set is indexed."""
+
+    rows = Dataset.from_dict({"label": [1, 0, 1, 2, 2, 0]})
+
+    def sets(self):
+        class Transformed(torch.utils.data.Dataset):
+            def __init__(self, dataset):
+                self.dataset = dataset
+
+            def __len__(self):
+                return len(self.dataset)
+
+            def __getitem__(self, row):
+                return {"labels": self.dataset[row]["label"]}
+
+        vision = torchvision.datasets.FakeData(size=6)
+        vision.targets = torch.tensor([2, 2, 0, 1, 1, 0])  # as those that lie on disk have
+        subset = Subset(Transformed(self.rows), [3, 3, 0])
+        yield self.rows, [1, 0, 1, 2, 2, 0]
+        yield self.rows.select([5, 3]), [0, 2]
+        yield Transformed(self.rows), [1, 0, 1, 2, 2, 0]
+        yield Subset(self.rows, torch.tensor([4, 1])), [2, 0]
+        yield subset, [2, 2, 1]
+        yield Subset(subset, [2, 0]), [1, 2]
+        yield ConcatDataset([subset, self.rows]), [2, 2, 1, 1, 0, 1, 2, 2, 0]
+        yield Subset(ConcatDataset([self.rows, self.rows]), range(4, 8)), [2, 0, 1, 0]
+        yield vision, [2, 2, 0, 1, 1, 0]
+        yield Subset(vision, [0, 2]), [2, 0]
+
+    def test_labels_follow_the_rows(self):
+        for dataset, labels in self.sets():
+            assert labels_of(dataset).tolist() == labels, dataset
+            assert class_counts(dataset, num_classes=3).tolist() == np.bincount(labels, minlength=3).tolist()
+            parts = random_split(dataset, [len(dataset) - 1, 1], generator=torch.Generator().manual_seed(0))
+            assert sorted(np.concatenate([labels_of(part) for part in parts]).tolist()) == sorted(labels)
+
+    def test_what_does_not_tell_its_rows_is_refused(self):
+        class Half(torch.utils.data.Dataset):
+            dataset = self.rows
+
+            def __len__(self):
+                return 3
+
+        changed = torchvision.datasets.FakeData(size=6, target_transform=lambda label: 0)
+        changed.targets = [0, 1, 2, 0, 1, 2]
+        for dataset, words in (
+            (Half(), "of 3 rows are unknown: it holds a data set of 6 rows"),
+            (changed, "FakeData are unknown: it has no column `label` and no `targets`. Pass `labels`"),
+            ([1, 2], "list are unknown"),
+            (Dataset.from_dict({"kind": [0]}), "no column `label`"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                labels_of(dataset)

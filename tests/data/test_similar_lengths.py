@@ -7,7 +7,6 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from etf_adapt.data.image_dataset import RowDraws
-from etf_adapt.data.long_tail import labels_of
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.data.text import EvenLengths, SimilarLengths, lengths_of
 
@@ -79,8 +78,5 @@ def test_labels_and_lengths_are_read_from_the_columns():
     class Wrapped:
         dataset = rows
 
-    assert labels_of(rows).tolist() == labels_of(Wrapped()).tolist() == [1, 0, 1]
     assert lengths_of(rows, "length").tolist() == [4, 2, 9]
     assert lengths_of(rows, "absent") is None and lengths_of(Wrapped(), "length") is None
-    with pytest.raises(ValueError, match="has no column `label` that can be read: pass `labels`"):
-        labels_of([1, 2])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import make_model
+from small_run import make_model, make_trainer
 from torch import nn
 
 from etf_adapt.training.evaluation import calibrate, predict_rows
@@ -89,3 +90,12 @@ def test_calibration_calls_the_model_once_and_folds_in_what_it_returns(class_cou
     offsets = 0.0 if class_counts is None else strength * (torch.tensor(class_counts) / 13.0).log()
     torch.testing.assert_close(model(images).logits, factor * before - offsets, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.tensor(calibrate(model, rows, class_counts)), torch.tensor([factor, strength]))
+
+
+def test_the_usual_argmax_of_predictions_is_refused_and_not_zero(tmp_path):
+    trainer = make_trainer(tmp_path)
+    predictions = trainer.predict(trainer.eval_dataset).predictions
+    for read in (np.asarray, lambda rows: np.argmax(rows, -1), lambda rows: np.argmax(rows, axis=1)):
+        with pytest.raises(TypeError, match=r"`predictions.predictions` is the class of each row already"):
+            read(predictions)
+    assert predictions.predictions.shape == (len(trainer.eval_dataset),)
