@@ -216,6 +216,7 @@ def prepare_rows(
     from etf_adapt.data.transforms import image_transforms
     from etf_adapt.models.folders import load_processor
     from etf_adapt.models.image_size import set_image_size
+    from etf_adapt.models.positions import max_positions
 
     processor = load_processor(location, data.task) if model.processor is None else model.processor
     splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
@@ -233,7 +234,9 @@ def prepare_rows(
                 transform = augmented if name == "train" else plain
                 rows[name] = ImageDataset(split, transform, seed=seed, keep=name in READ_AGAIN)
         return rows, ImageCollator(), processor
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = max_positions(model)
+    if data_args.max_length is not None and positions is not None and data_args.max_length > positions:
+        raise ValueError(f"`max_length` (={data_args.max_length}) must be at most {positions}: the model has no more.")
     length = data_args.max_length or min(filter(None, (processor.model_max_length, positions, DEFAULT_MAX_LENGTH)))
     with PartialState().main_process_first():  # the others read what it leaves in the cache
         rows = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}

@@ -1,0 +1,18 @@
+"""How long a text a model can read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Return the most tokens of a text that a model has positions for; None where it has no limit of its own."""
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    declared = getattr(config, "max_position_embeddings", None) or 0
+    # RoBERTa and its kin number positions from behind the padding index: the table says so by a padding index of its own.
+    usable = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name.rpartition(".")[2]
+    ]
+    return min([declared, *usable]) if declared > 0 else None  # XLNet declares -1
