@@ -323,6 +323,7 @@ def test_what_is_not_finite_ends_the_run_unsaved(tmp_path, where):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The ETF head is a random frame")
 @pytest.mark.parametrize("frame", ["random", "whitened"])
 def test_two_uneven_classes_are_learned(tmp_path, frame):
     trainer = make_trainer(
