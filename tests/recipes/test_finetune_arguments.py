@@ -26,7 +26,8 @@ class TestArguments:
         assert argv == ["--output_dir", str(Path("out/cifar100-vit.b16-linear"))]
 
     @pytest.mark.parametrize("flag", ["--do_train", "--do_eval", "--do-eval", "--do_predict=true"])
-    def test_stages_are_not_chosen_by_flags_and_a_file_of_settings_may_hold_them(self, flag, tmp_path):
+    def test_stages_are_not_chosen_by_flags_and_a_file_of_settings_may_hold_them(self, flag, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # no earlier run lies there
         with pytest.raises(ValueError, match=r"`--do_\w+` does nothing here: one run trains, validates .* and scores"):
             finetune.read_arguments(["--model", "micro", flag])
         (tmp_path / "arguments.json").write_text(json.dumps({"do_eval": True}))  # as a finished run leaves it
