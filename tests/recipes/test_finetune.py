@@ -333,7 +333,7 @@ def test_text(minilm, shared_data, tmp_path, no_plots, monkeypatch):
             str(shared_data / f"clinc150/{split}-00000-of-00001.parquet"), cache_dir=str(tmp_path)
         )
         names, labels = rows.features["label"].names, np.array(rows["label"])
-        chosen = [row for label in (3, 50, 120) for row in np.flatnonzero(labels == label)[:20]]
+        chosen = [row for label in (3, 50, 120) for row in np.flatnonzero(labels == label)[:8]]
         lines = [{"text": rows[row]["text"], "label": names[labels[row]]} for row in chosen]
         (tmp_path / f"texts/{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["--model", str(minilm), "--dataset", "texts", "--max_steps", "2", "--max_length", "16"]

@@ -222,8 +222,8 @@ def test_a_short_name_goes_from_download_to_a_model_on_the_hub(hub, tmp_path):
     hub.seed(f"timm/{name}", files)
     command = [
         os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", str(ROOT / "recipes/finetune.py"),
-        "--model", "vit_base", "--head", "etf", "--max_train_rows", "20", "--max_steps", "2",
-        "--per_device_train_batch_size", "4",
+        "--model", "vit_base", "--head", "etf", "--max_train_rows", "10", "--max_steps", "1",
+        "--per_device_train_batch_size", "2",
         "--evaluate_test", "false", "--validation_fraction", "0", "--realign_epochs", "0", "--output_dir", "run", *PUBLISH,
     ]  # fmt: skip
     environment = hub.environment(tmp_path / "home", HF_TOKEN=hub.token)
