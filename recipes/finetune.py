@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,17 +256,14 @@ def claim_output_dir(folder: str, arguments: dict[str, Any], *, overwrite: bool)
 
 def score_saved(trainer: ETFTrainer, rows: Any, task: str) -> tuple[dict[str, float | None], RowPredictions]:
     """Score the saved folder as its users load it: without this library."""
-    from etf_adapt.metrics.shots import ShotAccuracy
-    from etf_adapt.training.evaluation import load_stock, predict_rows
+    from etf_adapt.training.evaluation import load_stock, predict_rows, score_rows
 
-    args = trainer.args
+    args, counts = trainer.args, trainer.class_counts
     offsets = trainer.accelerator.unwrap_model(trainer.model).etf_settings["prior_adjustment"]
     model = load_stock(args.output_dir, task).to(args.device)
     predicted = predict_rows(model, trainer.get_test_dataloader(rows), num_rows=len(rows), offsets=offsets)
-    metric = ShotAccuracy(trainer.class_counts, shot_bounds=(args.shot_bounds[0], args.shot_bounds[1]))
-    details = {"confidences": predicted.confidences, "losses": predicted.losses}
-    scores = metric.compute(predictions=predicted.predictions, references=predicted.labels, **details)
-    before = metric.compute(predictions=predicted.unadjusted, references=predicted.labels)
+    scores = score_rows(predicted, counts, args.shot_bounds)
+    before = score_rows(replace(predicted, predictions=predicted.unadjusted), counts, args.shot_bounds)
     return scores | {f"{name}_unadjusted": before[name] for name in tables.UNADJUSTED}, predicted
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from finetune_arguments import ModelArguments
-from sklearn.metrics import recall_score
 
+from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CardFacts, write_card
 from etf_adapt.results.card_metadata import read_base_card
@@ -44,8 +44,9 @@ def leave_report(
     if split in scored:
         rows = scored[split][1]
         evaluated = np.bincount(rows.labels, minlength=num_classes)
-        options = {"labels": range(num_classes), "average": None, "zero_division": np.nan}
-        recalls = recall_score(rows.labels, rows.predictions, **options).tolist()
+        metric = ShotAccuracy(data.class_counts)
+        metric.add_batch(predictions=rows.predictions, references=rows.labels)
+        recalls = metric.class_recalls().tolist()
         table = tables.shot_table(scores[split], data.class_counts, evaluated, shot_bounds=args.shot_bounds)
         print(f"\n{split} accuracy, by the training rows of the classes:\n{tables.format_table(table)}")
     if "test" in scored:

@@ -365,7 +365,7 @@ def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) ->
     dropped = [f"{name}={value!r}" for name, value in saved.items() if name not in kept]
     try:
         make_loss(kept, class_counts=class_counts)
-    except (TypeError, ValueError) as error:  # TypeError: class_weights="effective_number" where numbers are due
+    except (TypeError, ValueError) as error:  # a loss or a value of an option that this version lacks
         warnings.warn(f"The folder's loss {dict(saved)} is replaced by its head's default loss: {error}", stacklevel=4)
         return None
     if dropped:
