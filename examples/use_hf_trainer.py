@@ -54,9 +54,14 @@ with tempfile.TemporaryDirectory() as output_dir:
         compute_metrics=balanced_accuracy,
     )
     alignment = align_head(model, trainer.get_eval_dataloader(train), class_counts=data.class_counts)
-    print(f"aligned on {alignment.rows} rows; before training:", trainer.evaluate()["eval_balanced_accuracy"])
+    before = trainer.evaluate()["eval_balanced_accuracy"]
     trainer.train()
-    print("after training:", trainer.evaluate()["eval_balanced_accuracy"])
+    align_head(
+        model, trainer.get_eval_dataloader(train), class_counts=data.class_counts
+    )  # ETFTrainer: after each epoch
+    after = trainer.evaluate()["eval_balanced_accuracy"]
+    print(f"aligned on {alignment.rows} rows; balanced accuracy {before:.3f}, and {after:.3f} after training")
+    assert after > before, "training made it worse"
 
     trainer.save_model(f"{output_dir}/result")
     stock = AutoModelForImageClassification.from_pretrained(f"{output_dir}/result")  # knows nothing of etf_adapt

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from etf_adapt.heads.layers import ClassifierHead
@@ -103,6 +104,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """List the BatchNorm layers of a model that keep running statistics, without those inside its head."""
+    inside = {part for module in model.modules() if isinstance(module, ClassifierHead) for part in module.modules()}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module not in inside
+    ]
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etf_adapt.errors import check_choice
+from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.geometry.simplex import simplex_etf
 
 HEAD_KINDS = ("etf", "linear", "cosine", "paper")
@@ -22,6 +23,11 @@ class ClassifierHead(nn.Module):
     is_set_from_data = False  # of a kind that an alignment sets before the first step
     weight: Any  # parameters of nn.Linear and nn.Conv2d, whose declarations differ; a missing bias is None
     bias: Any
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether an alignment set it; not known of class vectors that were "loaded" or "changed"."""
+        return self.is_set_from_data and self.frame in FRAMES and self.frame != "random"
 
     def _describe(self, *, frame: str, trainable: bool) -> None:
         # Origin of the class vectors: one of geometry.closed_form.FRAMES, "initialised", "loaded" or "changed".

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
 from etf_adapt.geometry.simplex import reachable_cosine
-from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ClassifierHead, fold_head
 from etf_adapt.hub.send import carry_on_command, check_name_and_token, send_folder
 from etf_adapt.losses.registry import Loss, make_loss
@@ -56,6 +56,7 @@ class ETFModel(_Base):
     # `Trainer` then averages the loss over accumulated batches. True, which it would take from a `**kwargs` in the signature,
     # would multiply the gradients by their number.
     accepts_loss_kwargs = False
+    freeze_batch_norm = True  # while the head is aligned and fixed; False leaves its statistics to `train`
     processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
     _stock_class: type[PreTrainedModel]
     _loss: Loss | None = None
@@ -114,6 +115,17 @@ class ETFModel(_Base):
             )
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode; BatchNorm stays in evaluation mode under an aligned, fixed head (``freeze_batch_norm``)."""
+        super().train(mode)
+        heads = head_modules(self).values()
+        is_aligned = bool(heads) and all(head.is_aligned and head.is_fixed for head in heads)
+        if mode and is_aligned and self.freeze_batch_norm:
+            # Batch statistics differ from the running ones that the head was aligned under, and these move.
+            for norm in batch_norms(self):
+                norm.eval()
+        return self
 
     def set_calibration(self, logit_scale: float, prior_adjustment: Sequence[float] | None = None) -> None:
         r"""Fold a logit scale s and offsets a into the head in place of earlier ones: W <- s W, b <- s b + a.

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained; whether all are finite; its BatchNorm layers."""
+"""Which parameters of a model are trained, and whether all are finite; what happens to its BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.models.adapters import has_adapters
 from etf_adapt.models.weights import new_weights
@@ -71,16 +70,6 @@ def require_finite(model: nn.Module, *, step: int) -> None:
                 f"`{name}` is no longer finite after step {step}, and was not saved: lower `learning_rate`, set "
                 "`max_grad_norm`, or train in float32. The last checkpoint is good."
             )
-
-
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """List the BatchNorm layers of a model that keep running statistics, without those inside its head."""
-    inside = {part for module in model.modules() if isinstance(module, ClassifierHead) for part in module.modules()}
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module not in inside
-    ]
 
 
 def resolve_batch_norm(model: nn.Module, head: ClassifierHead, args: ETFTrainingArguments) -> str:

@@ -22,7 +22,7 @@ from etf_adapt.data.long_tail import labels_of, read_labels
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.data.text import EvenLengths, SimilarLengths, lengths_of
 from etf_adapt.heads.alignment import align_head
-from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.etf_model import ETFModel
@@ -35,7 +35,6 @@ from etf_adapt.training.evaluation import predict_rows, score_rows
 from etf_adapt.training.launch import set_threads
 from etf_adapt.training.messages import RunSetup, advise, describe_alignment, describe_run
 from etf_adapt.training.parameters import (
-    batch_norms,
     fix_parameters,
     require_finite,
     resolve_batch_norm,

@@ -24,6 +24,7 @@ from small_models import (
     is_text,
     llama,
     logits,
+    resnet,
     stock_bert,
     stock_vit,
     vit,
@@ -35,7 +36,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from etf_adapt.heads.in_model import head_modules
+from etf_adapt.heads.alignment import align_head
+from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ETFHead, LinearHead
 from etf_adapt.losses.dot_regression import margin_dot_regression_loss
 from etf_adapt.losses.registry import make_loss
@@ -554,3 +556,20 @@ def test_a_real_text_encoder_without_a_classifier_gets_one_and_comes_back(minilm
     found = logits(AutoModelForSequenceClassification.from_pretrained(tmp_path), inputs)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert again.processor.get_vocab() == model.processor.get_vocab()
+
+
+@pytest.mark.parametrize("head", ["etf", "linear"])
+def test_batch_norm_stays_as_it_was_aligned_under_in_any_loop(head):
+    model, inputs = resnet(head=head), batch("resnet")
+    norms = batch_norms(model.train())
+    assert norms and all(norm.training for norm in norms)  # a fresh head leaves them alone
+    if head == "etf":
+        align_head(model, [{**inputs, "labels": LABELS}])
+    before = [norm.running_mean.clone() for norm in norms]
+    model.train()(**inputs, labels=LABELS)
+    is_kept = all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert model.training and is_kept is (head == "etf")
+    model.freeze_batch_norm = False
+    model.train()(**inputs, labels=LABELS)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert not any(norm.training for norm in [*norms, model.eval()])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from etf_adapt.heads.in_model import batch_norms
 from etf_adapt.heads.layers import CosineHead, ETFHead, PaperHead
-from etf_adapt.training.parameters import batch_norms, fix_parameters, require_finite, set_head_learning_rate
+from etf_adapt.training.parameters import fix_parameters, require_finite, set_head_learning_rate
 
 
 class Net(nn.Module):

@@ -26,12 +26,12 @@ from transformers import (
 
 from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.load import load_data
+from etf_adapt.heads.in_model import batch_norms
 from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.auto import adapt
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.checkpoints import is_complete, list_checkpoints
 from etf_adapt.training.messages import describe_run
-from etf_adapt.training.parameters import batch_norms
 from etf_adapt.training.trainer import ETFTrainer
 
 
