@@ -30,8 +30,10 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next batch; return whether the C library is glibc."""
     # Not for texts, whose batches differ in size: that of the longest text takes many times what the others do.
     # On CPUs glibc otherwise maps the large tensors of each operation anew, and the system clears their pages. Results are the
-    # same; the peak of memory is held until the process ends. CPU seconds of an epoch at 64 px, one thread, medians of five
-    # alternating pairs (28 November 2026): mobilenetv2 6.6 with it, 7.6 without; vit_tiny 14.9 with it, 15.9 without.
+    # same; the peak of memory is held until the process ends. Seconds of a whole run with it 23, without 27, of CPU and of the
+    # clock alike (medians of five alternating pairs, one thread of two x86 cores, seed 0, 2026-11-28): recipes/finetune.py
+    # --model mobilenetv2_100.timm --dataset bccd_cells --image_size 64 --max_train_rows 800 --num_train_epochs 1
+    # --torch_threads 1 --evaluate_test false
     try:
         libc = ctypes.CDLL("libc.so.6")
         return all(libc.mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS.items())
