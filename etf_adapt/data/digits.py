@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from etf_adapt.data.splits import take_per_class
+from etf_adapt.sources.opening import Source, open_source
+
+DIGITS_IMBALANCE = 20.0  # 120 rows of the first class, 6 of the last, one of which goes to validation
+
+
+def open_data_set(dataset: str, **options: Any) -> Source:
+    """Open a data set by name: the embedded digits, or by ``open_source`` with its options."""
+    if dataset == "digits":
+        return Source("embedded", make_digits(), imbalance_factor=DIGITS_IMBALANCE, allow_flip=False)
+    return open_source(dataset, **options)
 
 
 def make_digits() -> dict[str, Dataset]:

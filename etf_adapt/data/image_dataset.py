@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
+from etf_adapt.errors import RowError
+
 KEPT_BYTES = 2**30  # most memory that one ``ImageDataset`` keeps tensors in
 
 
@@ -90,8 +92,8 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
             return dict(kept[row])
         try:
             values = self.dataset[row]
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise at a damaged file
-            raise ValueError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
+        except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
+            raise RowError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
         with _seeded(self.seed, draw.epoch, draw.place, row):
             pixel_values = self.transform(values["image"])
         found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
-from etf_adapt.data.columns import (
+from etf_adapt.data.digits import open_data_set
+from etf_adapt.data.long_tail import long_tailed_indices
+from etf_adapt.data.progress import ProgressLines
+from etf_adapt.data.splits import fewer_rows, validation_rows
+from etf_adapt.errors import DataError, quoted
+from etf_adapt.sources.columns import (
     Columns,
-    as_images,
-    check_images,
+    arrow_column,
     describe_columns,
     encode_labels,
     find_columns,
@@ -23,15 +28,13 @@ from etf_adapt.data.columns import (
     labels_are_hidden,
     match_labels,
 )
-from etf_adapt.data.long_tail import arrow_column, long_tailed_indices
-from etf_adapt.data.sources import Source, logger, open_source, quoted
-from etf_adapt.data.splits import fewer_rows, validation_rows
-from etf_adapt.errors import DataError
+from etf_adapt.sources.image_checks import as_images, check_images
+from etf_adapt.sources.opening import Source, logger
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A data set ready to train on: each split has the columns `input_column` and `label_column` alone."""
+    """A data set ready to train on: each split has the columns `input_column` and `label_column`, and "text_pair" for pairs."""
 
     train: Dataset
     validation: Dataset | None
@@ -54,7 +57,7 @@ def load_data(
     dataset: str,
     *,
     image_column: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     imbalance_factor: float | None = None,
     imbalance_profile: str = "exponential",
@@ -62,8 +65,10 @@ def load_data(
     validation_fraction: float = 0.1,
     validation_before_long_tail: bool = False,
     max_train_rows: int | None = None,
+    min_classes: int = 2,
     seed: int = 0,
     revision: str | None = None,
+    image_root: str | None = None,
 ) -> ClassificationData:
     """Load a data set for classification, check it, and bring it into one form; no image is decoded.
 
@@ -74,11 +79,11 @@ def load_data(
 
     Args:
         dataset: "digits" (embedded); a csv, tsv, json, jsonl or parquet file, or a pattern of such; a folder of such files, of
-            images (`<class>/...` or `<split>/<class>/...`, or with a `metadata` file) or from `save_to_disk`; or a Hub id, with
-            the configuration after a colon where there are several ("nyu-mll/glue:sst2"). A local path goes first; a local
-            folder named digits is `./digits`.
+            images (`<class>/...` or `<split>/<class>/...`, or with a table that names them) or from `save_to_disk`; or a Hub
+            id, with the configuration after a colon where there are several ("nyu-mll/glue:sst2"). A local path goes first; a
+            local folder named digits is `./digits`.
         image_column: Column of images, where it is not found by itself.
-        text_column: Column of texts, likewise.
+        text_column: Column of texts, likewise; or the two columns of pairs of texts, which are tokenized as pairs.
         label_column: Column of classes, likewise.
         imbalance_factor: Largest over smallest class count that train gets, at least 1; None is the data set's own
             default: 20 for "digits", all rows for any other.
@@ -88,8 +93,11 @@ def load_data(
         validation_before_long_tail: Cut the validation split before the long tail, with the same number of rows from
             each class, as benchmarks do; by default after it, as a user's own rows would be.
         max_train_rows: Training rows to keep at most, each class in its proportion.
+        min_classes: Classes that there are at least: two to train a classifier, one to add rows of to one.
         seed: Seed of every choice of rows, at least 0.
         revision: Branch, tag or commit of a Hub data set.
+        image_root: Folder of the images that a table names; by default that of the table. Names are looked for in folders
+            below it, too, and may lack their suffix.
 
     Returns:
         The splits and what is known of them.
@@ -109,12 +117,12 @@ def load_data(
     # Two rows stand for the data, so that a wrong option is known before anything is read.
     long_tailed_indices([0, 1], imbalance_factor=1 if imbalance_factor is None else imbalance_factor, **tail)
 
-    source = open_source(dataset, revision=revision)
+    source = open_data_set(dataset, revision=revision, image_root=image_root)
     columns = find_columns(
         source.splits["train"], image_column=image_column, text_column=text_column, label_column=label_column
     )
     splits = _visible_splits(source, columns)
-    labels, names = _read_all_labels(splits, columns)
+    labels, names = _read_all_labels(splits, columns, min_classes=min_classes)
     rows = {split: np.arange(len(values)) for split, values in labels.items()}
 
     def keep_train(chosen: np.ndarray) -> None:
@@ -149,7 +157,8 @@ def load_data(
         home = split if split in splits else "train"
         form = _in_one_form(splits[home], columns, labels[home], names, source.folder)
         if columns.task == "image":
-            check_images(form, rows=ids, split=home)
+            lines = ProgressLines(f"checking images of split {home}", len(ids))
+            check_images(form, rows=ids, split=home, report=lines.update)
         else:
             _check_texts(form, split=home)
         # In memory: `select` would otherwise write the row ids beside the data.
@@ -161,11 +170,13 @@ def load_data(
         "kind": source.kind,
         "revision": revision,
         "task": columns.task,
-        "columns": {"input": columns.input, "label": columns.label},
+        "columns": {name: getattr(columns, name) for name in ("input", "pair", "label", "left_out", "rules")},
         "num_classes": len(names),
         "label_names": names,
         "rows": {split: len(ids) for split, ids in rows.items()},
         "rows_in_source": {split: len(values) for split, values in labels.items()},
+        "files": {"number": len(source.files), "first": _short_names(source)},
+        "split_names": {split: str(rows.split) for split, rows in splits.items() if rows.split is not None},
         "class_counts": counts.tolist(),
         "imbalance_factor": float(counts.max() / counts.min()),
         "long_tail": None if imbalance_factor is None else {"imbalance_factor": float(imbalance_factor), **tail},
@@ -190,8 +201,8 @@ def load_data(
 def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
     splits = {}
     for split, dataset in source.splits.items():
-        for name in (columns.input, columns.label):
-            if name not in dataset.column_names:
+        for name in (columns.input, columns.pair, columns.label):
+            if name is not None and name not in dataset.column_names:
                 raise DataError(
                     f"Column `{name}` is missing in split {split}, which has {describe_columns(dataset)}: add it, or take "
                     "the split away."
@@ -203,10 +214,12 @@ def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
     return splits
 
 
-def _read_all_labels(splits: dict[str, Dataset], columns: Columns) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_all_labels(
+    splits: dict[str, Dataset], columns: Columns, *, min_classes: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read the labels of every split as indices to train's class names, and those names."""
     train, names = encode_labels(splits["train"], columns.label, split="train")
-    if len(names) < 2:
+    if len(names) < min_classes:
         raise DataError(
             f"Label column `{columns.label}` has {len(names)} class ({', '.join(names)}), but a classifier needs two: "
             "check the column."
@@ -239,20 +252,31 @@ def _warn_of_similar(names: list[str]) -> None:
 def _in_one_form(
     dataset: Dataset, columns: Columns, labels: np.ndarray, names: list[str], folder: Path | None
 ) -> Dataset:
-    """Reduce a split to the columns "image" or "text" and "label", the latter with train's names."""
-    dataset = dataset.select_columns([columns.input])
-    if columns.input != columns.task:
-        dataset = dataset.rename_column(columns.input, columns.task)
+    """Reduce a split to the columns "image", or "text" (and "text_pair"), and "label", the latter with train's names."""
+    new_names = {columns.input: columns.task} | ({columns.pair: "text_pair"} if columns.pair else {})
+    dataset = dataset.select_columns(list(new_names))
+    if any(old != new for old, new in new_names.items()):
+        dataset = dataset.rename_columns(new_names)
     if columns.task == "image":
         dataset = as_images(dataset, folder=folder)
     return dataset.add_column("label", labels, feature=ClassLabel(names=names))
 
 
 def _check_texts(dataset: Dataset, *, split: str) -> None:
-    texts = pc.utf8_trim_whitespace(arrow_column(dataset, "text"))
-    row = first_true(pc.equal(pc.fill_null(texts, ""), ""))
-    if row is not None:
-        raise DataError(f"Row {row} of split {split} has an empty text: fill it or remove the row.")
+    for name in set(dataset.column_names) - {"label"}:
+        texts = pc.fill_null(arrow_column(dataset, name), "")
+        row = first_true(pc.or_(pc.equal(texts, ""), pc.utf8_is_space(texts)))
+        if row is not None:
+            raise DataError(
+                f"Row {row} of split {split} has an empty {name.replace('_', ' ')}: fill it or remove the row."
+            )
+
+
+def _short_names(source: Source) -> list[str]:
+    """Return the names of the first files, from the data set's folder on."""
+    root = source.folder or Path()
+    names = [file.relative_to(root) if file.is_relative_to(root) else Path(file.name) for file in source.files[:10]]
+    return [name.as_posix() for name in names]
 
 
 def _sha256(rows: np.ndarray) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from etf_adapt.data.long_tail import seeded_generator
+from etf_adapt.data.progress import ProgressLines
 from etf_adapt.data.sampler import ClassBalancedSampler
 
 DEFAULT_MAX_LENGTH = 512
@@ -25,7 +26,8 @@ _REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
     """Tokenize a split once, to columns of the tokenizer, "length" (num_tokens) and "row_id"; later runs read the cache.
 
-    ``max_length`` counts the tokenizer's own tokens too; by default its own limit, and 512 where it has none.
+    A column "text_pair" makes pairs with "text"; of a pair that is too long the longer text is cut first. ``max_length`` counts
+    the tokenizer's own tokens too; by default its own limit, and 512 where it has none.
     """
     if max_length is None:
         own = tokenizer.model_max_length
@@ -33,19 +35,24 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) ->
     if max_length < 1:
         raise ValueError(f"`max_length` (={max_length}) must be at least 1: it counts tokens.")
 
+    names = [name for name in ("text", "text_pair") if name in dataset.column_names]
+
+    lines = ProgressLines("tokenizing texts", len(dataset))
+
     def encode(rows: dict[str, list[Any]], ids: list[int]) -> dict[str, list[Any]]:
-        encoded = dict(tokenizer(rows["text"], truncation=True, max_length=max_length))
+        encoded = dict(tokenizer(*(rows[name] for name in names), truncation=True, max_length=max_length))
+        lines.update(ids[-1] + 1)
         return encoded | {"length": [len(tokens) for tokens in encoded["input_ids"]], "row_id": ids}
 
     # Named here, because by default `datasets` writes beside the rows, which may lie in a folder of the user's.
-    fingerprint = Hasher.hash((dataset._fingerprint, tokenizer, max_length, "text"))
+    fingerprint = Hasher.hash((dataset._fingerprint, tokenizer, max_length, *names))
     cache = Path(datasets.config.HF_DATASETS_CACHE, "etf_adapt")
     cache.mkdir(parents=True, exist_ok=True)
     tokenized = dataset.map(
         encode,
         batched=True,
         with_indices=True,
-        remove_columns=["text"],
+        remove_columns=names,
         cache_file_name=str(cache / f"tokenized-{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
         desc="Tokenizing",

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from etf_adapt.data.image_dataset import ImageCollator, ImageDataset, RowDraw, RowDraws
 from etf_adapt.data.sampler import ClassBalancedSampler
+from etf_adapt.errors import RowError
 
 ORDER = [0, 1, 0, 2, 0, 3, 1, 0]
 
@@ -170,3 +171,12 @@ def test_a_damaged_image_is_named(tmp_path):
         ImageDataset(rows, one_number)[0]
     with pytest.raises(ValueError, match=r"row 1 .*gone\.png"):
         ImageDataset(rows, one_number)[1]
+
+
+def test_limits_of_pillow_in_decoding_are_one_line_with_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "large.png"
+    PILImage.new("L", (64, 64)).save(file)
+    rows = Dataset.from_dict({"image": [str(file)], "label": [0]}).cast_column("image", Image())
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 9)
+    with pytest.raises(RowError, match=r"row 0 .*large\.png.* cannot be decoded: Image size"):
+        ImageDataset(rows, one_number)[0]

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets.table import InMemoryTable
 from PIL import Image as PILImage
 
+from etf_adapt.data import load
 from etf_adapt.data.load import load_data
+from etf_adapt.data.long_tail import class_counts
 from etf_adapt.errors import DataError
+from etf_adapt.sources import tables
+from etf_adapt.sources.opening import Source
 
 TEXTS = {
     "train": [("a cat", "cat"), ("a dog", "dog"), ("an eel", "eel")] * 20,
@@ -261,8 +267,54 @@ def test_the_description_tells_what_was_done(tmp_path):
         "class_order": "label",
         "seed": 3,
     }
-    assert description["columns"] == {"input": "text", "label": "label"}
+    taken = {"input": "text", "pair": None, "label": "label", "left_out": (), "rules": ()}
+    assert description["columns"] == taken and description["files"] == {"number": 0, "first": []}
     assert set(description["row_ids_sha256"]) == {"train", "validation"}
+
+
+# -- pairs and size
+
+
+def test_a_pair_is_read_as_two_texts(tmp_path):
+    lines = [f"{row}\tquestion {row}\tanswer {row}\t{'ab'[row % 2]}" for row in range(20)]
+    (tmp_path / "train.tsv").write_text("\n".join(["id\tquestion\tsentence\tlabel", *lines]))
+    data = load_data(str(tmp_path), text_column=("sentence", "question"), validation_fraction=0.2)
+    assert data.train.column_names == data.validation.column_names == ["text", "text_pair", "label"]
+    pairs = [(row["text"].split(), row["text_pair"].split()) for row in data.train]
+    assert all((a, b, n) == ("answer", "question", m) for (a, n), (b, m) in pairs)
+    assert (data.task, data.input_column, data.description["columns"]["pair"]) == ("text", "text", "question")
+    (tmp_path / "test.tsv").write_text("question\tsentence\tlabel\n \tx\ta\n")
+    with pytest.raises(DataError, match="Row 0 of split test has an empty text pair"):
+        load_data(str(tmp_path), text_column=["sentence", "question"])
+    (tmp_path / "test.tsv").write_text("sentence\tlabel\nx\ta\n")
+    with pytest.raises(DataError, match="Column `question` is missing in split test"):
+        load_data(str(tmp_path), text_column=["sentence", "question"])
+
+
+def large_table(label):
+    """Make a table of more than 2 GiB of text, which repeats a buffer of 16 MiB."""
+    texts = pa.array([f"{row} {'x' * 2**20}" for row in range(16)])
+    chunks = 2**31 // texts.nbytes + 2
+    labels = pa.array([label(row) for row in range(16)])
+    return pa.table({"text": pa.chunked_array([texts] * chunks), "label": pa.chunked_array([labels] * chunks)})
+
+
+def test_no_step_joins_the_texts_of_a_split(monkeypatch):
+    monkeypatch.setattr(load, "open_data_set", lambda *_, **__: Source("files", {"train": rows, "test": rows}))
+    rows = Dataset(InMemoryTable(large_table(lambda row: f"{row % 4}{'y' * 2**20}")), fingerprint="large")
+    assert rows.data.nbytes > 2**32
+    data = load_data("large", imbalance_factor=10, max_train_rows=500)
+    assert data.train.num_rows == 500 and data.test.num_rows == rows.num_rows and len(data.label_names) == 4
+    assert data.train[499]["text"].endswith("xx")
+    shuffled = rows.shuffle(seed=0, keep_in_memory=True)
+    with pytest.raises(ValueError, match="`text` holds text"):
+        class_counts(shuffled, label_column="text")
+
+
+def test_a_file_of_more_than_2_gib_is_opened(tmp_path, monkeypatch):
+    (tmp_path / "train.csv").write_text("stands for the file")
+    monkeypatch.setattr(tables, "_read_csv", lambda _: large_table(lambda row: row % 4))
+    assert tables.read_tables([tmp_path / "train.csv"]).data.nbytes > 2**31
 
 
 # -- bad input
@@ -394,7 +446,7 @@ def test_paths_that_hold_no_data_set(tmp_path):
         ("notes.txt", DataError, r"\.txt .*\.csv"),
         ("broken.parquet", DataError, r"broken\.parquet` cannot be read"),
         ("saved", DataError, "saved` cannot be read"),
-        ("pictures", DataError, "pictures` cannot be read"),
+        ("pictures", DataError, "1 class"),
         ("rows.csv", DataError, "has no rows|cannot be read"),
     ]:
         with pytest.raises(error, match=message):

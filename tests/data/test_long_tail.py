@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torchvision
@@ -11,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from torch.utils.data import ConcatDataset, Subset, random_split
 
 from etf_adapt.data.long_tail import (
+    arrow_column,
     check_labels,
     class_counts,
     labels_of,
@@ -237,6 +239,7 @@ class TestLabelsOf:
         subset = Subset(Transformed(self.rows), [3, 3, 0])
         yield self.rows, [1, 0, 1, 2, 2, 0]
         yield self.rows.select([5, 3]), [0, 2]
+        yield self.rows.with_transform(lambda rows: {"labels": rows["label"]}), [1, 0, 1, 2, 2, 0]
         yield Transformed(self.rows), [1, 0, 1, 2, 2, 0]
         yield Subset(self.rows, torch.tensor([4, 1])), [2, 0]
         yield subset, [2, 2, 1]
@@ -262,11 +265,23 @@ class TestLabelsOf:
 
         changed = torchvision.datasets.FakeData(size=6, target_transform=lambda label: 0)
         changed.targets = [0, 1, 2, 0, 1, 2]
+        wrapped, longer = Half(), torchvision.datasets.FakeData(size=2)
+        wrapped.target_transform, longer.targets = (lambda label: 0), changed.targets
         for dataset, words in (
             (Half(), "of 3 rows are unknown: it holds a data set of 6 rows"),
-            (changed, "FakeData are unknown: it has no column `label` and no `targets`. Pass `labels`"),
+            (changed, "FakeData with a `target_transform` are unknown. Pass `labels`"),
+            (wrapped, "Half with a `target_transform`"),
+            (longer, "FakeData are unknown"),
+            (self.rows.with_transform(lambda rows: {"labels": [1 - x for x in rows["label"]]}), "row 1: 0 to 1"),
             ([1, 2], "list are unknown"),
             (Dataset.from_dict({"kind": [0]}), "no column `label`"),
         ):
             with pytest.raises(ValueError, match=words):
                 labels_of(dataset)
+
+
+def test_selected_text_has_offsets_for_more_than_2_gib():
+    rows = Dataset.from_dict({"name": ["b", "a", None, "c"]})
+    selected = arrow_column(rows.select([3, 0, 2], keep_in_memory=True), "name")
+    assert selected.type == pa.large_string() and selected.to_pylist() == ["c", "b", None]
+    assert arrow_column(rows, "name").to_pylist() == rows["name"][:]

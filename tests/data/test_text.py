@@ -44,6 +44,12 @@ def test_tokens_lengths_and_row_numbers(rows):
     assert "text" not in tokenized.column_names
 
 
+def test_a_long_tokenization_says_how_far_it_is(rows, monkeypatch, capsys):
+    monkeypatch.setattr("etf_adapt.data.progress.FIRST_SECONDS", 0.0)
+    tokenize(rows, make_tokenizer())
+    assert "tokenizing texts: 4 of 4, 0 s" in capsys.readouterr().err
+
+
 def test_row_numbers_are_those_of_the_rows_given(rows):
     assert tokenize(rows.select([3, 1]), make_tokenizer())["row_id"][:] == [0, 1]
 
@@ -114,6 +120,24 @@ def test_a_text_without_tokens_is_named(rows):
     blank = Dataset.from_dict({"text": ["one", "\u2003"], "label": [0, 1]})
     with pytest.raises(ValueError, match="Row 1"):
         tokenize(blank, tokenizer)
+
+
+def test_a_pair_is_encoded_as_the_tokenizer_encodes_one(minilm):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    first, second = ["how are you " * 4, "fine"], ["and you", "I am well, thank you, but for the rain " * 3]
+    rows = Dataset.from_dict({"text": first, "text_pair": second, "label": [0, 1]})
+    for length in (None, 12):
+        tokenized = tokenize(rows, tokenizer, length)
+        batch = TextCollator(tokenizer)([tokenized[0], tokenized[1]])
+        direct = tokenizer(
+            first, second, padding=True, truncation="longest_first", max_length=length, return_tensors="pt"
+        )
+        assert all(torch.equal(batch[name], direct[name]) for name in direct)
+        assert batch["token_type_ids"].sum(1).bool().all()  # none of the two texts is cut away
+        assert tokenized["length"][:] == direct["attention_mask"].sum(1).tolist()
+    assert not {"text", "text_pair"} & set(tokenized.column_names)
 
 
 def test_real_tokenizer(minilm):

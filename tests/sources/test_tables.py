@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 
+import pandas
 import pytest
 
 from etf_adapt.data.load import load_data
-from etf_adapt.data.tables import read_tables
 from etf_adapt.errors import DataError
+from etf_adapt.sources import tables
+from etf_adapt.sources.tables import read_tables
 
 
 def write(path, *lines, encoding="utf-8"):
@@ -135,3 +138,116 @@ def test_class_names_that_look_alike_stay_apart_with_a_warning(tmp_path, caplog)
     file = labelled(tmp_path / "train.csv", ["Cat", "cat ", "dog", "ﬁsh", "fish"] * 9)
     assert len(load_data(str(file), validation_fraction=0).label_names) == 5
     assert [record.message.split(": ")[1] for record in caplog.records] == ["'Cat', 'cat '", "'fish', 'ﬁsh'"]
+
+
+# -- csv as others write it
+
+
+def test_a_csv_separated_by_semicolons_or_tabs_is_told_by_its_header(tmp_path):
+    for mark in ";\t":
+        file = write(
+            tmp_path / "rows.csv", f"text{mark}label", f'"one, two{mark}"{mark}1,5', f"x{mark}a", encoding="utf-8-sig"
+        )
+        assert read_tables([file]).to_list() == [
+            {"text": f"one, two{mark}", "label": "1,5"},
+            {"text": "x", "label": "a"},
+        ]
+
+
+def test_empty_files_are_named_and_files_without_rows_are_none(tmp_path):
+    empty, header = write(tmp_path / "train-0.csv"), write(tmp_path / "train-1.csv", "text,label")
+    rows = labelled(tmp_path / "train-2.csv", ["1", "0"])
+    for files in ([empty, rows], [rows, empty], [empty]):
+        with pytest.raises(DataError, match=r"train-0.csv` is empty: remove it"):
+            read_tables(files)
+    assert read_tables([header, rows])["label"][:] == [1, 0]  # integers, though one file has none
+
+
+# -- json
+
+
+def lines_of(path, rows):
+    return write(path, *map(json.dumps, rows))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([*[0, 1] * 6_000, "007"], ["0", "007", "1"]),  # the last row alone is no number
+        (["007", *[0, 1] * 6_000], ["0", "007", "1"]),  # the first alone
+        ([1, "1", True, "x"], ["1", "true", "x"]),
+        ([10, 9, 9, 10], ["9", "10"]),
+        ([True, False, False], ["False", "True"]),
+        (["2020-01-01", "2021-01-01T00:00:00"], ["2020-01-01", "2021-01-01T00:00:00"]),
+        ([2**70, 5, 5], ["1180591620717411303424", "5"]),
+    ],
+)
+def test_json_labels_are_of_one_type_in_the_whole_file_as_they_are_written(labels, names, tmp_path):
+    rows = [{"text": f"text {row}", "label": label} for row, label in enumerate([*labels, *labels])]
+    for suffix in ("jsonl", "json"):
+        file = tmp_path / f"rows.{suffix}"
+        lines_of(file, rows) if suffix == "jsonl" else file.write_text(json.dumps(rows, indent=1))
+        data = load_data(str(file), validation_fraction=0)
+        assert data.label_names == names and data.train.num_rows == len(rows)
+        written = [label if isinstance(label, str) else json.dumps(label) for label in labels]
+        assert [names[label].lower() for label in data.train["label"]] == [*map(str.lower, written)] * 2
+
+
+def test_json_rows_may_lack_a_name_and_parts_may_differ_in_type(tmp_path):
+    files = [lines_of(tmp_path / "train-0.jsonl", [{"text": "a", "label": 1}, {"text": "b"}])]
+    files.append(lines_of(tmp_path / "train-1.jsonl", [{"label": "x", "more": [1]}]))
+    rows = [{"text": "a", "label": "1", "more": None}, {"text": "b", "label": None, "more": None}]
+    assert read_tables(files).to_list() == [*rows, {"text": None, "label": "x", "more": [1]}]
+
+
+def test_json_as_pandas_writes_it(tmp_path):
+    rows = pandas.DataFrame({"text": ["a", "b"], "label": ["x", "y"]})
+    for orient in ("columns", "records"):
+        rows.to_json(tmp_path / f"{orient}.json", orient=orient)
+    (tmp_path / "list.json").write_text(json.dumps(rows.to_dict("list"), indent=2))
+    for name in ("columns", "records", "list"):
+        assert read_tables([tmp_path / f"{name}.json"]).to_list() == rows.to_dict("records")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', "cannot be read: .* on line 3"),
+        ('[{"text": "a"},\n {"text": "b"\n', "cannot be read: .* on line 3"),
+        ('{"text": "a"}\n["b"]\n', r"line 2 holds \[\"b\"\], and must hold an object"),
+        ('["a", "b"]', 'row 0 holds "a", and must hold an object'),
+        ('{"version": 1, "data": []}\n{', "cannot be read"),
+        ('{"version": 1,\n "data": []}', "holds no table"),
+        ('"text"', "holds no table"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_json_file_that_does_not_fit_is_an_error_with_file_and_line(text, words, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=f"rows.json`.*{words}"):
+        load_data(str(tmp_path / "rows.json"))
+
+
+def test_tables_of_the_same_content_are_the_same_to_the_cache_and_others_are_not(tmp_path):
+    files = [
+        labelled(tmp_path / name, labels) for name, labels in (("a.csv", "xyz"), ("b.csv", "xyz"), ("c.csv", "xyx"))
+    ]
+    first, second, third = (read_tables([file])._fingerprint for file in files)
+    assert first == second != third
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_stream_holds_the_cells_of_the_whole_table_and_reads_as_it_goes(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 10)
+    file, separator = tmp_path / name, "," if name == "t.csv" else "\t"
+    file.write_text(
+        separator.join(("id", "text")) + "\n" + "".join(f"{id:03}{separator}row {id}\n" for id in range(35))
+    )
+    head, rows = tables.stream_table(file)
+    assert head.column_names == ["id", "text"] and head.num_rows == 10
+    assert list(rows) == read_tables([file]).to_list()
+    file.write_text(separator.join(("id", "text")) + "\n" + f"1{separator}a\n" * 40 + "2\n")
+    _, rows = tables.stream_table(file)
+    assert [next(rows)["id"] for _ in range(40)] == ["1"] * 40
+    with pytest.raises(DataError, match="the row on line 42 has 1 fields"):
+        next(rows)

@@ -1,4 +1,4 @@
-"""Opening a data set by its name: the embedded digits, files, folders and Hub data sets, as raw splits."""
+"""Opening a data set by its name: files, folders and Hub data sets, as raw splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,14 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from etf_adapt.data.digits import make_digits
-from etf_adapt.data.tables import read_tables
-from etf_adapt.errors import DataError, nearest_names
+from etf_adapt.errors import DataError, nearest_names, quoted
+from etf_adapt.sources.folders import BUILDERS, SPLIT_WORDS, class_folders, list_files, require_one_set, split_of
+from etf_adapt.sources.image_names import ImageNames, read_image_names
+from etf_adapt.sources.tables import read_tables
 
 logger = logging.getLogger(__name__)
 
-DIGITS_IMBALANCE = 20.0  # 120 rows of the first class, 6 of the last, one of which goes to validation
-
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls a table of images
 
 
 @dataclass(frozen=True)
@@ -39,29 +32,34 @@ class Source:
     kind: str  # "embedded", "image folder", "files", "saved folder" or "Hub"
     splits: dict[str, Dataset]
     folder: Path | None = None  # where relative image paths in a column start
+    files: tuple[Path, ...] = ()  # tables that were read
     imbalance_factor: float | None = None  # the long tail by default
     allow_flip: bool = True  # whether a mirrored image still shows its class
 
 
-def open_source(dataset: str, *, revision: str | None = None) -> Source:
+def open_source(
+    dataset: str, *, revision: str | None = None, image_root: str | None = None, needs_train: bool = True
+) -> Source:
     """Open a data set by name or path, as `load_data` describes them; splits are "train", "validation" and "test"."""
-    if dataset == "digits":
-        return Source("embedded", make_digits(), imbalance_factor=DIGITS_IMBALANCE, allow_flip=False)
+    root = None if image_root is None else Path(image_root).expanduser().absolute()
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"`image_root` (={image_root}) is no folder{_neighbour(root)}; give an existing one.")
     path = Path(dataset).expanduser().absolute()
     if path.is_dir():
-        source = _open_folder(path)
+        source = _open_folder(path, root)
     elif path.is_file():
-        source = _open_files([path], path.parent)
+        source = _open_files([path], path.parent, ImageNames(path.parent, root), are_chosen=True)
     elif glob.has_magic(dataset):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not matches:
             raise FileNotFoundError(f"`dataset` (={dataset}) matches no file.")
-        source = _open_files(matches, Path(os.path.commonpath([match.parent for match in matches])))
+        folder = Path(os.path.commonpath([match.parent for match in matches]))
+        source = _open_files(matches, folder, ImageNames(folder, root), are_chosen=True)
     elif _looks_like_a_path(dataset):
         raise FileNotFoundError(f"`dataset` (={dataset}) does not exist{_neighbour(path)}; give an existing path.")
     else:
-        source = _open_hub(dataset, revision)
-    if "train" not in source.splits:
+        source = _open_hub(dataset, revision, root)
+    if needs_train and "train" not in source.splits:
         raise DataError(f"`dataset` (={dataset}) has no train split: it holds {quoted(source.splits)}.")
     for split, rows in source.splits.items():
         if not rows.num_rows:
@@ -69,66 +67,56 @@ def open_source(dataset: str, *, revision: str | None = None) -> Source:
     return source
 
 
-def _open_folder(path: Path) -> Source:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return Source("saved folder", _by_split(_read(datasets.load_from_disk, str(path), named=path)), path)
-    files = _walk(path)
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    tables = [file for file in files if file.suffix.lower() in BUILDERS]
-    if images and any(file.stem == "metadata" for file in tables):
-        loaded = _read(datasets.load_dataset, "imagefolder", named=path, data_dir=str(path))
-        return Source("image folder", _by_split(loaded), path)
-    if images:
-        splits, stray = _class_folders(path, images)
-        if stray and not tables:
+def _open_folder(path: Path, image_root: Path | None) -> Source:
+    if is_saved_data_set(path):
+        splits = _by_split(_read(datasets.load_from_disk, str(path), named=path))
+        return Source("saved folder", splits, image_root or path)
+    listing = list_files(path)
+    listing.warn(path)
+    names = ImageNames(path, image_root, listing.images)
+    metadata = [file for file in listing.tables if file.name in _METADATA]
+    if listing.images and not metadata and image_root is None:
+        splits, stray = class_folders(path, listing)
+        if stray and not listing.tables:
             raise DataError(
                 f"Image `{stray[0]}` lies in no class folder: an image folder is <class>/..., <split>/<class>/..., or "
-                "has a metadata.csv with a label column."
+                "has a table with the names and labels of the images."
             )
-        if not stray and (len(splits["train"]) > 1 or not tables):
+        if not stray and (len(splits["train"]) > 1 or not listing.tables):
+            _require_no_rival(path, listing.tables, names)
             return Source("image folder", {name: _image_rows(classes) for name, classes in splits.items()}, path)
-    if not tables:
+    if not listing.tables:
         raise DataError(
             f"`dataset` (={path}) holds neither images nor {', '.join(BUILDERS)} files, and no `save_to_disk` data set."
         )
-    return _open_files(tables, path)
+    if not (metadata and listing.images):
+        return _open_files(listing.tables, path, names, are_chosen=False)
+    source = _open_files(metadata, path, names, are_chosen=True)
+    if not any(isinstance(kind, Image) for rows in source.splits.values() for kind in rows.features.values()):
+        raise DataError(f"`{metadata[0]}` names no image below {path}: add a column file_name, or move it away.")
+    return source
 
 
-def _walk(root: Path) -> list[Path]:
-    """List the files below a folder in order, hidden ones and what archivers leave excepted."""
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        files += [Path(folder, name) for name in sorted(names) if not _is_hidden(name)]
-    return files
+def is_saved_data_set(folder: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk`."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _class_folders(root: Path, images: Sequence[Path]) -> tuple[dict[str, dict[str, list[Path]]], list[Path]]:
-    """Group images as {split: {class: files}} by the folders that they lie in, and list those in no class folder."""
-    # `datasets`' own image folder loses the labels where one class is alone and adds a class that only test has to train's
-    # names (5.2); here the first folder, below the split's, is the class, everywhere.
-    by_name = {folder.name: _split_of(folder.name) for folder in root.iterdir() if folder.is_dir()}
-    split_folders = {name: split for name, split in by_name.items() if split}
-    if "train" not in split_folders.values():
-        split_folders = {}
-    splits: dict[str, dict[str, list[Path]]] = {}
-    for name in split_folders or [""]:
-        classes = [child.name for child in (root / name).iterdir() if child.is_dir() and not _is_hidden(child.name)]
-        splits.setdefault(split_folders.get(name, "train"), {}).update({label: [] for label in classes})
-    stray: list[Path] = []
-    for file in images:
-        split, parts = "train", file.relative_to(root).parts
-        if split_folders:
-            split, parts = split_folders.get(parts[0], ""), parts[1:]
-        if split and len(parts) > 1:
-            splits[split][parts[0]].append(file)
-        else:
-            stray.append(file)
-    return splits, stray
+def _require_no_rival(path: Path, tables: Sequence[Path], names: ImageNames) -> None:
+    """Refuse class folders beside a table that names their images or is of a split: either may hold the classes."""
+    for table in tables:
+        try:
+            rows = _read_tables([table], "train")
+            names_images = read_image_names(rows, names, near=table.parent, split="train").features != rows.features
+        except DataError:  # no table of rows, such as a file of settings
+            names_images = False
+        if names_images or split_of(table.stem):
+            raise DataError(
+                f"`dataset` (={path}) holds class folders, and a table that may hold the classes, {table.name}: give the table "
+                f"as `dataset`, {table} (its images are found below it, or below `image_root`), or move it away."
+            )
+    if tables:
+        logger.warning("Not read, because the class folders are: %s", quoted(tables))
 
 
 def _image_rows(classes: Mapping[str, Sequence[Path]]) -> Dataset:
@@ -142,19 +130,32 @@ def _image_rows(classes: Mapping[str, Sequence[Path]]) -> Dataset:
     )
 
 
-def _open_files(files: Sequence[Path], folder: Path) -> Source:
+def _open_files(files: Sequence[Path], folder: Path, names: ImageNames, *, are_chosen: bool) -> Source:
     """Read tables, each split by its own files: a column may be missing or differ in type elsewhere."""
     by_split: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
     for file in files:
-        split = _split_of(file.stem) or next(filter(None, map(_split_of, file.relative_to(folder).parts[:-1])), None)
+        split = split_of(file.stem) or next(filter(None, map(split_of, file.relative_to(folder).parts[:-1])), None)
         by_split.setdefault(split, []).append(file) if split else unnamed.append(file)
     if len(files) == 1 or not by_split:
         by_split, unnamed = {"train": list(files)}, []
     if unnamed:
         logger.warning("Not read, because their names are of no split: %s", ", ".join(map(str, unnamed)))
-    splits = {split: _read_tables(by_split[split], split) for split in SPLIT_WORDS if split in by_split}
-    return Source("files", splits, folder)
+    splits = {}
+    for split in filter(by_split.get, SPLIT_WORDS):
+        if not are_chosen:
+            require_one_set(by_split[split], split)
+        splits[split] = _read_split(by_split[split], split, names)
+    return Source("files", splits, names.root, files=tuple(file for group in by_split.values() for file in group))
+
+
+def _read_split(files: Sequence[Path], split: str, names: ImageNames) -> Dataset:
+    folders = sorted({file.parent for file in files})
+    if len(folders) > 1 and all(file.stem == "metadata" for file in files):  # each names the images beside it
+        groups = [[file for file in files if file.parent == folder] for folder in folders]
+        return datasets.concatenate_datasets([_read_split(group, split, names) for group in groups])
+    rows = _read_tables(files, split)
+    return read_image_names(rows, names, near=Path(os.path.commonpath(folders)), split=split)
 
 
 def _read_tables(files: Sequence[Path], split: str) -> Dataset:
@@ -164,10 +165,10 @@ def _read_tables(files: Sequence[Path], split: str) -> Dataset:
             f"File type {' and '.join(suffixes)} of {quoted(file.name for file in files)} cannot be read: "
             f"give files of one type among {', '.join(BUILDERS)}."
         )
-    if BUILDERS[suffixes[0]] == "csv":
+    if BUILDERS[suffixes[0]] != "parquet":
         return read_tables(files)
     named = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    options = {"data_files": {split: [str(file) for file in files]}, "split": split}
+    options = {"data_files": {split: [glob.escape(str(file)) for file in files]}, "split": split}
     return _read(datasets.load_dataset, BUILDERS[suffixes[0]], named=named, **options)
 
 
@@ -180,7 +181,7 @@ def _read(reader: Callable[..., Any], *arguments: str, named: object, **options:
         raise DataError(f"`{named}` cannot be read: {_first_line(cause)}. Mend or replace it.") from error
 
 
-def _open_hub(dataset: str, revision: str | None) -> Source:
+def _open_hub(dataset: str, revision: str | None, image_root: Path | None) -> Source:
     match = re.fullmatch(r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?::(?P<configuration>[\w.+-]+))?", dataset)
     if not match:
         raise DataError(f"`dataset` (={dataset}) is neither an existing path nor a Hub id such as `owner/name`.")
@@ -197,7 +198,7 @@ def _open_hub(dataset: str, revision: str | None) -> Source:
             f"`dataset` (={dataset}) is no local path and not in the cache, and {datasets.config.HF_ENDPOINT} cannot "
             "be reached: give a local folder or file, load it once while online, or use `digits`."
         ) from error
-    return Source("Hub", _by_split(loaded))
+    return Source("Hub", _by_split(loaded), image_root)
 
 
 def _hub_is_reachable(timeout: float = 3.0) -> bool:
@@ -241,12 +242,6 @@ def _by_split(loaded: Dataset | DatasetDict) -> dict[str, Dataset]:
     return splits
 
 
-def _split_of(name: str) -> str | None:
-    """Return the split that a file's or folder's name stands for: "train-00000-of-00001" is train, "trains" is none."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, known in SPLIT_WORDS.items() if any(word in words for word in known)), None)
-
-
 def _looks_like_a_path(dataset: str) -> bool:
     path = Path(dataset)
     return (
@@ -265,9 +260,3 @@ def _neighbour(path: Path) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def quoted(names: Iterable[object]) -> str:
-    """Return the first ten names for a message."""
-    shown = [f"`{name}`" for name in names]
-    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")

@@ -1,0 +1,84 @@
+"""Batches as people have them: mappings, pairs of a torchvision loader, or the rows of a data set and a collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from etf_adapt.data.long_tail import check_labels, labels_of
+from etf_adapt.errors import DataError
+
+_ROWS = 64  # of a batch that is made here
+_BESIDE = ("label", "labels", "row_id")  # columns that are no input of a model
+
+
+class Batch(NamedTuple):
+    """The parts of a batch."""
+
+    inputs: Any  # keyword arguments of the model, or its first argument
+    labels: Tensor  # (batch,), on the CPU
+    row_ids: Tensor | None  # (batch,), on the CPU
+
+
+def as_batches(data: Any, inputs: Collection[str], collator: Callable[[list[Any]], Any] | None = None) -> Iterable[Any]:
+    """Return batches as they are, and rows of a data set in batches, put together by a collator, else by torch's.
+
+    ``inputs`` are the names of the model's inputs, the columns that torch's collator is given.
+    """
+    is_rows = hasattr(data, "__getitem__") and not isinstance(data, Sequence)
+    if collator is None and not is_rows:
+        return data
+    return DataLoader(data, batch_size=_ROWS, collate_fn=collator or partial(_collate, inputs=inputs))
+
+
+def _collate(rows: list[Any], inputs: Collection[str]) -> Any:
+    if isinstance(rows[0], Mapping):
+        if not set(inputs) & rows[0].keys():
+            raise DataError(
+                f"`data` has columns {[*rows[0]]}, none of them an input of the model ({', '.join(inputs)})."
+            )
+        kept = [name for name in rows[0] if name in inputs or name in _BESIDE]
+        rows = [{name: torch.as_tensor(row[name]) for name in kept} for row in rows]
+    try:
+        return default_collate(rows)
+    except (TypeError, RuntimeError) as error:  # pictures, texts of several lengths
+        raise DataError(
+            f"The rows of `data` cannot be put together as they are ({error}): give a `collator`, such as transformers' "
+            "DataCollatorWithPadding."
+        ) from error
+
+
+def split_batch(batch: Any) -> Batch:
+    """Split a mapping with ``labels`` or ``label``, and maybe ``row_id``, or a pair (inputs, labels)."""
+    inputs, labels, row_ids = batch, None, None
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        labels = inputs.pop("label", None)
+        labels = inputs.pop("labels", labels)
+        row_ids = inputs.pop("row_id", None)
+    elif isinstance(batch, (list, tuple)) and len(batch) == 2:
+        inputs, labels = batch
+    labels = None if labels is None else torch.as_tensor(labels).cpu()
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        has = f"shape {tuple(labels.shape)}" if labels is not None else f"no labels ({type(batch).__name__})"
+        raise DataError(
+            f"A batch of `data` has {has}: it must be a mapping with `labels`, or a pair (inputs, labels), with a class "
+            "index for each row (batch,). Of rows give a data set, or a `collator`."
+        )
+    return Batch(inputs, labels, None if row_ids is None else torch.as_tensor(row_ids).cpu())
+
+
+def read_counts(class_counts: Any, num_classes: int) -> NDArray[np.int64]:
+    """Return the rows of each class: ``num_classes`` numbers as they are, else counted in labels or a data set."""
+    is_plain = isinstance(class_counts, (Sequence, np.ndarray, Tensor))
+    if is_plain and len(class_counts) == num_classes:
+        return np.asarray(class_counts)
+    labels = class_counts if is_plain else labels_of(class_counts)
+    return np.bincount(check_labels(labels, name="class_counts", num_classes=num_classes), minlength=num_classes)

@@ -1,0 +1,211 @@
+"""Images or texts to classify, of any source and without labels, as a stream; and their batches.
+
+Nothing here holds more than one batch of images or one window of texts, whatever the number of inputs.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import Tensor, stack
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from etf_adapt.data.digits import open_data_set
+from etf_adapt.errors import DataError, check_choice
+from etf_adapt.sources.columns import find_input
+from etf_adapt.sources.folders import BUILDERS, is_hidden, is_image
+from etf_adapt.sources.image_checks import as_images
+from etf_adapt.sources.opening import is_saved_data_set, logger
+from etf_adapt.sources.tables import stream_table
+
+WINDOW_BATCHES = 32  # of texts that are read ahead, so that a batch holds texts of similar length
+
+
+@dataclass(frozen=True)
+class Input:
+    """One image or text: its number, from 0, and its name: of an image its file, of a text the text itself."""
+
+    row: int
+    name: str
+
+    def describe(self) -> str:
+        """Return which input this is, for a message."""
+        return f"Input {self.row}" + (f" (`{self.name[:200]}`)" if self.name else "")
+
+    def unreadable(self, reason: str, *, ways: str = "") -> DataError:
+        """Return the error that this input cannot be read."""
+        return DataError(f"{self.describe()} cannot be read: {reason}. Replace it or take it out{ways}.")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as the model takes it, and inputs that cannot be read, each with the reason."""
+
+    inputs: list[Input]
+    tensors: dict[str, Tensor]
+    bad: list[tuple[Input, str]] = field(default_factory=list)
+
+
+def open_inputs(
+    source: Any, *, task: str, split: str | None = None, column: str | None = None, revision: str | None = None
+) -> Iterable[Any]:
+    """Open what a model is to classify: images ("image") or texts ("text"); ``source`` as ``inputs`` of `predict`.
+
+    Images are of PIL, paths, or stored as `datasets` stores them.
+    """
+    if isinstance(source, Dataset):
+        return column_of(source, task, column=column)
+    if not isinstance(source, (str, Path)):
+        return source
+    path = Path(source).expanduser()
+    kind = BUILDERS.get(path.suffix.lower())
+    if split is None and task == "image":
+        if path.is_dir() and not is_saved_data_set(path) and next(iter(ImageFolder(path)), None) is not None:
+            return ImageFolder(path)
+        if path.is_file() and kind is None:
+            return [path]
+    elif split is None:
+        if str(source) == "-" or (path.is_file() and path.suffix.lower() == ".txt"):
+            return _lines(str(source))
+        if path.is_file() and kind == "csv":
+            head, rows = stream_table(path)
+            name = find_input(head, task, column=column)
+            return (row[name] for row in rows)
+    if str(source) == "-":
+        raise DataError("`inputs` (='-') are texts of the standard input, without splits, and need a model of texts.")
+    found = open_data_set(str(source), revision=revision, needs_train=False)
+    chosen = choose_split(found.splits, split, dataset=str(source))
+    return column_of(found.splits[chosen], task, column=column, folder=found.folder)
+
+
+def choose_split(splits: Mapping[str, Dataset], asked: str | None, *, dataset: str) -> str:
+    """Return the split that was asked for; by default test, else validation, else train, and say so."""
+    if asked is not None:
+        check_choice("split", asked, splits)
+        return asked
+    chosen = next(split for split in ("test", "validation", "train") if split in splits)
+    if len(splits) > 1:
+        logger.warning("Split %s of %s is read; it has %s.", chosen, dataset, ", ".join(splits))
+    return chosen
+
+
+def column_of(dataset: Dataset, task: str, *, column: str | None, folder: Path | None = None) -> Iterable[Any]:
+    """Return the images or texts of a data set; relative paths of images start in ``folder``."""
+    name = find_input(dataset, task, column=column)
+    rows = dataset.select_columns([name]).rename_columns({} if name == task else {name: task})
+    if task == "image":
+        rows = as_images(rows, folder=folder).cast_column("image", Image(decode=False))
+    return rows[task]  # read row by row
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files below a folder; one that looks like an image and cannot be read is an error later, not left out."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[Path]:
+        for folder, folders, names in os.walk(self.folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            for file in (Path(folder, name) for name in sorted(names) if not is_hidden(name)):
+                if is_image(str(file)) or (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
+                    yield file
+
+
+def _lines(source: str) -> Iterator[str]:
+    number = 0
+    place: Any = sys.stdin.fileno() if source == "-" else Path(source).expanduser()
+    try:
+        with open(place, encoding="utf-8-sig", closefd=source != "-") as stream:
+            for line in stream:
+                number += 1
+                yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        where = f"`{source}` is not encoded in UTF-8 ({error.reason} after line {number})"
+        raise DataError(f"{where}: save it anew.") from error
+
+
+def image_batches(
+    images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], *, batch_size: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Read, transform and batch images in their order."""
+    rows = _DecodedImages(images, transform, batch_size)
+    return iter(DataLoader(rows, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images))
+
+
+class _DecodedImages(IterableDataset[tuple[Input, Any]]):
+    """Pairs of an input and its tensor, or the reason why there is none."""
+
+    def __init__(self, images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], batch_size: int) -> None:
+        self._images, self._transform, self._batch_size = images, transform, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Input, Any]]:
+        # Workers hand over their batches in turn: the n-th batch is that of worker n modulo their number.
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for row, image in enumerate(self._images):
+            if row // self._batch_size % count == number:
+                yield Input(row, _file_name(image)), self._decode(image)
+
+    def _decode(self, image: Any) -> Tensor | str:
+        try:
+            return self._transform(_read_image(image))
+        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+
+
+def _file_name(image: Any) -> str:
+    if isinstance(image, (str, Path)):
+        return str(image)
+    return str((image.get("path") if isinstance(image, Mapping) else getattr(image, "filename", None)) or "")
+
+
+def _read_image(image: Any) -> PILImage.Image:
+    """Read an image as the data sets do that models are trained on."""
+    if isinstance(image, PILImage.Image):
+        return ImageOps.exif_transpose(image)
+    if image is None:
+        raise ValueError("there is no image")
+    return Image().decode_example(dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None})
+
+
+def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:
+    good = [(item, pixels) for item, pixels in rows if isinstance(pixels, Tensor)]
+    bad = [(item, reason) for item, reason in rows if isinstance(reason, str)]
+    return Batch(
+        [item for item, _ in good], {"pixel_values": stack([pixels for _, pixels in good])} if good else {}, bad
+    )
+
+
+def text_batches(
+    texts: Iterable[Any], tokenizer: Any, *, batch_size: int, max_length: int, has_mask: bool = True
+) -> Iterator[Batch]:
+    """Tokenize and batch texts; batches of similar length within a window of 32 batches.
+
+    A model without an attention mask (``has_mask``), such as FNet, reads texts one by one: it would read padding as text.
+    """
+    batch_size = batch_size if has_mask else 1
+    stream = enumerate(texts)
+    while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
+        good = [(Input(row, text), text) for row, text in window if isinstance(text, str) and text.strip()]
+        encoded = tokenizer([text for _, text in good], truncation=True, max_length=max_length) if good else {}
+        lengths = [len(tokens) for tokens in encoded.get("input_ids", ())]
+        order = sorted((place for place, length in enumerate(lengths) if length), key=lengths.__getitem__)
+        known = {good[place][0].row for place in order}
+        yield Batch([], {}, [(Input(row, ""), "the text is empty") for row, _ in window if row not in known])
+        names = [name for name in tokenizer.model_input_names if name in encoded]
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            rows = [{name: encoded[name][place] for name in names} for place in part]
+            padded = tokenizer.pad(rows, return_attention_mask=has_mask, return_tensors="pt")
+            yield Batch([good[place][0] for place in part], dict(padded))
