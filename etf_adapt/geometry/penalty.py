@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,9 +16,14 @@ _CHUNK = 2048  # examples scored at a time: several arrays of examples by classe
 
 
 def choose_penalty(
-    statistics: ClassStatistics, features: Tensor, labels: Tensor, *, intercept: bool = True
+    statistics: ClassStatistics,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    intercept: bool = True,
+    penalties: Iterable[float] = PENALTIES,
 ) -> tuple[float, float]:
-    """Choose the penalty of the whitened frame, of ``PENALTIES``: the best leave-one-out balanced accuracy on a sample.
+    """Choose the penalty of the whitened frame, of ``penalties``: the best leave-one-out balanced accuracy on a sample.
 
     Returns the penalty (of equally good ones the largest) and its accuracy, over the sampled classes with two rows or more;
     1 and NaN where there is no such class.
@@ -27,11 +33,11 @@ def choose_penalty(
     if len(labels) == 0:
         return 1.0, math.nan
     accuracies = {}
-    for penalty in PENALTIES:
+    for penalty in penalties:
         predicted = [
             leave_one_out_scores(statistics, *chunk, penalty=penalty, intercept=intercept).argmax(dim=1)
             for chunk in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
         ]
         accuracies[penalty] = mean_recall(torch.cat(predicted), labels)
-    best = max(PENALTIES, key=lambda penalty: (accuracies[penalty], penalty))
+    best = max(accuracies, key=lambda penalty: (accuracies[penalty], penalty))
     return best, accuracies[best]

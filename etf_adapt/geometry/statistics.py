@@ -40,6 +40,10 @@ class ClassStatistics:
         """Return the statistics of both sets of rows."""
         return ClassStatistics(self.counts + other.counts, self.sums + other.sums, self.moment + other.moment)
 
+    def __sub__(self, other: ClassStatistics) -> ClassStatistics:
+        """Return the statistics without the rows of ``other``, which must be among them."""
+        return ClassStatistics(self.counts - other.counts, self.sums - other.sums, self.moment - other.moment)
+
     @property
     def means(self) -> Tensor:
         """Class means (num_classes, in_features)."""

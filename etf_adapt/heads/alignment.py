@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from etf_adapt.data.batches import as_batches, read_counts, split_batch
+from etf_adapt.data.long_tail import check_labels
+from etf_adapt.data.progress import announced, progress
+from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import left_out_changes, nearest_mean_accuracy
-from etf_adapt.geometry.penalty import choose_penalty
+from etf_adapt.geometry.penalty import PENALTIES, choose_penalty
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import (
+    call_model,
     evaluation_mode,
     gather_over_processes,
     head_modules,
@@ -27,7 +35,6 @@ from etf_adapt.heads.in_model import (
     read_features,
     seeded_torch,
     sum_over_processes,
-    to_device,
 )
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import LeftOutRows
@@ -48,13 +55,15 @@ class AlignmentResult:
     length: float  # mean norm of the centred logits in training mode before it was scaled to one
     # Of each head; None for the other frames, and where the batches have no ``row_id``.
     left_out: tuple[LeftOutRows | None, ...] = field(repr=False)
+    statistics: tuple[ClassStatistics, ...] = field(repr=False)  # of what each head reads of these rows
 
 
 def align_head(
     model: nn.Module,
-    data: Iterable[Mapping[str, Any]],
+    data: Iterable[Any],
     *,
-    class_counts: Sequence[int] | np.ndarray | None = None,
+    class_counts: Any = None,
+    collator: Callable[[list[Any]], Any] | None = None,
     frame: str = "whitened",
     penalty: float | None = None,
     seed: int = 0,
@@ -73,9 +82,12 @@ def align_head(
 
     Args:
         model: A model whose head was swapped (``etf_adapt.swap_head`` or ``ETFFor...``).
-        data: Batches of training rows, each row once, as the model's forward takes them, with ``labels`` (batch,). A
-            ``DataLoader`` is shared out over the processes; of any other iterable each process takes every n-th batch.
-        class_counts: Training rows of each class. Where None, the data is walked through once more to count them.
+        data: Batches of training rows, each row once: mappings that the model's forward takes, with ``labels`` (batch,), or
+            pairs (inputs, labels). Or a data set of such rows. A ``DataLoader`` or data set is shared out over the
+            processes; of any other iterable each process takes every n-th batch.
+        class_counts: Training rows of each class (num_classes,); or the labels of the rows, or a data set that holds them.
+            Where None, the data is walked through once more to count them.
+        collator: Makes batches of rows, such as ``DataCollatorWithPadding(tokenizer)``; torch's own where None.
         frame: One of ``etf_adapt.geometry.closed_form.FRAMES``; a cosine head has means only.
         penalty: :math:`\lambda` of the whitened frame, in mean eigenvalues of :math:`S_w`; chosen on the data where None.
         seed: Seed of the sample and of a random frame.
@@ -84,7 +96,8 @@ def align_head(
         What was done. The model is changed in place; its mode, gradients and random state are as before.
 
     Raises:
-        ValueError: The model has no head of ours or the paper's, a class has no row, or frame or penalty are not valid.
+        ValueError: The model has no head of ours or the paper's, a class has no row, frame or penalty are not valid, or the
+            data is in none of these forms.
 
     Example:
         >>> import timm
@@ -99,9 +112,12 @@ def align_head(
     if is_cosine:
         frame = "means"
     num_classes = next(iter(heads.values())).num_classes
-    counts = _count_classes(data, num_classes) if class_counts is None else np.asarray(class_counts)
+    if class_counts is None and isinstance(data, Iterator):
+        raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
+    data = as_batches(data, inspect.signature(model.forward).parameters, collator)
+    counts = _count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
     with evaluation_mode(model):
-        rows = _read_rows(model, data, counts, seed)
+        rows = read_rows(model, data, counts, seed)
 
     set_heads = [
         _set_head(head, statistics, features, rows, frame, penalty, seed)
@@ -117,7 +133,8 @@ def align_head(
         weight, bias = head.class_vectors()
         head.set_class_vectors(scale * weight, None if bias is None else scale * bias)
 
-    nearest_mean = nearest_mean_accuracy(rows.statistics[0], rows.features[0], rows.labels)
+    with announced("scoring the nearest class mean"):
+        nearest_mean = nearest_mean_accuracy(rows.statistics[0], rows.features[0], rows.labels)
     return AlignmentResult(
         frame,
         penalties,
@@ -126,6 +143,7 @@ def align_head(
         rows=int(rows.statistics[0].counts.sum()),
         length=length,
         left_out=tuple(None if changes is None else changes.scaled(scale) for changes in left_out),
+        statistics=tuple(rows.statistics),
     )
 
 
@@ -149,33 +167,38 @@ def _update_adapted_model(model: Any, counts: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class _TrainingRows:
-    """One pass over the training rows: what each head reads of them."""
+class TrainingRows:
+    """One pass over rows: what each head reads of them."""
 
     statistics: list[ClassStatistics]  # of each head, of all rows
     features: list[Tensor]  # of each head, of a sample even over classes: (sampled, in_features)
     labels: Tensor  # of the sample: (sampled,)
     row_ids: Tensor | None  # of the sample: (sampled,); None where the batches have none
-    first_batches: list[dict[str, Any]]  # of this process, without labels
+    first_batches: list[Any]  # of this process, without labels
 
 
-def _count_classes(data: Iterable[Mapping[str, Any]], num_classes: int) -> np.ndarray:
-    return np.sum([np.bincount(batch["labels"].cpu(), minlength=num_classes) for batch in data], axis=0)
+def _count_classes(data: Iterable[Any], num_classes: int) -> np.ndarray:
+    counts = np.zeros(num_classes, np.int64)
+    for batch in progress(data, "counting classes, batches"):
+        labels = check_labels(split_batch(batch).labels, num_classes=num_classes)
+        counts += np.bincount(labels, minlength=num_classes)
+    return counts
 
 
-def _read_rows(model: nn.Module, data: Iterable[Mapping[str, Any]], counts: np.ndarray, seed: int) -> _TrainingRows:
-    """Walk through the data once."""
+def read_rows(model: nn.Module, data: Iterable[Any], counts: np.ndarray, seed: int) -> TrainingRows:
+    """Walk through the data once; the model is in evaluation mode."""
     heads, device = head_modules(model), next(model.parameters()).device
     keep = torch.from_numpy(_keep_probability(counts, MAX_SAMPLED_ROWS))
     statistics = [ClassStatistics.empty(len(counts), head.weight.shape[1]) for head in heads.values()]
     features: list[list[Tensor]] = [[] for _ in heads]
     labels: list[Tensor] = []
     row_ids: list[Tensor] = []
-    first_batches: list[dict[str, Any]] = []
+    first_batches: list[Any] = []
     num_rows = 0
-    for index, batch in own_batches(data):
-        inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
-        batch_labels = inputs.pop("labels").cpu()
+    num_batches = math.ceil(length_hint(data) / PartialState().num_processes)
+    for index, batch in progress(own_batches(data), "aligning the head, batches", total=num_batches):
+        inputs, batch_labels, batch_ids = split_batch(batch)
+        inputs = send_to_device(inputs, device)
         # Drawn by the number of the batch: the same sample whichever process walks it.
         draw = np.random.default_rng([seed, index]).random(len(batch_labels))
         sampled = torch.from_numpy(draw) < keep[batch_labels]
@@ -184,13 +207,13 @@ def _read_rows(model: nn.Module, data: Iterable[Mapping[str, Any]], counts: np.n
             sample = batch_features[sampled.to(batch_features.device)]
             features[head_index].append(sample.to("cpu", torch.float32))
         labels.append(batch_labels[sampled])
-        if "row_id" in batch:
-            row_ids.append(batch["row_id"].cpu()[sampled])
+        if batch_ids is not None:
+            row_ids.append(batch_ids[sampled])
         if num_rows * PartialState().num_processes < MIN_MEASURED_ROWS:
             first_batches.append(inputs)
         num_rows += len(batch_labels)
     all_labels, all_ids = _gather(labels), _gather(row_ids)
-    return _TrainingRows(
+    return TrainingRows(
         [_sum(part, device) for part in statistics],
         [_gather(part) for part in features],
         all_labels,
@@ -227,7 +250,7 @@ def _set_head(
     head: ClassifierHead,
     statistics: ClassStatistics,
     features: Tensor,
-    rows: _TrainingRows,
+    rows: TrainingRows,
     frame: str,
     penalty: float | None,
     seed: int,
@@ -240,7 +263,9 @@ def _set_head(
     if frame != "whitened":
         penalty = None
     elif penalty is None:
-        penalty, accuracy = choose_penalty(statistics, features, rows.labels, intercept=intercept)
+        penalties = progress(PENALTIES, "choosing the penalty")
+        sample = features, rows.labels
+        penalty, accuracy = choose_penalty(statistics, *sample, intercept=intercept, penalties=penalties)
     generator = torch.Generator().manual_seed(seed)
     weight, bias = closed_form_vectors(statistics, frame, penalty=penalty, intercept=intercept, generator=generator)
     head.set_class_vectors(weight, bias, frame=frame)
@@ -253,7 +278,7 @@ def _set_head(
     return penalty, accuracy, LeftOutRows.of(rows.row_ids[kept], *changes)
 
 
-def _norm_in_training(model: nn.Module, batches: Sequence[Mapping[str, Any]], seed: int) -> float:
+def _norm_in_training(model: nn.Module, batches: Sequence[Any], seed: int) -> float:
     """Return the mean norm of the centred logits in training mode, with BatchNorm's statistics left alone."""
     device = next(model.parameters()).device
     totals = torch.zeros(2, device=device)  # sum of the norms, number of rows
@@ -262,8 +287,8 @@ def _norm_in_training(model: nn.Module, batches: Sequence[Mapping[str, Any]], se
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-        for batch in batches:
-            _, norms = vertex_products(logits_of(model(**batch)))
+        for batch in progress(batches, "measuring the norm of the logits, batches"):
+            _, norms = vertex_products(logits_of(call_model(model, batch)))
             totals += torch.stack([norms.sum(), norms.new_tensor(float(len(norms)))]).float()
     totals = sum_over_processes(totals)
     return float(totals[0] / totals[1]) if totals[1] > 0 else 0.0

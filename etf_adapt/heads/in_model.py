@@ -35,6 +35,11 @@ def logits_of(output: Any) -> Tensor:
     return logits if logits is not None else output[0]
 
 
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Return a model's output of keyword arguments, or of its one input."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
 def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[Tensor]:
     """Run a model on a batch without labels and return what its heads score: (batch, in_features) for each head.
 
@@ -59,7 +64,7 @@ def read_features(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[T
     with ExitStack() as stack:
         for path, head in heads.items():
             stack.enter_context(_forward_replaced(head, reader(path, head.forward)))
-        output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+        output = call_model(model, batch)
     if len(heads) == 1:
         inputs = dict.fromkeys(heads, logits_of(output))
     features = [_mean_over_positions(head, inputs[path]) for path, head in heads.items()]
@@ -142,7 +147,7 @@ def gather_over_processes(parts: list[Any]) -> list[Any]:
     return gather_object(parts)
 
 
-def own_batches(data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def own_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Yield this process's batches with their number among all batches, none of them padded or repeated."""
     rank, world = PartialState().process_index, PartialState().num_processes
     if world > 1 and isinstance(data, DataLoader):

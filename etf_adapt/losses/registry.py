@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from etf_adapt.errors import check_choice
 from etf_adapt.losses.dot_regression import dot_regression_loss, margin_dot_regression_loss
-from etf_adapt.losses.softmax import logit_adjusted_loss
+from etf_adapt.losses.softmax import cross_entropy_loss, focal_loss, logit_adjusted_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,14 +23,14 @@ class _Entry(NamedTuple):
     class_counts: str  # "unused", "optional" or "needed"
 
 
+_WEIGHTED = ("class_weights", "label_smoothing")
 LOSSES: Mapping[str, _Entry] = {
-    "dot_regression": _Entry(
-        dot_regression_loss, ("form", "target", "balance", "unit_features", "label_smoothing"), "unused"
-    ),
+    "dot_regression": _Entry(dot_regression_loss, ("form", "target", "balance", "unit_features", *_WEIGHTED), "unused"),
     "margin_dot_regression": _Entry(
-        margin_dot_regression_loss, ("margin", "temperature", "prior_strength", "label_smoothing"), "optional"
+        margin_dot_regression_loss, ("margin", "temperature", "prior_strength", *_WEIGHTED), "optional"
     ),
-    "cross_entropy": _Entry(F.cross_entropy, ("scale", "label_smoothing"), "unused"),
+    "cross_entropy": _Entry(cross_entropy_loss, ("scale", *_WEIGHTED), "unused"),
+    "focal": _Entry(focal_loss, ("scale", "gamma", *_WEIGHTED), "unused"),
     "logit_adjusted": _Entry(logit_adjusted_loss, ("scale", "tau", "label_smoothing"), "needed"),
 }
 LOSS_NAMES = tuple(LOSSES)
@@ -47,8 +46,9 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     """Build a loss of ``(logits, labels)`` from its settings: ``{"name": ...}``, one of ``LOSS_NAMES``, and its options.
 
     Beside the arguments of the loss's function, cross-entropies take ``scale`` (factor of the logits, 1 by default), and dot
-    regression ``unit_features`` (True: the logits are those of unit features and unit class vectors, as in the paper). Logit
-    adjustment needs ``class_counts`` (training rows of each class); margin dot regression takes even priors without them.
+    regression ``unit_features`` (True: the logits are those of unit features and unit class vectors, as in the paper).
+    ``class_weights`` are numbers (num_classes,), or ``"balanced"``: n / (K n_c), as in scikit-learn. They and logit adjustment
+    need ``class_counts`` (training rows of each class); margin dot regression takes even priors without them.
     """
     options = dict(settings)
     name = options.pop("name", None)
@@ -59,7 +59,9 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     unit_features = bool(options.pop("unit_features", False))
     entry = LOSSES[name]
     if entry.class_counts == "needed" or (entry.class_counts == "optional" and class_counts is not None):
-        options["class_counts"] = _checked_counts(class_counts, name)
+        options["class_counts"] = _checked_counts(class_counts, repr(name))
+    if (weights := options.pop("class_weights", None)) is not None:
+        options["class_weights"] = _checked_weights(weights, class_counts)
     function = partial(entry.function, **options)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,15 +71,27 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
             return function(precise, labels, lengths=precise.new_tensor(math.sqrt(num_classes / (num_classes - 1))))
         return function(precise if scale == 1.0 else scale * precise, labels)
 
-    num_classes = 2 if class_counts is None else len(class_counts)
+    num_classes = len(class_counts if class_counts is not None else options.get("class_weights", (1, 1)))
     with torch.device("cpu"):
         loss(torch.zeros(1, num_classes), torch.zeros(1, dtype=torch.int64))  # refuses wrong values of options now
     return loss
 
 
-def _checked_counts(class_counts: Sequence[int] | None, loss: str) -> Tensor:
+def _checked_weights(weights: str | Sequence[float], class_counts: Sequence[int] | None) -> Tensor:
+    if isinstance(weights, str):
+        check_choice("class_weights", weights, ("balanced",))
+        counts = _checked_counts(class_counts, f"class_weights={weights!r}").double()
+        return (counts.mean() / counts).float()
+    tensor = torch.as_tensor(weights, dtype=torch.float32)
+    is_fit = tensor.ndim == 1 and (class_counts is None or len(tensor) == len(class_counts))
+    if not is_fit or not bool((tensor >= 0).all() and tensor.isfinite().all() and tensor.any()):
+        raise ValueError(f"`class_weights` (={weights!r}) must be 'balanced' or a number of at least 0 for each class.")
+    return tensor
+
+
+def _checked_counts(class_counts: Sequence[int] | None, reader: str) -> Tensor:
     if class_counts is None:
-        raise ValueError(f"`class_counts` (=None) is needed by {loss!r}: pass the training rows of each class.")
+        raise ValueError(f"`class_counts` (=None) is needed by {reader}: pass the training rows of each class.")
     counts = torch.as_tensor(class_counts)
     empty = int(counts.argmin())
     if counts[empty] <= 0:

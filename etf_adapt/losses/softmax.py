@@ -1,4 +1,9 @@
-"""The cross-entropy for unevenly filled classes that dot regression is compared with: the prior in the logits."""
+"""The cross-entropies that dot regression is compared with: plain, weighted by class, focal, and with the prior in the logits.
+
+Class weights are factors of each row's loss, and the mean is over rows, for class indices and for soft labels alike: that of
+a batch is that of its equal parts. (torch's own mean divides by the weights in the batch for indices, and by rows for soft
+labels.) The balanced weights n / (K n_c) are 1 on average over the training rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etf_adapt.losses.terms import log_prior
+from etf_adapt.losses.terms import combine_terms, log_prior, soft_labels
+
+
+def cross_entropy_loss(
+    logits: Tensor, labels: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    r"""Compute the mean over rows of :math:`-\sum_k w_k y_k \log p_k`; labels are class indices or probabilities."""
+    weight = None if class_weights is None else class_weights.to(logits)
+    return F.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=label_smoothing).mean()
+
+
+def focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 2.0,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Compute the mean over rows of :math:`-\sum_k w_k y_k (1 - p_k)^\gamma \log p_k`, p the softmax.
+
+    Of Lin et al. (2017), Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002, their equation 5 with their
+    :math:`\alpha` as class weights; with :math:`\gamma = 0` it is the cross-entropy. Labels as above.
+    """
+    if not gamma >= 0.0:
+        raise ValueError(f"`gamma` (={gamma}) must be at least 0.")
+    soft = soft_labels(logits, labels, label_smoothing)
+    logs = logits.log_softmax(dim=1)
+    if soft is None:
+        logs = logs.gather(1, labels.unsqueeze(1))
+    # The floor keeps the gradient of a row that is certain finite for gamma below 1.
+    others = (-torch.expm1(logs)).clamp_min(torch.finfo(logs.dtype).tiny)
+    return combine_terms(-(others**gamma) * logs, labels, soft, class_weights=class_weights)
 
 
 def logit_adjusted_loss(

@@ -46,9 +46,8 @@ def add_adapters(model: nn.Module, config: str | Path | Mapping[str, Any] = "lor
     fixed = list(heads)
     for path, module in model.named_modules():
         is_new = bool(parameters := set(module.parameters())) and parameters <= set(new.values())
-        if is_new or (
-            isinstance(model, MeanPooling) and path.startswith("encoder.pooler")
-        ):  # a pooler that is not read
+        is_unread = isinstance(model, MeanPooling) and path.startswith("encoder.pooler")
+        if is_new or is_unread:
             fixed.append(path)
     if settings.get("target_modules") is None:
         settings["target_modules"] = targets = _default_targets(model, fixed)

@@ -25,7 +25,7 @@ from etf_adapt.models.names import ENTRY, is_timm_elsewhere
 from etf_adapt.models.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
 from etf_adapt.models.quantization import spare_heads
 from etf_adapt.models.stock_subclass import factory_of, made_class
-from etf_adapt.models.swap import find_heads, require_plain_weight, swap_head
+from etf_adapt.models.swap import find_heads, label_names, require_plain_weight, swap_head
 from etf_adapt.models.timm_layout import timm_weights
 from etf_adapt.models.weights import is_changed, load_noting_new, load_weight_file
 
@@ -47,7 +47,7 @@ class _Factory(ETFModel):
         pretrained_model_name_or_path: str | Path,
         *,
         num_labels: int | None = None,
-        id2label: Mapping[int, str] | None = None,
+        id2label: Mapping[int, str] | Sequence[str] | None = None,
         label2id: Mapping[str, int] | None = None,
         head: str | None = None,
         trainable: bool | None = None,
@@ -70,7 +70,7 @@ class _Factory(ETFModel):
         Args:
             pretrained_model_name_or_path: Folder in transformers' or timm's layout, Hub id, timm name or short name.
             num_labels: Number of classes; that of ``id2label``, or the model's own, where None.
-            id2label: Names of the classes.
+            id2label: Names of the classes, by number or in their order.
             label2id: Their inverse, where that is at hand.
             head: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``; as saved, or ``"etf"``, where None.
             trainable: Whether the head learns; as saved, or the kind's default, where None.
@@ -92,6 +92,8 @@ class _Factory(ETFModel):
             OSError: The model is not on this machine and cannot be fetched.
             ValueError: No model has this name, it does not do this task, or arguments do not fit each other.
         """
+        if "num_classes" in kwargs:
+            raise ValueError(f"`num_classes` (={kwargs['num_classes']}) is `num_labels` here, as in transformers.")
         factory = factory_of(cls)
         head_path = [head_path] if isinstance(head_path, str) else head_path and list(head_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", torch.float32))
@@ -185,10 +187,8 @@ class _Factory(ETFModel):
             config.num_labels = num_labels
         is_by_timm = pretrained and is_timm_elsewhere(location)
         if pretrained and not is_by_timm:
-            if kwargs.get("quantization_config") is not None:
-                kwargs["quantization_config"] = spare_heads(
-                    kwargs["quantization_config"], cls._auto_model, config, head_path=head_path
-                )
+            if (settings := kwargs.get("quantization_config")) is not None:
+                kwargs["quantization_config"] = spare_heads(settings, cls._auto_model, config, head_path=head_path)
             return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
         options["dtype"] = resolve_dtype(dtype, config)
@@ -265,7 +265,7 @@ def adapt(
     model: _Model,
     num_labels: int,
     *,
-    id2label: Mapping[int, str] | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
     label2id: Mapping[str, int] | None = None,
     **options: Any,
 ) -> _Model:
@@ -389,10 +389,12 @@ def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTra
     return all(value is None or value == own[name] for name, value in asked.items())
 
 
-def _label_names(id2label: Mapping[int, str] | None, label2id: Mapping[str, int] | None) -> dict[int, str] | None:
-    pairs = id2label.items() if id2label is not None else ((index, name) for name, index in (label2id or {}).items())
-    names = {int(index): str(name) for index, name in pairs}
-    return None if id2label is None and label2id is None else names
+def _label_names(
+    id2label: Mapping[int, str] | Sequence[str] | None, label2id: Mapping[str, int] | None
+) -> dict[int, str] | None:
+    if id2label is None:
+        return None if label2id is None else label_names({index: name for name, index in label2id.items()})
+    return label_names(id2label)
 
 
 def _set_padding(model: ETFModel) -> None:

@@ -23,11 +23,12 @@ from etf_adapt.losses.registry import Loss, make_loss
 from etf_adapt.models.adapters import has_adapters, merge_adapters
 from etf_adapt.models.folders import is_training_checkpoint, remove_stale_weights
 from etf_adapt.models.names import ENTRY
-from etf_adapt.models.pooling import PooledEncoder, write_sentence_folder
+from etf_adapt.models.pooling import PooledEncoder, refuse_stock_classes, write_sentence_folder
 from etf_adapt.models.stock_subclass import blank, factory_of
 from etf_adapt.models.timm_layout import write_timm_folder
 from etf_adapt.models.weights import ConvertedState, convert_state_dict, describe_layers, find_missing
 from etf_adapt.results.card import write_short_card
+from etf_adapt.results.run_folder import share_weights
 
 DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
     "etf": {"name": "margin_dot_regression"},
@@ -109,10 +110,14 @@ class ETFModel(_Base):
         if chosen.get("name") == "dot_regression" and heads[0].kind == "etf" and reachable < 1.0:
             chosen.setdefault("target", reachable)  # more classes than features: not all vertices can be reached
         counts = self._class_counts if class_counts is None else [int(count) for count in class_counts]
-        if counts is not None and len(counts) != heads[0].num_classes:
-            raise ValueError(
-                f"`class_counts` has {len(counts)} entries, but the head has {heads[0].num_classes} classes."
-            )
+        weights: Any = chosen.get("class_weights")
+        if hasattr(weights, "tolist"):  # an array or tensor, which config.json cannot hold
+            weights = chosen["class_weights"] = weights.tolist()
+        for name, values in (("class_counts", counts), ("class_weights", weights)):
+            if isinstance(values, Sequence) and not isinstance(values, str) and len(values) != heads[0].num_classes:
+                raise ValueError(
+                    f"`{name}` has {len(values)} entries, but the head has {heads[0].num_classes} classes."
+                )
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
 
@@ -228,7 +233,7 @@ class ETFModel(_Base):
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "`push_to_hub` (=True) of save_pretrained sends what else is in the folder too: call "
-                "model.push_to_hub(repo_id), or publish the folder with `python -m etf_adapt.hub FOLDER user/name`."
+                "model.push_to_hub(repo_id), or publish the folder with `etf-adapt publish FOLDER user/name`."
             )
         fold = not is_training_checkpoint(save_directory) if fold is None else fold
         if fold and has_adapters(self):
@@ -247,16 +252,18 @@ class ETFModel(_Base):
             super().save_pretrained(
                 cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
             )
-            if is_main_process:
-                remove_stale_weights(save_directory)
+        elif is_main_process and is_pooled:
+            write_sentence_folder(save_directory, self, tensors)
         elif is_main_process:
-            kwargs.pop("max_shard_size", None)
-            if is_pooled:
-                write_sentence_folder(save_directory, self, tensors)
-            else:
-                names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
-                write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
-            remove_stale_weights(save_directory, is_single=True)
+            names = {name.removeprefix(_TIMM_PREFIX): tensor for name, tensor in tensors.items()}
+            write_timm_folder(save_directory, cast(Any, self.config), self.timm_model, names)
+        if not is_main_process:
+            return
+        remove_stale_weights(save_directory, is_single=is_pooled or is_timm)
+        share_weights(save_directory)
+        is_live = has_adapters(self) or any(not head.is_stock_layer for head in head_modules(self).values())
+        if not fold and (is_live or isinstance(self, PooledEncoder)):
+            refuse_stock_classes(save_directory)
 
     def push_to_hub(  # type: ignore[override]
         self,

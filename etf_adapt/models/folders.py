@@ -24,6 +24,9 @@ from etf_adapt.models.timm_layout import ARGS_OF_WEIGHTS, NOTE, data_config, tim
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
 
+NOT_STOCK = f"no stock class has this classifier; load it with {ENTRY} or, where modules.json is, SentenceTransformer"
+"""Written as the name of the weights: transformers' classes refuse the folder, and show this."""
+
 
 def locate(name_or_path: str | Path, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
     """Turn any name of a model into a folder or Hub id; with ``fetch``, check within seconds that it can be had."""
@@ -58,6 +61,8 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
         # timm's own exports hold num_classes here too, and TimmWrapper then passes it twice
         kept = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
         config.model_args = ARGS_OF_WEIGHTS.get(config.architecture, {}) | kept or None
+    if ENTRY in (getattr(config, "transformers_weights", None) or ""):  # NOT_STOCK, of this version or another
+        config.transformers_weights = None
     notes = (getattr(config, "pretrained_cfg", None) or {}).get("notes") or ()
     ours = [note.removeprefix(NOTE) for note in notes if note.startswith(NOTE)]
     if ours and config.num_labels and getattr(config, ENTRY, None) is None:

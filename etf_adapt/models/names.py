@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from pathlib import Path
 
 from etf_adapt.errors import nearest_names
@@ -79,7 +80,7 @@ def resolve_model_name(name: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"`model` (={name!r}) is a folder without a config.json: it holds no model.")
-        return str(folder)
+        return os.path.expanduser(name)  # as it is: without its dot ./minilm would be a short name
     if name.startswith(("./", "../", "/", "~")) or name.count("/") > 1 or folder.suffix in (".safetensors", ".bin"):
         raise FileNotFoundError(
             f"`model` (={name!r}) is not a folder: give the folder that holds the model's config.json; or, of a file of "
@@ -149,9 +150,8 @@ def locate_model(location: str) -> str:
         ) from error
     cached = _cached_folder(location)
     if cached is None:
-        reason = (
-            (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]
-        )  # no addresses
+        # Without addresses.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]
         raise UnavailableError(_no_model(location, f"the Hub cannot be reached ({reason})")) from error
     return cached
 

@@ -21,8 +21,9 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from etf_adapt.errors import check_choice
-from etf_adapt.models.folders import find_file, hub_options
+from etf_adapt.models.folders import NOT_STOCK, find_file, hub_options, load_config
 from etf_adapt.models.names import ENTRY
+from etf_adapt.models.positions import max_positions
 from etf_adapt.models.weights import load_noting_new
 
 POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
@@ -54,6 +55,9 @@ class PooledEncoder(PreTrainedModel):
     @classmethod
     def from_folder(cls, location: str | Path, **options: Any) -> PooledEncoder:
         """Load an encoder, with its linear layer where ``write_sentence_folder`` wrote one, else with a random one."""
+        if options.get("config") is None:
+            config, options = load_config(str(location), fetch=True, **options)
+            options["config"] = config
         encoder: Any = load_noting_new(AutoModel, location, **options)
         model = cls(encoder.config, encoder)
         model._new_weights = tuple(
@@ -170,11 +174,11 @@ def choose_encoder_class(
         return ENCODER_CLASSES[saved["pooling"]]
     if pooling is not None:
         check_choice("pooling", pooling, POOLINGS)
-        if pooling == "mean" and not is_text:
-            raise ValueError(f"`pooling` (={pooling!r}) is for texts: leave it out, the image model has its own.")
-    if pooling == "mean" and not hasattr(config, "classifier_pooling"):
-        return MeanPoolingForSequenceClassification
     if pooling == "mean":
+        if not is_text:
+            raise ValueError(f"`pooling` (={pooling!r}) is for texts: leave it out, the image model has its own.")
+        if not hasattr(config, "classifier_pooling"):
+            return MeanPoolingForSequenceClassification
         config.classifier_pooling = pooling
     if type(config) in auto_model._model_mapping or auto_model.__name__ in getattr(config, "auto_map", {}):
         return None
@@ -200,7 +204,8 @@ def warn_of_pooling(location: str, config: PreTrainedConfig, options: Mapping[st
     if modes == ["pooling_mode_mean_tokens"] or settings.get("pooling_mode") == "mean":  # of older and newer versions
         warnings.warn(
             f"{location} was trained to be read by the mean of its tokens (1_Pooling/config.json), which its class for "
-            "classification does not do: pooling='mean' (--pooling mean) does; pooling='stock' keeps the class.",
+            "classification does not do: pooling='mean' (--pooling mean) does, and leaves a folder for SentenceTransformer and "
+            "etf_adapt, which pipeline and AutoModel refuse; pooling='stock' keeps the class.",
             stacklevel=3,
         )
 
@@ -224,13 +229,20 @@ def _output(states: Any, logits: Tensor, labels: Tensor | None) -> SequenceClass
     return SequenceClassifierOutput(loss=cast(Any, loss), logits=cast(Any, logits), **further)
 
 
+def refuse_stock_classes(folder: str | Path) -> None:
+    """Make transformers' classes, which would load a saved folder with a classifier of random weights, refuse it."""
+    file = Path(folder, "config.json")
+    config = {**json.loads(file.read_text(encoding="utf-8")), "transformers_weights": NOT_STOCK}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[str, Tensor]) -> None:
     """Write a model so that ``SentenceTransformer(folder).encode(rows)`` are its logits.
 
-    The encoder lies at the top, where ``AutoModel`` finds it; linear layer and, for texts, pooling in folders of their own.
+    The encoder lies at the top; linear layer and, for texts, pooling in folders of their own. Stock classes of texts, which
+    would put a random classifier on the encoder, refuse the folder.
     """
-    prefix = "encoder."
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    encoder = {name.removeprefix("encoder."): state_dict[name] for name in state_dict if name.startswith("encoder.")}
     model.encoder.save_pretrained(folder, state_dict=encoder, max_shard_size="1TB")
     weight, bias = (state_dict[f"classifier.{name}"].detach().cpu().contiguous() for name in ("weight", "bias"))
     dense = _DENSE_FOLDERS[model.pooling]
@@ -248,18 +260,13 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
         },
     }
     if model.pooling == "mean":
-        modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
         # The number of tokens that tokenizer and position embeddings both have room for.
-        limits = [
-            getattr(model.processor, "model_max_length", None),
-            getattr(model.config, "max_position_embeddings", None),
-        ]
+        limits = (getattr(model.processor, "model_max_length", None), max_positions(model))
         max_length = min((int(limit) for limit in limits if limit is not None and limit > 0), default=None)
-        files["sentence_bert_config.json"] = {"max_seq_length": max_length, "do_lower_case": False}
-        files[f"{_POOLING_FOLDER}/config.json"] = {
-            "word_embedding_dimension": weight.shape[1],
-            **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes},
-        }
+        pooling = {"word_embedding_dimension": weight.shape[1], "pooling_mode_mean_tokens": True}
+        settings = {"max_seq_length": max_length, "config_args": {"transformers_weights": None}}
+        files |= {f"{_POOLING_FOLDER}/config.json": pooling, "sentence_bert_config.json": settings}
+        refuse_stock_classes(folder)
     else:
         files["sentence_bert_config.json"] = {
             "transformer_task": "feature-extraction",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+from etf_adapt.data.text import DEFAULT_MAX_LENGTH
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -16,3 +20,11 @@ def max_positions(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name.rpartition(".")[2]
     ]
     return min([declared, *usable]) if declared > 0 else None  # XLNet declares -1
+
+
+def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
+    """Return the length that texts are cut to: ``max_length``, by default the most that tokenizer and model allow."""
+    positions = max_positions(model)
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ValueError(f"`max_length` (={max_length}) must be at most {positions}: the model has no more.")
+    return max_length or min(filter(None, (tokenizer.model_max_length, positions, DEFAULT_MAX_LENGTH)))

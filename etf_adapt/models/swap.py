@@ -6,6 +6,7 @@ has; the layers whose output has that size are the head.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def swap_head(
     head: str | Sequence[str] | None = None,
     kind: str = "etf",
     trainable: bool | None = None,
-    id2label: Mapping[int, str] | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Replace the last layer of a classification model and all settings of its classes, in place.
@@ -98,15 +99,14 @@ def swap_head(
         head: Module path or paths of the layer, where it cannot be found.
         kind: ``"etf"``, ``"linear"``, ``"cosine"`` or ``"paper"``.
         trainable: Whether the new head learns; the kind's default where None.
-        id2label: Names of the classes 0 .. num_classes - 1, for models that keep them.
+        id2label: Names of the classes 0 .. num_classes - 1, by number or in their order, for models that keep them.
         generator: Source of a random frame; the global CPU generator where None.
 
     Returns:
         The same model.
 
     Raises:
-        HeadError: The head cannot be found or replaced, or the model is set up for regression or several labels. The model
-            is then unchanged.
+        HeadError: The head cannot be found or replaced. The model is then unchanged.
 
     Example:
         >>> model = swap_head(timm.create_model("test_vit"), 3)
@@ -115,15 +115,10 @@ def swap_head(
     """
     if num_classes < 2:
         raise HeadError(f"`num_classes` (={num_classes}) must be at least 2: check the label column.")
-    names = dict(sorted((int(index), str(label)) for index, label in (id2label or {}).items()))
+    names = label_names(id2label or {})
     if id2label is not None and list(names) != list(range(num_classes)):
         raise HeadError(f"`id2label` must name the classes 0 to {num_classes - 1}; it names {list(names)[:5]} ...")
     config = model.config if isinstance(model, PreTrainedModel) else None
-    if config is not None and config.problem_type in ("regression", "multi_label_classification"):
-        raise HeadError(
-            f"`problem_type` (={config.problem_type!r}) is not classification into one of several classes, which an ETF "
-            "head is for; load the model with problem_type=None if it is."
-        )
     record = _Record()
     try:
         lacks_classifier = head is None and _lacks_classifier(model)
@@ -155,12 +150,24 @@ def swap_head(
             indices = {label: index for index, label in names.items()}
             # A name that comes twice has no index, as in transformers.
             config.id2label, config.label2id = names, indices if len(indices) == num_classes else None
+        if config.problem_type in ("regression", "multi_label_classification"):
+            warnings.warn(
+                f"The model was trained with `problem_type` {config.problem_type!r}: its new head puts each row into one of "
+                f"{num_classes} classes, and `problem_type` is None.",
+                stacklevel=2,
+            )
         config.problem_type = None
         if "label_names" in changed:  # TimmWrapper writes these in place of id2label
             config.label_names = [labels[index] for index in range(num_classes)]
     earlier: _Record = getattr(model, _RECORD, _Record())
     setattr(model, _RECORD, _Record(record.attributes | earlier.attributes, record.config | earlier.config))
     return model
+
+
+def label_names(id2label: Mapping[int, str] | Sequence[str]) -> dict[int, str]:
+    """Return the names of the classes by number; a list holds them in order."""
+    pairs = id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label)
+    return dict(sorted((int(index), str(name)) for index, name in pairs))
 
 
 def restore_head(model: nn.Module) -> nn.Module:
@@ -202,8 +209,7 @@ def _twin(model: nn.Module) -> nn.Module:
             if isinstance(model, PreTrainedModel):
                 config = deepcopy(model.config)
                 config.num_labels = SENTINEL
-                stock = getattr(model, "_stock_class", type(model))
-                return stock(config)
+                return getattr(model, "_stock_class", type(model))(config)
             return timm.create_model(cast(str, architecture), **{**get_model_args(model), "num_classes": SENTINEL})
     except Exception as error:  # whatever a model's own constructor raises
         raise HeadError(

@@ -83,18 +83,17 @@ def write_timm_folder(
     if entry is not None:  # of all the file, timm keeps this alone when it saves the folder again
         notes.append(NOTE + json.dumps(entry))
     pretrained_cfg |= {"notes": notes} if notes else {}
-    model_args = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
+    pool = getattr(model, "global_pool", None)
     contents: dict[str, Any] = {
         "architecture": config.architecture,
         "num_classes": config.num_labels,
         "num_features": model.num_features,
         "label_names": [name for _, name in sorted((config.id2label or {}).items())],
-        "model_args": model_args,
+        "model_args": {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"},
         "pretrained_cfg": pretrained_cfg | {"num_classes": config.num_labels, "custom_load": False},
         ENTRY: entry,
+        "global_pool": pool if isinstance(pool, str) else None,
     }
-    if isinstance(getattr(model, "global_pool", None), str):
-        contents["global_pool"] = model.global_pool
     Path(folder).mkdir(parents=True, exist_ok=True)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}

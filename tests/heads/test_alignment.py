@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
+from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import FRAMES, MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
@@ -128,6 +130,41 @@ def test_batches_and_known_counts_make_no_difference(rows):
         align_head(model, batches(rows, size), class_counts=counts, penalty=0.3)
         results.append(vectors_of(model)[0][0])
     assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()
+
+
+def forms_of(rows):
+    images, labels = rows
+    columns = {"x": images.numpy(), "label": labels.tolist(), "name": ["row"] * len(labels)}
+    yield "mappings", batches(rows, 6), None
+    yield "pairs", DataLoader(TensorDataset(images, labels), batch_size=6), labels
+    yield "rows of pairs", TensorDataset(images, labels), None
+    yield "rows of a data set", Dataset.from_dict(columns), Dataset.from_dict(columns)
+    yield "rows and a collator", [*zip(images, labels)], labels.tolist()
+
+
+def test_the_form_of_the_data_makes_no_difference(rows):
+    def collate(group):
+        images, labels = zip(*group)
+        return {"x": torch.stack(images), "labels": torch.stack(labels)}
+
+    found = {}
+    for form, data, counts in forms_of(rows):
+        model, collator = model_with_head(), collate if "collator" in form else None
+        align_head(model, data, class_counts=counts, collator=collator, penalty=0.3)
+        found[form] = vectors_of(model)[0][0]
+    for form, weight in found.items():
+        assert (weight - found["mappings"]).norm() < 1e-4 * weight.norm(), form
+
+
+def test_data_that_are_gone_after_one_pass_need_the_counts(rows):
+    with pytest.raises(DataError, match="gone after one pass"):
+        align_head(model_with_head(), iter(batches(rows, 6)))
+    assert align_head(model_with_head(), iter(batches(rows, 6)), class_counts=rows[1]).rows == 23
+
+
+def test_labels_beyond_the_heads_classes_are_told(rows):
+    with pytest.raises(ValueError, match=r"`labels` \(=3 at row 0\) must lie in 0..2"):
+        align_head(model_with_head(), [{"x": rows[0][:2], "labels": torch.tensor([3, 0])}])
 
 
 def test_mode_gradients_running_statistics_and_random_state_are_left_alone(rows):

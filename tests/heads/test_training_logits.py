@@ -114,6 +114,7 @@ class TestTrainer:
         plain = trainer.model.compute_loss_from_logits(logits, batch["labels"]).item()
         assert self.loss(trainer, batch) == pytest.approx(plain, rel=1e-6)
 
+    @pytest.mark.slow
     def test_a_compiled_model_trains_as_one_that_is_not(self, tmp_path):
         trained = []
         for name, settings in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
 from etf_adapt.losses.dot_regression import dot_regression_loss
 from etf_adapt.losses.registry import LOSS_NAMES, known_options, make_loss
@@ -43,15 +45,38 @@ def test_settings_are_the_arguments_of_the_function():
 
 
 def test_options_of_a_loss_are_known():
-    assert set(known_options("dot_regression")) == {"form", "target", "balance", "unit_features", "label_smoothing"}
+    options = {"form", "target", "balance", "unit_features", "class_weights", "label_smoothing"}
+    assert set(known_options("dot_regression")) == options
     with pytest.raises(ValueError, match="did you mean 'cross_entropy'"):
         known_options("crossentropy")
+
+
+@pytest.mark.parametrize("name", [name for name in LOSS_NAMES if "class_weights" in known_options(name)])
+def test_balanced_weights_are_those_of_scikit_learn_and_weigh_each_class_alike(name):
+    counts = [20, 8, 4]
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    by_class = [make_loss({"name": name}, class_counts=counts)(logits[k : k + 1], torch.tensor([k])) for k in range(3)]
+    for weights in ("balanced", expected.tolist()):
+        loss = make_loss({"name": name, "class_weights": weights}, class_counts=counts)
+        torch.testing.assert_close(loss(logits[labels], labels), torch.stack(by_class).mean())
+        torch.testing.assert_close(
+            loss(logits[:1], labels[:1]), torch.tensor(expected[0], dtype=torch.float32) * by_class[0]
+        )
 
 
 @pytest.mark.parametrize(
     ("settings", "counts", "message"),
     [
-        ({"name": "focal"}, None, "'focal'"),
+        ({"name": "focul"}, None, "did you mean 'focal'"),
+        ({"name": "focal", "gamma": -1.0}, None, "`gamma`"),
+        ({"name": "cross_entropy", "class_weights": "balanced"}, None, "`class_counts` .*class_weights='balanced'"),
+        ({"name": "cross_entropy", "class_weights": "balanced"}, [3, 0, 1], r"class_counts\[1\]"),
+        ({"name": "cross_entropy", "class_weights": "balance"}, [9, 3, 1], "did you mean 'balanced'"),
+        ({"name": "cross_entropy", "class_weights": [1.0, 2.0]}, [9, 3, 1], "`class_weights`"),
+        ({"name": "focal", "class_weights": [1.0, -2.0]}, None, "`class_weights`"),
+        ({"name": "logit_adjusted", "class_weights": "balanced"}, [9, 3, 1], "no option 'class_weights'"),
         ({"name": "dot_regression", "form": "cube"}, None, "'cube'"),
         ({"name": "dot_regression", "tau": 1.0}, None, "no option 'tau'"),
         ({"name": "margin_dot_regression", "temperature": -1.0}, [9, 3, 1], "`temperature`"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import approx_fprime
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etf_adapt.losses.terms import log_prior
 from etf_adapt.metrics import calibration
@@ -96,8 +97,30 @@ def test_no_rows_change_nothing():
     assert fit_logit_scale(*none) == 1.0 and fit_prior_adjustment(*none, torch.tensor(COUNTS)) == (1.0, 0.0)
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch):
+@pytest.mark.parametrize("name", ["_CHUNK", "_SAMPLE"])
+def test_chunks_of_rows_and_the_sample_that_the_fit_begins_on_change_nothing(name, monkeypatch):
     logits, prior, labels = fair_rows(100)
     whole = fit_prior_adjustment(logits + prior, labels, COUNTS)
-    monkeypatch.setattr(calibration, "_CHUNK", 7)
+    monkeypatch.setattr(calibration, name, 37)
     assert fit_prior_adjustment(logits + prior, labels, COUNTS) == pytest.approx(whole, rel=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.numel() * result.element_size())
+        return result
+
+
+def test_nothing_beside_the_logits_is_as_large_as_they_are():
+    logits, labels = torch.randn(1000, 500, generator=torch.Generator().manual_seed(0)), torch.arange(1000) % 500
+    with Largest() as largest:
+        fit_prior_adjustment(logits, labels, torch.arange(1, 501))
+    assert largest.size == logits.numel() * logits.element_size(), (
+        "a view of them; in float64 they would be twice as large"
+    )

@@ -27,10 +27,10 @@ from transformers import (
 
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.models.adapters import add_adapters, has_adapters, merge_adapters
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.swap import swap_head
-from etf_adapt.training.evaluation import load_stock
 from etf_adapt.training.parameters import fix_parameters
 
 pytest.importorskip("peft", reason="needs the package of `.[peft]`")
@@ -200,6 +200,8 @@ def test_a_run_trains_nothing_else_resumes_exactly_and_leaves_a_stock_folder(tmp
     for load in (ETFForImageClassification.from_pretrained, lambda folder: load_stock(folder, "image")):
         with pytest.raises(ValueError, match="training checkpoint with adapters"):
             load(tmp_path / "whole" / "checkpoint-3")
+    with pytest.raises(ValueError, match="no stock class has this classifier"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "whole" / "checkpoint-3")
 
 
 def test_the_best_checkpoint_comes_back(tmp_path):

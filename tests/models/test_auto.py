@@ -166,6 +166,18 @@ def test_class_counts_are_checked():
         model.set_loss("logit_adjusted")
 
 
+def test_class_weights_are_checked_saved_and_read_back(tmp_path):
+    model, inputs = vit(head="linear", class_counts=[9, 3, 1]), batch("vit")
+    with pytest.raises(ValueError, match=r"`class_weights` has 2 entries.*3 classes"):
+        vit(loss={"name": "cross_entropy", "class_weights": [1.0, 2.0]})
+    for weights in ("balanced", torch.tensor([0.5, 1.0, 4.0])):
+        model.set_loss({"name": "focal", "class_weights": weights})
+        model.save_pretrained(tmp_path)
+        again = ETFForImageClassification.from_pretrained(tmp_path)
+        assert again.etf_settings["loss"] == model.etf_settings["loss"]
+        assert torch.equal(again(**inputs, labels=LABELS).loss, model(**inputs, labels=LABELS).loss)
+
+
 def test_gradients_reach_the_backbone_and_not_the_fixed_head():
     model = vit()
     model(**batch("vit"), labels=LABELS).loss.backward()
@@ -245,6 +257,7 @@ def test_labels_are_named_as_everywhere_in_transformers(tmp_path):
         {"label2id": inverse},
         {"num_labels": 3, "id2label": NAMES, "label2id": inverse},
         {"id2label": {"2": "cedar", "0": "ash", "1": "birch"}},
+        {"id2label": [*NAMES.values()]},
     ):
         config = load(**settings)
         assert (config.num_labels, config.id2label, config.label2id) == (3, NAMES, inverse)
@@ -258,7 +271,9 @@ def test_labels_are_named_as_everywhere_in_transformers(tmp_path):
         ({"id2label": {0: "a", 2: "b"}}, "`id2label` must name the classes 0 to 1"),
         ({"num_labels": 3, "head": "liner"}, "liner"),
         ({"num_labels": 3, "head_path": "klassifier"}, "klassifier"),
-        ({"num_labels": 3, "loss": "focal"}, "focal"),
+        ({"num_classes": 3}, r"`num_classes` \(=3\) is `num_labels` here"),
+        ({"id2label": ["a", "b"], "num_labels": 3}, r"`id2label` \(=2\)"),
+        ({"num_labels": 3, "loss": "focul"}, "focal"),
         ({"num_labels": 3, "head": "paper", "trainable": True}, "trainable"),
     ],
 )
@@ -428,6 +443,8 @@ def test_checkpoints_hold_the_live_head_and_other_folders_the_folded_one(name, h
     auto = AutoModelForSequenceClassification if is_text(name) else AutoModelForImageClassification
     stock = auto.from_pretrained(finished)
     assert torch.equal(logits(stock, inputs).argmax(1), expected.argmax(1))
+    with pytest.raises(ValueError, match="no stock class has this classifier; load it with etf_adapt"):
+        auto.from_pretrained(live)
     folded = factory(name).from_pretrained(finished)
     layer = next(iter(head_modules(folded).values()))
     settings = folded.etf_settings

@@ -31,9 +31,9 @@ from transformers import (
 
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import head_modules, read_features
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
 from etf_adapt.models.pooling import PooledOutputForImageClassification
-from etf_adapt.training.evaluation import load_stock
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
 ENCODERS = {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     DistilBertConfig,
@@ -23,16 +24,19 @@ from transformers import (
     ModernBertForSequenceClassification,
     MPNetConfig,
     MPNetModel,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForSequenceClassification,
+    pipeline,
 )
 
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import head_modules, read_features
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
 from etf_adapt.models.pooling import MeanPoolingForSequenceClassification
 from etf_adapt.training.arguments import ETFTrainingArguments
-from etf_adapt.training.evaluation import load_stock
 from etf_adapt.training.trainer import ETFTrainer
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
@@ -127,19 +131,38 @@ def test_a_checkpoint_that_another_tool_changed_loads_as_it_stands_and_one_that_
         load(tmp_path / "checkpoint-7")
 
 
-def test_the_encoder_of_a_folder_is_read_by_transformers_without_a_word(tmp_path, caplog):
+def refused(load, *arguments, **options):
+    with pytest.raises(ValueError, match="load it with etf_adapt or, where modules"):
+        load(*arguments, **options)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_stock_classes_refuse_a_folder_that_they_would_read_with_a_random_classifier(kind, tmp_path):
+    model = load(save_encoder(tmp_path / "encoder", kind), num_labels=3, pooling="mean")
+    for name in ("out", "checkpoint-7"):
+        folder = str(tmp_path / name)
+        model.save_pretrained(folder)
+        for stock in (AutoModelForSequenceClassification, AutoModel):
+            refused(stock.from_pretrained, folder)
+        refused(pipeline, "text-classification", model=folder)
+        assert torch.equal(load(folder)(**texts()).logits, model(**texts()).logits)
+
+
+def test_the_encoder_of_a_folder_is_read_by_transformers_on_request_without_a_word(tmp_path, caplog):
     model = load(save_encoder(tmp_path / "encoder"), num_labels=3, pooling="mean")
     model.save_pretrained(tmp_path / "out")
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:
-        encoder = AutoModel.from_pretrained(tmp_path / "out")
+        encoder = AutoModel.from_pretrained(tmp_path / "out", transformers_weights=None)
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert type(encoder) is BertModel
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, encoder.state_dict()[name])
+    encoder.save_pretrained(tmp_path / "theirs")  # an encoder like any other
+    assert type(AutoModel.from_pretrained(tmp_path / "theirs")) is BertModel
 
 
 def test_sentence_transformers_gives_the_logits(minilm, tmp_path):
@@ -155,6 +178,14 @@ def test_sentence_transformers_gives_the_logits(minilm, tmp_path):
     torch.testing.assert_close(
         other.encode(said, convert_to_tensor=True), model(**encoded).logits, atol=1e-5, rtol=1e-5
     )
+
+
+def test_texts_are_cut_to_the_positions_that_a_model_can_use(tmp_path):
+    RobertaModel(RobertaConfig(**BERT, max_position_embeddings=12, pad_token_id=1)).save_pretrained(
+        tmp_path / "encoder"
+    )
+    load(tmp_path / "encoder", num_labels=3, pooling="mean").save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/sentence_bert_config.json").read_text())["max_seq_length"] == 10
 
 
 def test_a_class_that_can_be_set_to_the_mean_stays_a_stock_class(tmp_path):
@@ -191,7 +222,7 @@ def test_an_encoder_trained_for_the_mean_says_so_once(pooling, tmp_path):
         load(folder, num_labels=3, pooling="mean")
     told = [str(warning.message) for warning in said if "pooling" in str(warning.message)]
     assert len(told) == (pooling in ("mean_tokens", "newer form"))
-    assert not told or "--pooling mean" in told[0]
+    assert not told or ("--pooling mean" in told[0] and "SentenceTransformer and etf_adapt" in told[0])
 
 
 def test_what_cannot_be_is_refused(tmp_path):

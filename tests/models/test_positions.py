@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from small_models import stock_bert
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from etf_adapt.models.positions import max_positions
+from etf_adapt.models.positions import max_positions, token_limit
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 20}
 
@@ -39,3 +42,11 @@ def test_a_text_of_the_greatest_length_is_read_and_no_longer_one(kind, settings,
 
 def test_minus_one_is_no_limit():
     assert max_positions(build("xlnet", d_model=16, n_layer=1, n_head=2, d_inner=32)) is None
+
+
+def test_texts_are_cut_to_what_tokenizer_and_model_allow():
+    tokenizer = SimpleNamespace(model_max_length=10**30)
+    assert token_limit(stock_bert(), tokenizer) == 32 and token_limit(stock_bert(), tokenizer, 8) == 8
+    assert token_limit(stock_bert(), SimpleNamespace(model_max_length=16)) == 16
+    with pytest.raises(ValueError, match=r"`max_length` \(=33\) must be at most 32"):
+        token_limit(stock_bert(), tokenizer, 33)

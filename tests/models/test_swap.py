@@ -293,7 +293,7 @@ def test_names_and_settings_of_the_classes_go_with_the_head():
     assert model.config.num_labels == model.num_labels == 5
     assert model.config.problem_type == "single_label_classification" and model.config.id2label[4] == "LABEL_4"
     wrapped = timm_wrapper()
-    swap_head(wrapped, 3, id2label={0: "x", 1: "y", 2: "z"})
+    swap_head(wrapped, 3, id2label=["x", "y", "z"])
     assert wrapped.config.to_dict()["label_names"] == ["x", "y", "z"] and wrapped.timm_model.num_classes == 3
     restore_head(wrapped)
     assert wrapped.config.to_dict()["label_names"] == list("abcde") and wrapped.timm_model.num_classes == 5
@@ -340,17 +340,18 @@ def test_finding_touches_no_weight_and_no_random_number(name):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
-def test_other_problems_than_one_class_of_several_are_refused(problem_type):
+def test_a_model_of_another_problem_becomes_a_classifier_and_says_so(problem_type):
     model = CASES["BERT"].make()
     model.config.problem_type = problem_type
-    layer = model.classifier
-    with pytest.raises(HeadError, match=f"`problem_type` .='{problem_type}'"):
+    with pytest.warns(UserWarning, match=f"`problem_type` '{problem_type}': .* one of 3 classes"):
         swap_head(model, 3)
-    assert model.classifier is layer
+    assert model.config.problem_type is None
+    restore_head(model)
+    assert model.config.problem_type == problem_type
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(

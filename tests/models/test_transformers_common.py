@@ -53,7 +53,7 @@ pytestmark = pytest.mark.slow
 
 SKIPPED = {
     ("*", "test_problem_types"): (
-        "asks for regression and for several labels a row, which are refused: a vertex of the simplex stands for one class"
+        "asks for regression and for several labels a row, which the new head does not do: a vertex stands for one class"
     ),
     ("*", "test_can_load_ignoring_mismatched_shapes"): (
         "asks for an error where a folder has another number of classes: from_pretrained gives a new head for them, and warns"

@@ -248,7 +248,7 @@ def test_timms_note_is_written_once_and_not_read_where_the_classifier_is_gone(fo
 @pytest.mark.parametrize("tool", [AutoModel, AutoModelForSequenceClassification])
 def test_an_encoder_that_was_saved_without_its_head_gets_a_new_one_and_says_so(folders, tool, tmp_path):
     _, folder = folders["pooled"]
-    tool.from_pretrained(folder).save_pretrained(tmp_path)
+    tool.from_pretrained(folder, transformers_weights=None).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"is replaced by a new one .*saved the encoder without it"):
         model = ETFForSequenceClassification.from_pretrained(tmp_path)
     settings = model.etf_settings
@@ -256,6 +256,18 @@ def test_an_encoder_that_was_saved_without_its_head_gets_a_new_one_and_says_so(f
     assert logits(model, batch("pooled")).shape == (4, 3)
     with pytest.warns(UserWarning, match="is replaced by a new one"):
         assert ETFForSequenceClassification.from_pretrained(tmp_path, num_labels=5).config.num_labels == 5
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+@pytest.mark.parametrize("name", KINDS)
+def test_weights_are_as_readable_as_other_files(name, mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        finished(name).save_pretrained(tmp_path, max_shard_size="8KB")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 # Real models, through all of it
