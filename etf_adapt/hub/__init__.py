@@ -1,4 +1,4 @@
-"""A finished folder to the Hub, in one commit: ``python -m etf_adapt.hub FOLDER user/name``.
+"""A finished folder to the Hub, in one commit: ``etf-adapt publish FOLDER user/name``.
 
 ``publish`` is the whole way; ``check`` says whether the folder is complete, loadable and free of tokens and local paths;
 ``send`` uploads it, and says how to carry on where that fails.

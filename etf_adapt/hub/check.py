@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from etf_adapt.results.run_folder import STATISTICS_FILE
+
 # Files that are published if they exist, beside the pictures of the card; a star matches no slash.
 PUBLISHED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "LICENSE*", "all_results.json",
@@ -26,6 +28,10 @@ class UnfinishedFolderError(ValueError):
     """Raised where a folder is not fit to be published."""
 
 
+# Sums over the features of each class: of a class of few rows they are nearly the rows.
+PRIVATE = (STATISTICS_FILE,)
+
+
 def check_folder(folder: str | os.PathLike[str]) -> list[str]:
     """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path."""
     path = Path(folder)
@@ -37,6 +43,7 @@ def check_folder(folder: str | os.PathLike[str]) -> list[str]:
         if not {"architectures", "architecture", "model_type"} & set(_read_json(path, "config.json")):
             raise UnfinishedFolderError("has a config.json that names no architecture: nothing can load it.")
         found = [file for pattern in PUBLISHED for file in path.glob(pattern) if file.is_file()]
+        found = [file for file in found if file.name not in PRIVATE]
         names = [file.relative_to(path).as_posix() for file in found]
         _check_weights(path, names)
         _check_modules(path, names)

@@ -11,6 +11,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from etf_adapt.data.progress import announced
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
 from etf_adapt.results.card import CARD_FILE
 
@@ -64,14 +65,15 @@ def send_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         names = [name for name in names if name not in kept or not api.file_exists(repo_id, name, revision=revision)]
         # One commit, with Xet too: its pipeline commits again only past 256 files or 100 MB that are no large files (2.4).
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=Path(folder),
-            revision=revision,
-            commit_message=commit_message or "Upload a fine-tuned classifier",
-            allow_patterns=[escape(name) for name in names],
-            delete_patterns=_WEIGHTS,
-        )
+        with announced(f"publishing {len(names)} files"):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=Path(folder),
+                revision=revision,
+                commit_message=commit_message or "Upload a fine-tuned classifier",
+                allow_patterns=[escape(name) for name in names],
+                delete_patterns=_WEIGHTS,
+            )
     return commit.commit_url
 
 
@@ -139,9 +141,9 @@ def carry_on_command(
 
     Example:
         >>> carry_on_command("out/my run", "me/net", private=True)
-        "python -m etf_adapt.hub 'out/my run' me/net --private"
+        "etf-adapt publish 'out/my run' me/net --private"
     """
-    words = ["python", "-m", "etf_adapt.hub", str(folder), repo_id]
+    words = ["etf-adapt", "publish", str(folder), repo_id]
     words += [] if private is None else ["--private" if private else "--public"]
     words += [] if revision is None else ["--revision", revision]
     words += [] if commit_message is None else ["--commit_message", commit_message]

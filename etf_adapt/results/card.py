@@ -52,7 +52,7 @@ class CardFacts:
         table: ``etf_adapt.results.tables.shot_table`` of that split.
         is_adjusted: Whether the bias adjusts for the class frequencies.
         calibrated_rows: Number of validation rows that calibrated the confidences.
-        command: Command line without private paths.
+        command: Command line without private paths; empty where there is none.
         seeds: Seeds by name.
         environment: Versions and hardware.
         recalls: Recall of each class on the split; None or NaN where it has no row. Empty without a split.
@@ -109,16 +109,28 @@ def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
     return file
 
 
-def write_short_card(folder: str | os.PathLike[str], repo_id: str, *, library: str, task: str) -> None:
-    """Write the card of a model without a run, which only names what loads it."""
+def write_short_card(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    library: str,
+    task: str,
+    lines: Sequence[str] = (),
+    inherited: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the card of a model without a run: what loads it, and lines of what was done to it."""
     tag = None if library == "sentence_transformers" else pipeline_of(task)
-    data = ModelCardData(library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"])
+    data = ModelCardData(
+        library_name=library.replace("_", "-"), pipeline_tag=tag, tags=["etf_adapt"], **(inherited or {})
+    )
     loaders = {"sentence_transformers": "sentence-transformers", "timm": "transformers and timm"}.get(library, library)
     factory = "ETFForImageClassification" if task == "image" else "ETFForSequenceClassification"
     text = (
         f"---\n{data}\n---\n\n# {repo_id.split('/')[-1]}\n\nLoads in {loaders}; with its head and loss by "
         f"`etf_adapt.{factory}.from_pretrained`.\n"
     )
+    if lines:
+        text += "\n## How it was made\n\n" + "".join(f"- {escape_markdown(line)}\n" for line in lines)
     Path(folder, CARD_FILE).write_text(with_digest(text), encoding="utf-8")
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import glob
 import json
 import math
 import os
 import platform
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from etf_adapt.errors import OutputFolderError
+from etf_adapt.results.claim import CLAIM_FILE
 
 ARGUMENTS_FILE = "arguments.json"
 RESULTS_FILE = "all_results.json"
 LOG_FILE = "log.jsonl"
 PREDICTIONS_FILE = "predictions.csv"
+STATISTICS_FILE = "etf_statistics.safetensors"  # of the rows that the head was set from: models/head_statistics.py
 RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
 
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
@@ -30,6 +35,7 @@ _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "pre
                 "modules.json", "sentence_bert_config.json", "1_Pooling/*", "1_Dense/*", "2_Dense/*")  # fmt: skip
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
+_STAGES = ("do_train", "do_eval", "do_predict")  # fields of TrainingArguments that choose nothing here
 
 
 def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
@@ -43,7 +49,7 @@ def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, ov
     path = Path(folder)
     if path.is_file():
         raise OutputFolderError(f"`output_dir` (={str(folder)!r}) is a file: name a folder.")
-    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    names = sorted({entry.name for entry in path.iterdir()} - {CLAIM_FILE}) if path.is_dir() else []
     if not names:
         return
     if not (path / ARGUMENTS_FILE).is_file():
@@ -57,6 +63,20 @@ def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, ov
             f"`output_dir` (={str(folder)!r}) holds an earlier run: go on with it (--resume_from_checkpoint last), "
             "replace it (--overwrite_output_dir), or choose another folder (--output_dir)."
         )
+
+
+def folders_of_name(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the folders of runs of one name, without end: out/x, out/x-2, out/x-3 ..."""
+    path = Path(folder)
+    return (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+
+
+def newest_of_name(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of the run of one name that began last, or was resumed last; the first name if there is none."""
+    path = Path(folder)
+    files = path.parent.glob(f"{glob.escape(path.name)}*/{ARGUMENTS_FILE}")
+    runs = [file for file in files if re.fullmatch(r"(-\d+)?", file.parent.name.removeprefix(path.name))]
+    return max(runs, key=lambda file: file.stat().st_mtime_ns).parent if runs else path
 
 
 def remove_run_files(folder: str | os.PathLike[str]) -> None:
@@ -76,7 +96,7 @@ def write_json(file: str | os.PathLike[str], content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(
-        json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(plain_value(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     draft.replace(path)
 
@@ -90,25 +110,36 @@ def public_value(value: Any) -> Any:
         >>> public_value("/home/me/models/vit"), public_value({"lr": 1.0, "token": "hf_x"})
         ('vit', {'lr': 1.0})
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+    value = _without_secrets(value)
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.relpath(value) if Path(value).is_relative_to(Path.cwd()) else Path(value).name
     if isinstance(value, Mapping):
-        kept = {key: item for key, item in value.items() if not any(word in str(key) for word in _SECRETS)}
-        return {key: public_value(item) for key, item in kept.items()}
+        return {key: public_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [public_value(item) for item in value]
-    return _plain(getattr(value, "value", value))  # the value of an enumeration, as it is typed
+    return plain_value(value)
+
+
+def _without_secrets(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if not any(word in str(key) for word in _SECRETS)}
+    return getattr(value, "value", value)  # of an enumeration, as it is typed
 
 
 def public_arguments(*groups: Any) -> dict[str, Any]:
-    """Return the fields of dataclasses as one flat dict for JSON, without tokens; the recipe can read it again."""
+    """Return the fields of dataclasses as one flat dict for JSON, without tokens and without absolute paths."""
+    return {name: public_value(value) for name, value in recorded_arguments(*groups).items()}
+
+
+def recorded_arguments(*groups: Any) -> dict[str, Any]:
+    """Return the fields of dataclasses as one flat dict for JSON, without tokens; the command can read it again."""
     arguments: dict[str, Any] = {}
     for group in groups:
         for field in dataclasses.fields(group):
-            if field.init and not any(word in field.name for word in _SECRETS):
-                arguments[field.name] = public_value(getattr(group, field.name))
+            if field.init and field.name not in _STAGES and not any(word in field.name for word in _SECRETS):
+                arguments[field.name] = plain_value(_without_secrets(getattr(group, field.name)))
     return arguments
 
 
@@ -117,7 +148,7 @@ def public_command(argv: Sequence[str]) -> str:
 
     Example:
         >>> public_command(["--model", "/home/me/vit", "--hub_token", "hf_x", "--seed", "1"])
-        'accelerate launch recipes/finetune.py --model vit --seed 1'
+        'etf-adapt finetune --model vit --seed 1'
     """
     words: list[str] = []
     skip = False
@@ -127,7 +158,7 @@ def public_command(argv: Sequence[str]) -> str:
             skip = not skip and not equals
             continue
         words.append(f"{flag}={public_value(value)}" if flag.startswith("--") and equals else public_value(word))
-    return shlex.join(["accelerate", "launch", "recipes/finetune.py", *words])
+    return shlex.join(["etf-adapt", "finetune", *words])
 
 
 def describe_environment() -> dict[str, Any]:
@@ -153,7 +184,7 @@ def write_log(file: str | os.PathLike[str], history: Iterable[Mapping[str, Any]]
     steps: dict[Any, dict[str, Any]] = {}
     for entry in history:
         steps.setdefault(entry.get("step"), {}).update(entry)
-    lines = [json.dumps(_plain(entry), allow_nan=False) for entry in steps.values()]
+    lines = [json.dumps(plain_value(entry), allow_nan=False) for entry in steps.values()]
     Path(file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -165,13 +196,29 @@ def write_predictions(
     predictions: Sequence[int] | np.ndarray,
     confidences: Sequence[float] | np.ndarray,
     label_names: Sequence[str],
+    files: Sequence[str] | None = None,
 ) -> None:
-    """Write CSV with the label, the prediction and its calibrated probability for each row of a split, by class name."""
+    """Write CSV with the label, the prediction and its calibrated probability for each row of a split, by class name.
+
+    ``files`` names the file of each row, for images that lie in files.
+    """
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(("row_id", "label", "prediction", "confidence"))
-        for row_id, label, prediction, confidence in zip(row_ids, labels, predictions, confidences, strict=True):
-            writer.writerow((int(row_id), label_names[label], label_names[prediction], f"{confidence:.6f}"))
+        writer.writerow(("row_id", "label", "prediction", "confidence", *(() if files is None else ("file",))))
+        places = [()] * len(row_ids) if files is None else [(file,) for file in files]
+        for row_id, label, prediction, confidence, place in zip(
+            row_ids, labels, predictions, confidences, places, strict=True
+        ):
+            writer.writerow((int(row_id), label_names[label], label_names[prediction], f"{confidence:.6f}", *place))
+
+
+def share_weights(folder: str | os.PathLike[str]) -> None:
+    """Give files of weights the mode of other new files: safetensors 0.8 lets their owner alone read them."""
+    mask = os.umask(0o077)  # the only way to read it sets it
+    os.umask(mask)
+    for file in (file for pattern in ("*.safetensors", "*_Dense/*.safetensors") for file in Path(folder).glob(pattern)):
+        if file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~mask)
 
 
 def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> str:
@@ -189,12 +236,12 @@ def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> st
     return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={name})'
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Return a value as JSON can hold it; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

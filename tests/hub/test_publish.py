@@ -17,8 +17,8 @@ from huggingface_hub import HfApi, close_session, get_session
 from safetensors.numpy import save_file
 from small_card import card_facts
 
+from etf_adapt.commands.publish import main
 from etf_adapt.hub import send
-from etf_adapt.hub.__main__ import main
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError
 from etf_adapt.results.card import make_card, write_card, write_short_card
@@ -81,8 +81,8 @@ def refusal(folder, repo_id="me/net", **options):
     assert snapshot(folder) == before if before else True
     message, command = re.split(r"\n(?:The folder is whole\. To carry on|Then): ", str(caught.value))
     program, *words = shlex.split(command)
-    assert [program, *words[:2]] == ["python", "-m", "etf_adapt.hub"] and words[2:4] == [str(folder), repo_id]
-    return message, words[2:]
+    assert [program, words[0]] == ["etf-adapt", "publish"] and words[1:3] == [str(folder), repo_id]
+    return message, words[1:]
 
 
 # What goes up
@@ -387,7 +387,7 @@ def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, run_folder, metho
     publish(run_folder, "me/net")
     edit_there(hub, "---\nlicense: mit\n---\n# Theirs\n")
     hub.fail(method, "/resolve/.*README", status=503, times=math.inf)
-    with pytest.raises(HubError, match=r"To carry on: python -m etf_adapt\.hub"):
+    with pytest.raises(HubError, match=r"To carry on: etf-adapt publish"):
         publish(run_folder, "me/net")
     assert card_there(hub) == "---\nlicense: mit\n---\n# Theirs\n"
 
@@ -396,7 +396,7 @@ def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, run_folder, metho
 
 
 def run(hub, home, *words, **changes):
-    command = [sys.executable, "-m", "etf_adapt.hub", *words]
+    command = [sys.executable, "-m", "etf_adapt", "publish", *words]
     done = subprocess.run(command, env=hub.environment(home, **changes), capture_output=True, text=True, timeout=120)
     assert hub.token not in done.stdout + done.stderr and "Traceback" not in done.stderr
     return done
@@ -407,7 +407,7 @@ def test_the_program_prints_the_commit_or_one_message(hub, folder, tmp_path):
     assert (
         refused.returncode == 2 and refused.stdout == "" and refused.stderr.startswith("error: `repo_id` (='me/net')")
     )
-    assert refused.stderr.endswith(f"To carry on: python -m etf_adapt.hub {folder} me/net\n")
+    assert refused.stderr.endswith(f"To carry on: etf-adapt publish {folder} me/net\n")
     done = run(hub, tmp_path / "home", str(folder), "me/net", "--private", HF_TOKEN=hub.token)
     assert done.stdout == f"{hub.url}/me/net/commit/{hub.pushed('me/net')[0].id}\n" and done.returncode == 0
 
@@ -415,7 +415,7 @@ def test_the_program_prints_the_commit_or_one_message(hub, folder, tmp_path):
 def test_no_token_can_be_given_as_an_argument(capsys):
     with pytest.raises(SystemExit):
         main(["folder", "me/net", "--token", "hf_x"])
-    assert "unrecognized arguments: --token" in capsys.readouterr().err
+    assert "There is no argument '--token'" in capsys.readouterr().err
 
 
 LOAD = """

@@ -104,6 +104,16 @@ def test_the_lines_that_load_it_are_python(library, task):
         compile(block, "card", "exec")
 
 
+def test_a_model_of_pairs_is_shown_with_a_pair():
+    pairs = {"name": "qnli", "columns": {"input": "question", "pair": "sentence", "label": "label"}}
+    for library, call in (
+        ("transformers", 'classify({"text": "a text", "text_pair": "its pair"})'),
+        ("sentence_transformers", 'model.encode([("a text", "its pair")], '),
+    ):
+        assert call in make_card(card_facts(library=library, task="text", dataset=pairs))
+        assert call not in make_card(card_facts(library=library, task="text"))
+
+
 def test_it_is_written_with_its_figures_and_its_facts(tmp_path):
     facts = card_facts(recalls=[0.5, None], row_counts=[10, 0])
     assert write_card(tmp_path, facts) == tmp_path / "README.md"

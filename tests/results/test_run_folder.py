@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import os
 import platform
 
 import pytest
@@ -14,6 +16,7 @@ from small_card import HOSTILE_NAMES
 from etf_adapt import errors
 from etf_adapt.results import run_folder
 from etf_adapt.results.card import CARD_FILES
+from etf_adapt.results.claim import claim, release
 
 
 def test_an_empty_or_missing_folder_is_free(tmp_path):
@@ -99,7 +102,7 @@ def test_the_command_tells_no_token_and_no_place_of_this_machine():
         "--hub_token=hf_s",
         "--paper",
     ]
-    assert run_folder.public_command(argv) == "accelerate launch recipes/finetune.py --model vit --data=d --paper"
+    assert run_folder.public_command(argv) == "etf-adapt finetune --model vit --data=d --paper"
 
 
 def test_the_log_has_one_line_a_step(tmp_path):
@@ -128,3 +131,19 @@ def test_loading_lines_are_python(tmp_path):
     pairs = (("timm", "image"), ("transformers", "image"), ("transformers", "text"), ("sentence_transformers", "text"))
     for library, task in pairs:
         compile(run_folder.loading_lines(tmp_path / 'quo"te', library, task), "lines", "exec")
+
+
+def test_runs_of_one_name_are_told_apart_by_number_and_the_newest_is_found(tmp_path):
+    names = [path.name for path in itertools.islice(run_folder.folders_of_name(tmp_path / "x"), 3)]
+    assert names == ["x", "x-2", "x-3"]
+    assert run_folder.newest_of_name(tmp_path / "x") == tmp_path / "x"
+    for age, name in enumerate(("x-linear", "x-12", "x-2", "x", "y-2")):
+        run_folder.write_json(tmp_path / name / run_folder.ARGUMENTS_FILE, {})
+        os.utime(tmp_path / name / run_folder.ARGUMENTS_FILE, (1000 - age, 1000 - age))
+    assert run_folder.newest_of_name(tmp_path / "x") == tmp_path / "x-12"
+
+
+def test_a_claim_alone_is_no_obstacle(tmp_path):
+    claim(tmp_path)
+    release(tmp_path)
+    run_folder.check_output_dir(tmp_path)

@@ -1,0 +1,128 @@
+"""Which run an output folder belongs to: one process writes to it at a time, and what it leaves bears the run's identity."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from etf_adapt.errors import OutputFolderError
+
+CLAIM_FILE = (
+    ".etf_run.json"  # locked while a run writes to the folder; stays, and names the run that the folder belongs to
+)
+_LENGTH = 160  # of its text, always: it is replaced by one write, so that no reader and no kill finds half of it
+
+# The claims of this process: descriptors of the locked files, and what was written into them. The system drops a lock when
+# its process ends, however it ends: a folder is never left locked by a run that was killed.
+_held: dict[Path, tuple[int, bytes]] = {}
+
+
+def claim(folder: str | os.PathLike[str], *, resume: bool = False, run: str | None = None) -> str:
+    """Take a folder until ``release`` or the end of this process; return the identity of the run.
+
+    Refuse a folder that another running process holds. With ``resume`` the folder keeps its run, or becomes that of ``run``
+    where it has none; without, it is a new one's. A folder that this process holds already is claimed anew.
+    """
+    path = Path(folder).resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = _held[path][0] if path in _held else _lock(path / CLAIM_FILE, resume=resume)
+    identity = (resume and (read_run(path) or run)) or uuid4().hex
+    mark = json.dumps({"run": identity, "claim": uuid4().hex, "process": os.getpid()}).ljust(_LENGTH).encode()
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, mark)
+    _held[path] = descriptor, mark
+    return identity
+
+
+def is_claimed(folder: str | os.PathLike[str]) -> bool:
+    """Return whether this process holds a folder."""
+    return Path(folder).resolve() in _held
+
+
+def release(folder: str | os.PathLike[str]) -> None:
+    """Let other processes have a folder; its identity stays."""
+    if (path := Path(folder).resolve()) in _held:
+        os.close(_held.pop(path)[0])
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Release at the end of a block what it claimed."""
+    before = {*_held}
+    try:
+        yield
+    finally:
+        for path in {*_held} - before:
+            release(path)
+
+
+def read_run(folder: str | os.PathLike[str]) -> str | None:
+    """Return the identity of the run that a folder belongs to, None if there is none or it cannot be read."""
+    run = _read(Path(folder, CLAIM_FILE)).get("run")
+    return run if isinstance(run, str) else None
+
+
+def check_claim(folder: str | os.PathLike[str]) -> None:
+    """Refuse to write on where the claimed folder was taken by another run: removed and made anew, or not lockable."""
+    path = Path(folder).resolve()
+    if path not in _held:
+        return
+    file, mark = path / CLAIM_FILE, _held[path][1]
+    if not file.exists():  # removed: what is left to write goes into a folder of the same name
+        release(path)
+        claim(path, resume=True, run=json.loads(mark)["run"])
+    elif file.read_bytes() != mark:
+        raise OutputFolderError(
+            f"`output_dir` (={str(folder)!r}) was taken by another run since this one began: start it again in another folder."
+        )
+
+
+def _lock(file: Path, *, resume: bool) -> int:
+    """Open and lock the file of a claim; make it if there is none."""
+    try:
+        descriptor, is_new = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        descriptor, is_new = os.open(file, os.O_RDWR), False
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputFolderError(
+            f"`output_dir` (={str(file.parent)!r}) is being written by another run (process "
+            f"{_read(file).get('process', 'unknown')}): wait for its end, or choose another folder (--output_dir)."
+        ) from None
+    except (ImportError, OSError):
+        # Windows, or a file system without locks: there who makes the file has the folder, and who resumes takes it over.
+        if not is_new and not resume:
+            os.close(descriptor)
+            raise OutputFolderError(
+                f"`output_dir` (={str(file.parent)!r}) belongs to another run, which may be running (its file system has no "
+                "locks to tell): choose another folder, or remove this one."
+            ) from None
+    return descriptor
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        mark = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def _forget() -> None:
+    for descriptor, _ in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # A lock is shared with forked children: a data loader's worker would hold it after its parent was killed.
+    os.register_at_fork(after_in_child=_forget)
