@@ -1,0 +1,93 @@
+"""A finished model, its rows by class name, and a folder for what it becomes: common to ``refit`` and ``extend``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+
+from etf_adapt.data.text import EvenLengths, lengths_of
+from etf_adapt.errors import OutputFolderError
+from etf_adapt.heads.alignment import TrainingRows, read_rows
+from etf_adapt.heads.in_model import evaluation_mode
+from etf_adapt.inference.head_statistics import HeadStatistics, save_statistics
+from etf_adapt.inference.launch import set_threads
+from etf_adapt.results.card import write_short_card
+from etf_adapt.results.card_metadata import read_base_card
+
+
+def prepare_process() -> bool:
+    """Prepare this process for a command, and return whether it is the one that prints."""
+    set_threads()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return join_processes()
+
+
+def join_processes() -> bool:
+    """Let the processes of a launcher know of each other; return whether this is the first."""
+    # Processes started on a machine without a device join only if told so (accelerate 1.15).
+    return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+
+
+def check_output(output: str | Path | None) -> None:
+    """Refuse a folder that holds something."""
+    path = None if output is None else Path(output)
+    if path is not None and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise OutputFolderError(f"`output` (={str(output)!r}) holds something already: name a new or an empty folder.")
+
+
+def read_classes(
+    model: Any, rows: Any, collator: Any, classes: Sequence[int], num_classes: int, **options: Any
+) -> TrainingRows:
+    """Read what the heads are given of rows; label i of the data set is class ``classes[i]`` of the model.
+
+    ``options`` are ``batch_size`` and ``num_workers``.
+    """
+
+    def collate(batch: list[Any]) -> dict[str, Any]:
+        made: dict[str, Any] = collator(batch)
+        return made | {"labels": torch.tensor(classes)[made["labels"]]}
+
+    lengths = lengths_of(rows, "length")
+    order = None if lengths is None else EvenLengths(lengths, batch_size=options["batch_size"])
+    labels = np.asarray(classes)[np.asarray(getattr(rows, "dataset", rows)["label"])]
+    counts = np.bincount(labels, minlength=num_classes)
+    loader = DataLoader(rows, sampler=order, collate_fn=collate, **options)
+    with evaluation_mode(model):
+        return read_rows(model, loader, counts, seed=0)
+
+
+def move_to_device(model: Any) -> None:
+    """Move a model to this process's device; a quantized one is where it was loaded."""
+    if getattr(model, "hf_quantizer", None) is None:
+        model.to(PartialState().device)
+
+
+def write_folder(
+    folder: str | Path,
+    model: Any,
+    heads: Mapping[str, HeadStatistics],
+    lines: Sequence[str],
+    *,
+    location: str,
+    task: str,
+) -> None:
+    """Write a stock folder, with the statistics of its heads if there are any, and a card that says what was done."""
+    state = PartialState()
+    if state.is_main_process:
+        model.save_pretrained(folder, fold=True)
+        save_statistics(folder, heads)
+        library = model.etf_settings["library"]
+        inherited = read_base_card(location)
+        write_short_card(folder, Path(folder).name, library=library, task=task, lines=lines, inherited=inherited)
+    state.wait_for_everyone()

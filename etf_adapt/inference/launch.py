@@ -1,0 +1,79 @@
+"""Threads and processes of a run, and requests to a launcher that are not met."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+Value = TypeVar("Value")
+
+_MALLOC_OPTIONS = {-4: 0, -1: -1}  # of malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD without end
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Set the CPU threads of this process, and return their number.
+
+    Where None, the usable cores are shared by the processes of this machine if a launcher started them.
+    """
+    # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, by which two cores would run as one.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if threads is None and launched:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next batch; return whether the C library is glibc."""
+    # Not for texts, whose batches differ in size: that of the longest text takes many times what the others do.
+    # On CPUs glibc otherwise maps the large tensors of each operation anew, and the system clears their pages. Results are the
+    # same; the peak of memory is held until the process ends. Seconds of a whole run with it 23, without 27, of CPU and of the
+    # clock alike (medians of five alternating pairs, one thread of two x86 cores, seed 0, 2026-11-28): recipes/finetune.py
+    # --model mobilenetv2_100.timm --dataset bccd_cells --image_size 64 --max_train_rows 800 --num_train_epochs 1
+    # --torch_threads 1 --evaluate_test false
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return all(libc.mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS.items())
+    except (OSError, AttributeError):  # another system, or another C library
+        return False
+
+
+def first_process_decides(decide: Callable[[], Value]) -> Value:
+    """Return on all processes what the first one finds, or raise its error on all: none waits for one that failed."""
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            found = [decide()]
+        except Exception as error:
+            found = [error]
+    (value,) = broadcast_object_list(found)
+    if isinstance(value, Exception):
+        raise value
+    return cast(Value, value)
+
+
+def unmet_requests(distributed_type: str) -> list[str]:
+    """Return a warning for each thing that a launcher was asked for and that does not happen.
+
+    ``distributed_type`` is what Accelerate does: a value of ``accelerate.DistributedType``.
+    """
+    # `accelerate launch --cpu --num_processes 2` starts one process without a word; it leaves MASTER_ADDR behind, which it sets
+    # for more than one only. FSDP and DeepSpeed are passed over on CPUs (accelerate 1.15).
+    warnings = []
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ) and PartialState().num_processes == 1:
+        warnings.append(
+            "WARNING: several processes were asked for, but one runs: start them with `torchrun --nproc_per_node <n>` or "
+            "`accelerate launch --multi_gpu --num_processes <n>`, which start them on CPUs too."
+        )
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" and distributed_type != kind:
+            warnings.append(f"WARNING: {kind} was asked for, but Accelerate runs {distributed_type} on this machine.")
+    return warnings

@@ -1,0 +1,187 @@
+"""Laws of refit: figures are those of the folder that it writes, rows that the features saw choose nothing, names decide."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import small_texts
+import torch
+from small_card import card_facts
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
+
+from etf_adapt import refit
+from etf_adapt.commands.refit import main
+from etf_adapt.data.load import load_data
+from etf_adapt.errors import DataError, OutputFolderError
+from etf_adapt.hub.check import check_folder
+from etf_adapt.inference.head_statistics import follows, load_statistics
+from etf_adapt.inference.refit import SEEN_PENALTY
+from etf_adapt.results.card import FACTS_FILE
+from etf_adapt.results.run_folder import ARGUMENTS_FILE, STATISTICS_FILE, write_json
+
+COUNTS = {"ash": 60, "birch": 15, "cedar": 4}
+EVEN = dict.fromkeys(COUNTS, 12)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    train = small_texts.rows(COUNTS, 0)
+    small_texts.write(folder / "own", train=train, validation=small_texts.rows(EVEN, 1), test=small_texts.rows(EVEN, 2))
+    small_texts.write(folder / "cut", train=train)
+    small_texts.stock_folder(folder / "model")
+    return folder
+
+
+def recalls(model, folder, texts):
+    """Score texts by a stock model: the mean recall of its classes, by name."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model.eval()(**tokenizer([text for text, _ in texts], padding=True, return_tensors="pt")).logits
+    right = {name: [] for name in COUNTS}
+    for (_, name), index in zip(texts, logits.argmax(dim=1).tolist(), strict=True):
+        right[name].append(model.config.id2label[index] == name)
+    return np.mean([np.mean(values) for values in right.values()])
+
+
+def test_scores_before_and_after_are_those_of_the_stock_folders(place, tmp_path):
+    result = refit(place / "model", str(place / "own"), output=tmp_path / "new")
+    held = small_texts.rows(EVEN, 1)
+    stock, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    assert stock.config.id2label == dict(enumerate(small_texts.NAMES))
+    before = AutoModelForSequenceClassification.from_pretrained(place / "model")
+    assert result.before["balanced_accuracy"] == pytest.approx(recalls(before, place / "model", held))
+    assert result.after["balanced_accuracy"] == pytest.approx(recalls(stock, tmp_path / "new", held))
+    assert result.after["balanced_accuracy"] > 0.2 + result.before["balanced_accuracy"]
+    assert (
+        result.is_set
+        and result.rows == 79
+        and result.judge == "validation rows of the data set, taken as unseen by the model"
+    )
+    assert pipeline("text-classification", str(tmp_path / "new"))(held[0][0])[0]["label"] in COUNTS
+    statistics = load_statistics(tmp_path / "new")["classifier"]
+    assert statistics.rows.counts.tolist() == [COUNTS[name] for name in small_texts.NAMES]
+    assert follows(result.model.classifier, statistics)
+    assert "balanced accuracy" in (tmp_path / "new" / "README.md").read_text()
+    assert STATISTICS_FILE not in check_folder(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words", "rows", "chooses"),
+    [
+        ("own", {}, "validation rows of the data set, taken as unseen by the model", 79, True),
+        ("cut", {"held_out": "share"}, "a share of the training rows, unseen by the model as you say", 79, True),
+        ("cut", {}, "rows that the model was trained on, which say little of new ones", 79, False),
+        ("own", {"held_out": "none"}, "rows that the model was trained on, which say little of new ones", 79, False),
+        ("cut", {"new_labels": True}, "each training row scored without itself", 79, True),
+    ],
+)
+def test_only_rows_that_the_features_did_not_see_choose(place, data, options, words, rows, chooses):
+    result = refit(place / "model", str(place / data), **options)
+    assert (result.judge, result.rows) == (words, rows)
+    if chooses:
+        assert result.calibration[0] == result.model.etf_settings["logit_scale"]
+    else:
+        assert (result.penalty, result.calibration) == (SEEN_PENALTY, None)
+        assert result.model.etf_settings["prior_adjustment"] is None
+    assert any(words in line for line in result.describe())
+
+
+def test_rows_kept_out_to_judge_are_in_the_head_at_last(place):
+    result = refit(place / "model", str(place / "cut"), held_out="share")
+    whole = refit(place / "model", str(place / "cut"), held_out="none", penalty=result.penalty, force=True)
+    left, right = (head.model.classifier.weight / head.model.classifier.weight.norm() for head in (result, whole))
+    assert torch.allclose(left, right, atol=1e-6)
+
+
+def test_the_validation_rows_of_the_run_that_made_a_model_judge_it(place, tmp_path):
+    folder = small_texts.stock_folder(tmp_path / "run")
+    data = load_data(str(place / "cut"), validation_fraction=0.25, seed=5)
+    arguments = {"dataset": str(place / "cut"), "validation_fraction": 0.25, "seed": 5, "freeze": "none"}
+    write_json(tmp_path / "run" / ARGUMENTS_FILE, arguments)
+    write_json(tmp_path / "run" / FACTS_FILE, {"facts": vars(card_facts(dataset=data.description))})
+    result = refit(folder, str(place / "cut"))
+    assert result.judge == "validation rows of the run that made the model"
+    assert result.rows == 79
+    assert refit(folder, str(place / "cut"), seed=6).calibration is None  # other rows, which the run had trained on
+    write_json(tmp_path / "run" / ARGUMENTS_FILE, {**arguments, "dataset": "other/cut"})  # of the same last name
+    assert "run that made the model" not in refit(folder, str(place / "cut")).judge
+    write_json(tmp_path / "run" / ARGUMENTS_FILE, {**arguments, "freeze": "backbone"})
+    assert refit(folder, str(place / "cut")).judge == "each training row scored without itself"
+
+
+def test_a_head_that_is_better_is_left_alone_unless_forced(place, tmp_path):
+    texts = small_texts.rows(EVEN, 1)
+    model = AutoModelForSequenceClassification.from_pretrained(place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    with torch.no_grad():  # a head that knows the rows which will judge
+        batch = tokenizer([text for text, _ in texts], padding=True, return_tensors="pt")
+        features = model.bert(**batch).pooler_output
+    targets = torch.tensor([small_texts.NAMES.index(name) for _, name in texts])
+    fitted = torch.nn.Linear(16, 3)
+    optimizer = torch.optim.LBFGS(fitted.parameters(), max_iter=500)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(fitted(features), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    model.classifier.load_state_dict(fitted.state_dict())
+    model.save_pretrained(tmp_path / "good")
+    tokenizer.save_pretrained(tmp_path / "good")
+    result = refit(tmp_path / "good", str(place / "own"), output=tmp_path / "new")
+    assert not result.is_set and not (tmp_path / "new").exists()
+    with torch.no_grad():
+        assert torch.allclose(result.model.eval()(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+    assert refit(tmp_path / "good", str(place / "own"), output=tmp_path / "new", force=True).is_set
+
+
+def test_classes_without_names_are_taken_in_order_and_others_by_name(place, tmp_path, caplog):
+    unnamed = small_texts.stock_folder(tmp_path / "unnamed", [f"LABEL_{index}" for index in range(3)])
+    assert refit(unnamed, str(place / "own")).model.config.id2label[0] == "LABEL_0"
+    assert "have no names" in caplog.text
+    other = small_texts.stock_folder(tmp_path / "other", ["ash", "birch", "dogwood"])
+    with pytest.raises(DataError, match=r"unknown to the model: `cedar`.*new_labels"):
+        refit(other, str(place / "own"))
+    more = small_texts.stock_folder(tmp_path / "more", [*small_texts.NAMES, "dogwood"])
+    with pytest.raises(DataError, match="without rows: `dogwood`"):
+        refit(more, str(place / "own"))
+    with pytest.raises(DataError, match=r"`held_out` \(='share'\) is for data sets without"):
+        refit(place / "model", str(place / "own"), held_out="share")
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_an_encoder_becomes_a_classifier_by_new_labels_alone(place, tmp_path, pooling):
+    BertModel.from_pretrained(place / "model").save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="holds no trained classifier"):
+        refit(tmp_path / "encoder", str(place / "own"), pooling=pooling)
+    result = refit(tmp_path / "encoder", str(place / "own"), new_labels=True, pooling=pooling, output=tmp_path / "new")
+    assert result.before == {} and result.after["balanced_accuracy"] > 0.5
+    assert (tmp_path / "new" / "modules.json").exists() == (pooling == "mean")
+    assert refit(tmp_path / "new", str(place / "own")).before["balanced_accuracy"] > 0.5
+
+
+def test_classes_of_one_row_each_leave_nothing_to_choose_by(place, tmp_path):
+    single = small_texts.write(tmp_path / "single", train=small_texts.rows(dict.fromkeys(COUNTS, 1), 3))
+    result = refit(place / "model", single, new_labels=True)
+    assert (result.rows, result.after, result.calibration, result.penalty) == (3, {}, None, SEEN_PENALTY)
+
+
+def test_the_command_says_what_was_done_in_one_line_each(place, tmp_path, capsys):
+    output = str(tmp_path / "new")
+    main([str(place / "model"), str(place / "own"), "--output", output, "--keep_statistics", "false"])
+    said = capsys.readouterr().out
+    assert said.startswith("head in closed form from 79 rows, penalty") and f"{output} (" in said
+    assert not (tmp_path / "new" / STATISTICS_FILE).exists()
+    with pytest.raises(OutputFolderError, match="holds something already"):
+        refit(place / "model", str(place / "own"), output=output)
+    with pytest.raises(SystemExit) as ended:
+        main([str(place / "model"), str(place / "nowhere"), "--output", str(tmp_path / "other")])
+    assert ended.value.code == 2
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["etf_adapt"]["head"]["frame"] == "whitened"
