@@ -68,6 +68,8 @@ def make_trainer(
     model: Any = None,
     dropout: float = 0.1,
     callbacks: tuple[TrainerCallback, ...] = (),
+    eval_dataset: Any = None,
+    compute_metrics: Any = None,
     **settings: Any,
 ) -> ETFTrainer:
     defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
@@ -77,10 +79,11 @@ def make_trainer(
         make_model(len(counts), dropout=dropout) if model is None else model,
         args,
         train_dataset=train,
-        eval_dataset=NoisyRows(tuple(eval_counts or [7] * len(counts)), seed=1),
+        eval_dataset=eval_dataset or NoisyRows(tuple(eval_counts or [7] * len(counts)), seed=1),
         data_collator=collate,
         labels=train.labels,
         callbacks=callbacks,
+        compute_metrics=compute_metrics,
     )
 
 
@@ -139,7 +142,8 @@ def main(settings: dict[str, Any]) -> None:
     if record is not None:
         folder = Path(record)
         folder.mkdir(exist_ok=True)
-        (folder / f"{rank}.json").write_text(json.dumps({"rows": seen, "metrics": metrics}))
+        logits = trainer.predict(trainer.eval_dataset).predictions.tolist()
+        (folder / f"{rank}.json").write_text(json.dumps({"rows": seen, "metrics": metrics, "logits": logits}))
         if rank == 0:
             save_file(
                 {name: value.contiguous() for name, value in weights(trainer).items()}, folder / "weights.safetensors"

@@ -1,7 +1,7 @@
 """transformers' Trainer with our sampling, losses and heads.
 
-Read ``arguments`` and ``trainer``. Beside them: ``resumable`` (stopping, resuming, publishing) over ``checkpoints`` and
-``early_stopping``, ``callbacks`` (around steps), ``parameters`` (what is trained), ``soft_labels`` (mixup, CutMix, smoothing),
-``evaluation`` (predictions of each row; calibration), ``collapse_monitor``, ``messages`` (printed lines), ``launch`` (threads,
-processes).
+Read ``arguments`` (over ``settings``) and ``trainer``. The trainer stands on ``stopping`` (``signals``), ``resumable``
+(``checkpoints``, publishing), ``evaluating`` (evaluate, predict) and ``aligning``; ``finishing`` is what follows a run. Beside
+them: ``dry_run``, ``best_metric``, ``callbacks`` (around steps), ``parameters`` (what is trained, and how fast),
+``soft_labels`` (mixup, CutMix, smoothing), ``collapse_monitor``, ``messages`` (printed lines).
 """

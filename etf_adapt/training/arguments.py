@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from etf_adapt.errors import check_choice
+from etf_adapt.training.best_metric import more_is_better
+from etf_adapt.training.settings import TrainingSettings
 
 SAMPLER_POWERS = {"instance": 0.0, "sqrt": 0.5, "balanced": 1.0}
 """Power of ``ClassBalancedSampler`` for each choice of ``sampler``."""
-
-BEST_METRIC = "balanced_accuracy_pooled"
 
 HEAD_RATE = 10.0
 """Default learning rate of a trained head over that of the backbone: a new head starts far from where it must go."""
@@ -29,6 +31,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "batch_eval_metrics": (False, "no logits are kept: metrics are computed from predictions"),
     "bf16_full_eval": (False, "it rounds the weights themselves; evaluation runs in the precision of training"),
     "dataloader_drop_last": (False, "it would leave rows out of evaluation; training batches are always whole"),
+    "dataloader_in_order": (True, "a resumed run must see the rows that the uninterrupted one would have seen"),
     "fp16_full_eval": (False, "it rounds the weights themselves; evaluation runs in the precision of training"),
     "enable_jit_checkpoint": (
         False,
@@ -39,14 +42,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "ignore_data_skip": (False, "a resumed run must see the rows that the uninterrupted one would have seen"),
     "include_for_metrics": ([], "metrics take predictions, labels and confidences only"),
     "logging_nan_inf_filter": (False, "it hides a loss that is not finite; such a loss stops the run"),
+    "parallelism_config": (None, "only whole rows are trained on; `fsdp` and `deepspeed` split the weights"),
     "prediction_loss_only": (False, "the best checkpoint is chosen by a metric"),
+    "remove_unused_columns": (
+        False,
+        "it removes `row_id`, which tells rows apart, and the columns that a transform reads; a collator chooses what it takes",
+    ),
     "use_liger_kernel": (False, "it replaces the model's loss"),
 }
-# Mapped instead of refused: `label_smoothing_factor` becomes `label_smoothing` (soft labels for the model's own loss, where the
-# stock smoother applies cross-entropy); `train_sampling_strategy="group_by_length"` batches rows of similar length *within*
-# our sampler's draw; `data_seed` seeds our sampler; `load_best_model_at_end` is off where `eval_strategy` is "no"; `use_cpu` is
-# on where there is no device. Without effect, since no logits are kept: `eval_accumulation_steps`, `eval_do_concat_batches`,
-# `eval_use_gather_object`.
 
 # The same for the fields of `accelerator_config`.
 REFUSED_ACCELERATOR: dict[str, tuple[Any, str]] = {
@@ -55,24 +58,48 @@ REFUSED_ACCELERATOR: dict[str, tuple[Any, str]] = {
     "even_batches": (True, "processes must run the same number of evaluation batches"),
 }
 
+# Fields that do nothing here, and why; a run says so where one of them is set.
+WITHOUT_EFFECT: dict[str, str] = {
+    "average_tokens_across_devices": "the loss is a mean over rows, which have one label each",
+    **dict.fromkeys(("do_predict", "do_train"), "what runs is what is called; the recipe trains and scores in one run"),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), "evaluation keeps no logits"
+    ),
+    "hub_always_push": "the model is pushed once, finished",
+    "label_names": "the labels are the entry `labels` of a batch",
+    "liger_kernel_config": "`use_liger_kernel` is refused",
+    "local_rank": "launchers set LOCAL_RANK",
+}
 
-_STOCK = {entry.name: entry for entry in fields(TrainingArguments)}
+# Fields that mean here what they say by another way, and which.
+MAPPED: dict[str, str] = {
+    "data_seed": "seeds our sampler",
+    "disable_tqdm": "None is no bar but in a terminal",
+    "do_eval": "follows `eval_strategy`",
+    "greater_is_better": "None is what the metric asks for, and the opposite is refused",
+    "label_smoothing_factor": "becomes `label_smoothing`: soft labels for the model's own loss, no cross-entropy",
+    "load_best_model_at_end": "off where `eval_strategy` is no",
+    "lr_scheduler_kwargs": "`mode` of reduce_lr_on_plateau and greedy follows the metric unless given",
+    "train_sampling_strategy": "group_by_length batches rows of similar length within our sampler's draw",
+    "use_cpu": "on where there is no device",
+}
 
-
-def _default(name: str, value: Any, text: str | None = None) -> Any:
-    """Return a field of TrainingArguments with another default, and transformers' help unless ours is given."""
-    return field(default=value, metadata={"help": text or _STOCK[name].metadata["help"]})
-
-
-def _option(value: Any, text: str) -> Any:
-    return field(default=value, metadata={"help": text})
+# Settings by which a run goes on as it began. Of the length alone a resumed run may have another: the schedule follows it.
+FIXED_ON_RESUME = (
+    "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
+    "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "neftune_noise_alpha", "mixup", "cutmix", "label_smoothing", "freeze", "batch_norm",
+    "frame", "frame_penalty", "realign_epochs", "leave_one_out",
+    "metric_for_best_model", "shot_bounds", "min_validation_rows",
+)  # fmt: skip
+LENGTH = ("num_train_epochs", "max_steps")
 
 
 @dataclass
-class ETFTrainingArguments(TrainingArguments):
+class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore[misc]  # fewer sampling strategies
     """Hold all settings of a run: ``transformers.TrainingArguments`` with other defaults, and the fields added here.
 
-    Each field carries its description as metadata, which ``python recipes/finetune.py --help`` prints. Fields of transformers
+    Each field carries its description as metadata, which ``etf-adapt finetune --help`` prints. Fields of transformers
     that would bypass our loss, sampler, evaluation or checkpoints are refused here, before any data or model is read.
 
     Raises:
@@ -84,95 +111,21 @@ class ETFTrainingArguments(TrainingArguments):
         (0.1, 0.0)
     """
 
-    # Our defaults for fields of TrainingArguments
-    per_device_train_batch_size: int = _default("per_device_train_batch_size", 64)
-    per_device_eval_batch_size: int = _default("per_device_eval_batch_size", 128)
-    num_train_epochs: float = _default("num_train_epochs", 10.0)
-    learning_rate: float = _default("learning_rate", 1e-4)
-    lr_scheduler_type: str = _default("lr_scheduler_type", "cosine")
-    warmup_steps: float = _default("warmup_steps", 0.1)
-    weight_decay: float = _default("weight_decay", 0.05)
-    eval_strategy: str = _default("eval_strategy", "epoch")
-    save_strategy: str = _default("save_strategy", "epoch")
-    save_total_limit: int | None = _default("save_total_limit", 2, "Checkpoints kept; newest and best always are.")
-    logging_strategy: str = _default("logging_strategy", "epoch")
-    logging_nan_inf_filter: bool = _default(
-        "logging_nan_inf_filter", False, "Only False: a loss that is not finite stops the run."
-    )
-    load_best_model_at_end: bool = _default("load_best_model_at_end", True)
-    metric_for_best_model: str | None = _default(
-        "metric_for_best_model", BEST_METRIC, "Metric by which the best checkpoint is chosen."
-    )
-    train_sampling_strategy: Literal["group_by_length", "random"] = _default(
-        "train_sampling_strategy",
-        "group_by_length",
-        "Whether rows of similar length share a batch, where rows have lengths.",
-    )
-    remove_unused_columns: bool = _default("remove_unused_columns", False)
-    disable_tqdm: bool | None = _default("disable_tqdm", None, "No progress bar; by default only in terminals.")
-    report_to: None | str | list[str] = _default("report_to", "none")  # noqa: RUF009, RUF036 - transformers' parser takes None first
-    hub_strategy: str = _default("hub_strategy", "end", "Only end: the model is pushed once, finished.")
-    seed: int = _default("seed", 0, "Seed of initialisation, sampling, augmentation and dropout.")
-
-    # Our own fields
-    sampler: Literal["instance", "sqrt", "balanced"] = _option(
-        "instance", "Sampling: instance draws examples uniformly, balanced draws classes uniformly, sqrt lies between."
-    )
-    head_learning_rate: float | None = _option(
-        None, "Learning rate of a trained head; default: ten times learning_rate."
-    )
-    freeze: Literal["none", "backbone"] = _option(
-        "none", "backbone trains the head alone; none trains all that is not fixed."
-    )
-    early_stopping_patience: int | None = _option(
-        None, "Evaluations without improvement of metric_for_best_model after which the run ends; default: never."
-    )
-    mixup: float = _option(0.0, "Alpha of mixup (https://arxiv.org/abs/1710.09412), images only; 0 for none.")
-    cutmix: float = _option(0.0, "Alpha of CutMix (https://arxiv.org/abs/1905.04899), images only; 0 for none.")
-    label_smoothing: float = _option(0.0, "Weight in [0, 1) of the uniform distribution in the training labels.")
-    batch_norm: Literal["frozen", "train"] | None = _option(
-        None, "Running statistics of BatchNorm in the backbone; default: frozen under a fixed head, else train."
-    )
-    frame: Literal["whitened", "means", "rotated", "random"] = _option(
-        "whitened", "Closed form that sets a fresh ETF head before the first step."
-    )
-    frame_penalty: float | None = _option(
-        None,
-        "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out.",
-    )
-    realign_epochs: int | None = _option(
-        None, "A fixed ETF head is aligned again after each of this many first epochs; default: after every epoch."
-    )
-    leave_one_out: bool = _option(
-        True,
-        "Score each training row by the aligned, fixed head as it would be without that row: rows with a row_id, no mixup or "
-        "CutMix; of more than 20,000 rows those of a sample that is even over the classes.",
-    )
-    final_frame: Literal["whitened", "means"] | None = _option(
-        None, "Closed form that a head of any kind is refitted by after training; default: none."
-    )
-    shot_bounds: list[int] = field(
-        default_factory=lambda: [20, 100],
-        metadata={"help": "Training counts (at least, at most) of a medium class: above is many, below is few."},
-    )
-    min_validation_rows: int = _option(
-        5, "Classes with fewer validation rows share one pooled recall in balanced_accuracy_pooled."
-    )
-    collapse_rows: int = _option(
-        0,
-        "Most rows, and at most a tenth of the training rows, on which neural collapse is measured at each evaluation.",
-    )
-    torch_threads: int | None = _option(
-        None, "CPU threads of each process; default: an equal share of the cores under a launcher."
-    )
-
     def __post_init__(self) -> None:
         self._map_label_smoothing()
         self._check_ranges()
         # On the command line an empty list and no list are the same.
         self.include_for_metrics = self.include_for_metrics or []
         for name, (required, why) in REFUSED.items():
-            _require(name, getattr(self, name), required, why)
+            _require(name, getattr(self, name, required), required, why)
+        is_score = more_is_better(self.metric_for_best_model or "")
+        if is_score is not None:
+            if self.greater_is_better not in (None, is_score):
+                raise ValueError(
+                    f"`greater_is_better` (={self.greater_is_better}) must be {is_score}, as by default, for "
+                    f"`metric_for_best_model` (={self.metric_for_best_model!r})."
+                )
+            self.greater_is_better = is_score
         self.load_best_model_at_end = self.load_best_model_at_end and self.eval_strategy != "no"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
@@ -188,6 +141,36 @@ class ETFTrainingArguments(TrainingArguments):
             )
         for name, (required, why) in REFUSED_ACCELERATOR.items():
             _require(f"accelerator_config.{name}", getattr(self.accelerator_config, name), required, why)
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("`fp16` (=True) needs a GPU: bf16=True runs on CPUs too.")
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # whose own default is that less is better
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **cast(Any, self.lr_scheduler_kwargs or {})}
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Make what would be made later only, so that a missing package or a wrong option is known now."""
+        kwargs: Any = self.lr_scheduler_kwargs
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        parts: dict[str, Callable[[], Any]] = {
+            # Optimizers with target modules need the model.
+            "optim": lambda: self.optim_target_modules or Trainer.get_optimizer_cls_and_kwargs(self),
+            "lr_scheduler_type": lambda: get_scheduler(self.lr_scheduler_type, stand_in, 1, 2, kwargs),
+            "report_to": lambda: [make() for make in get_reporting_integration_callbacks(self.report_to)],
+        }
+        for name, make in parts.items():
+            try:
+                make()
+            except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                value = getattr(self, name)
+                raise ValueError(f"`{name}` (={getattr(value, 'value', value)!r}) cannot be used: {error}") from error
+
+    def without_effect(self) -> list[str]:
+        """Return a line for each field that was set and has no effect."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        values = {name: getattr(self, name) for name in WITHOUT_EFFECT if name in defaults}
+        changed = {name: value for name, value in values.items() if value != defaults[name]}
+        return [f"without effect: `{name}` (={value!r}): {WITHOUT_EFFECT[name]}" for name, value in changed.items()]
 
     def _map_label_smoothing(self) -> None:
         if self.label_smoothing_factor:
@@ -199,18 +182,24 @@ class ETFTrainingArguments(TrainingArguments):
             self.label_smoothing, self.label_smoothing_factor = self.label_smoothing_factor, 0.0
 
     def _check_ranges(self) -> None:
-        hints = get_type_hints(ETFTrainingArguments)
-        for name in ETFTrainingArguments.__annotations__:
+        hints = get_type_hints(TrainingSettings)
+        for name in TrainingSettings.__annotations__:
             hint, value = hints[name], getattr(self, name)
             for literal in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
                 if value is not None or literal is hint:
                     check_choice(name, value, get_args(literal))
-        for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed"):
+        for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must not be negative.")
         for name in ("early_stopping_patience", "torch_threads", "min_validation_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim.startswith(("schedule_free", "lomo", "adalomo")) or optim.endswith("layerwise"):
+            raise ValueError(
+                f"`optim` (={optim!r}) steps beside the parameter groups that hold a head's learning rate, or trains weights "
+                "that are not those to align, evaluate and save: choose another, such as adamw_torch."
+            )
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(f"`head_learning_rate` (={self.head_learning_rate}) must be positive.")
         if not 0 <= self.label_smoothing < 1:

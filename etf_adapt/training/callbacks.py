@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from etf_adapt.data.progress import ProgressLines
 from etf_adapt.results.run_folder import LOG_FILE, write_log
 from etf_adapt.results.tables import percent
 
@@ -20,29 +21,31 @@ class EpochStart(TrainerCallback):
     # After a stop in mid-epoch `accelerate.skip_first_batches` wraps the sampler so deep, with two processes, that the loader's
     # `set_epoch` no longer reaches it, and the epoch is resumed with the first epoch's rows (accelerate 1.15).
 
-    def __init__(self, updates_per_epoch: Callable[[], int], sampler: Callable[[], Any]) -> None:
-        self.updates_per_epoch = updates_per_epoch
+    def __init__(self, steps_in_epoch: Callable[[], int], sampler: Callable[[], Any]) -> None:
+        self.steps_in_epoch = steps_in_epoch
         self.sampler = sampler
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Set the epoch."""
-        self.sampler().set_epoch(state.global_step // self.updates_per_epoch())
+        self.sampler().set_epoch(state.global_step // self.steps_in_epoch())
 
 
 class Realign(TrainerCallback):
-    """Align the head again at the end of each of the first ``epochs`` epochs."""
+    """Align the head again at the end of each of the first ``epochs()`` epochs."""
 
-    def __init__(self, updates_per_epoch: Callable[[], int], align: Callable[[], None], epochs: float) -> None:
-        self.updates_per_epoch = updates_per_epoch
+    def __init__(
+        self, steps_in_epoch: Callable[[], int], align: Callable[[], None], epochs: Callable[[], float]
+    ) -> None:
+        self.steps_in_epoch = steps_in_epoch
         self.align = align
         self.epochs = epochs
 
     # In the last step of an epoch, not after it: a checkpoint of that step then holds the new head.
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Align after the last step of an epoch, and of the run."""
-        done, rest = divmod(state.global_step, self.updates_per_epoch())
+        done, rest = divmod(state.global_step, self.steps_in_epoch())
         ends_in_mid_epoch = rest > 0 and state.global_step == state.max_steps
-        if (rest == 0 and done <= self.epochs) or (ends_in_mid_epoch and done < self.epochs):
+        if (rest == 0 and done <= self.epochs()) or (ends_in_mid_epoch and done < self.epochs()):
             self.align()
 
 
@@ -51,14 +54,15 @@ class RunLog(TrainerCallback):
 
     # The file is written from the trainer's history, which checkpoints hold: after a resume it has no line twice.
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Callable[[], str]) -> None:
+        self.folder = folder
         self._train: Mapping[str, Any] = {}
         self._start = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Write the file anew from the history."""
         self._start = time.monotonic()
-        self._write(args, state)
+        self._write(state)
 
     def on_log(
         self,
@@ -70,12 +74,13 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Add what was logged."""
         logs = logs or {}
-        self._write(args, state)
+        self._write(state)
         if "loss" in logs:
             self._train = logs
-        if "eval_accuracy" in logs or ("loss" in logs and args.eval_strategy == "no"):
+        scores = _scores(logs)
+        if scores or ("loss" in logs and args.eval_strategy == "no"):
             if state.is_world_process_zero:
-                tqdm.write(self._progress(args, state) + _training(self._train) + _scores(logs))
+                tqdm.write(self._progress(args, state) + _training(self._train) + scores)
             self._train = {}
 
     def _progress(self, args: TrainingArguments, state: TrainerState) -> str:
@@ -83,9 +88,8 @@ class RunLog(TrainerCallback):
         epochs = f"epoch {state.epoch or 0.0:.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else "step"
         return f"{epochs} ({state.global_step}/{state.max_steps} steps, {seconds:.0f} s)"
 
-    @staticmethod
-    def _write(args: TrainingArguments, state: TrainerState) -> None:
-        folder = Path(str(args.output_dir))
+    def _write(self, state: TrainerState) -> None:
+        folder = Path(self.folder())
         if state.is_world_process_zero and folder.is_dir():
             write_log(folder / LOG_FILE, state.log_history)
 
@@ -95,11 +99,14 @@ def _training(logs: Mapping[str, Any]) -> str:
 
 
 def _scores(logs: Mapping[str, Any]) -> str:
-    if "eval_accuracy" not in logs:
+    """Return the scores of an evaluation; of several data sets, each is logged with its name in those of the scores."""
+    last = "balanced_accuracy_pooled"
+    prefix = next((name.removesuffix(last) for name in logs if name.startswith("eval_") and name.endswith(last)), None)
+    if prefix is None:
         return ""
     names = ("balanced_accuracy", "accuracy", "many", "medium", "few")
-    scores = [f"{name.replace('_', ' ')} {percent(logs.get(f'eval_{name}'))}" for name in names]
-    return " | validation: " + ", ".join(scores)
+    scores = [f"{name.replace('_', ' ')} {percent(logs.get(f'{prefix}{name}'))}" for name in names]
+    return f" | validation{prefix[4:-1].replace('_', ' ', 1)}: " + ", ".join(scores)
 
 
 class ProgressBar(ProgressCallback):
@@ -107,3 +114,15 @@ class ProgressBar(ProgressCallback):
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Print nothing."""
+
+
+class ProgressPrinter(TrainerCallback):
+    """Print how many steps are done where there is no bar: an epoch may take hours."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._lines = ProgressLines("training steps", state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Print a line if one is due."""
+        self._lines.update(state.global_step)

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from etf_adapt.data.long_tail import seeded_generator
+from etf_adapt.data.progress import progress
 from etf_adapt.data.splits import take_per_class
 from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features, to_device
 from etf_adapt.metrics.collapse import NeuralCollapse
 from etf_adapt.training.arguments import ETFTrainingArguments
+from etf_adapt.training.best_metric import MEASURES
 
-MEASURES = ("nc1", "nc2", "nc3", "nc4")
 _CLASS_STREAM, _ROWS_A_CLASS = 31, 2
 
 
@@ -66,7 +67,7 @@ class CollapseMonitor:
             return {}
         device, parts = next(model.parameters()).device, []
         with evaluation_mode(model), context or nullcontext():
-            for batch in self._loader:
+            for batch in progress(self._loader, "measuring neural collapse, batches"):
                 inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
                 labels = inputs.pop("labels")
                 features = read_features(model, inputs)[0]

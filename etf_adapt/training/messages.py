@@ -3,70 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
+from etf_adapt.data.long_tail import EVEN_IMBALANCE
 from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.inference.launch import unmet_requests
 from etf_adapt.results.tables import percent
-from etf_adapt.training.arguments import ETFTrainingArguments
-from etf_adapt.training.launch import unmet_requests
 
-EVEN_IMBALANCE = 2.0  # below which classes count as evenly filled
 COARSE_ERROR = 0.02  # standard error of a validation balanced accuracy from which it can hardly tell settings apart
 
 
-@dataclass(frozen=True)
-class RunSetup:
-    """What a run is about to do beyond its arguments, in plain values."""
-
-    distributed_type: str
-    class_counts: Sequence[int]
-    validation_rows: int | None
-    head_kind: str
-    frame: str
-    is_frame_to_be_set: bool
-    is_head_trained: bool
-    realign_epochs: float
-    batch_norm: str
-    parameters: int
-    trained_parameters: int
-    head_learning_rate: float
-    batch_size: int
-
-
-def describe_run(args: ETFTrainingArguments, setup: RunSetup) -> list[str]:
-    """Describe a run: processes, device, precision; rows and classes; head; trained parameters; sampling."""
+def describe_run(trainer: Any) -> list[str]:
+    """Describe the run of an ``ETFTrainer``: processes, device, precision; rows and classes; head; parameters; sampling."""
+    args, head, distributed_type = trainer.args, trainer.first_head, trainer.accelerator.distributed_type.value
     processes, threads = PartialState().num_processes, torch.get_num_threads()
     runs = f"{processes} process{'es' if processes > 1 else ''} of {threads} threads"
-    kind = f" ({setup.distributed_type})" if processes > 1 else ""
+    kind = f" ({distributed_type})" if processes > 1 else ""
     precision = "float32"
     if args.mixed_precision != "no":
         precision = f"{args.mixed_precision} autocast over float32 weights"
-    counts = [int(rows) for rows in setup.class_counts if rows]
+    counts = [] if trainer.class_counts is None else [rows for rows in trainer.class_counts.tolist() if rows]
     classes = f"{len(counts)} classes of {min(counts):,} to {max(counts):,} rows" if counts else "no classes"
     imbalance = f" (imbalance {max(counts) / min(counts):.4g})" if counts else ""
-    validation = "" if setup.validation_rows is None else f", {setup.validation_rows:,} to validate"
-    learns = "learned" if setup.is_head_trained else "fixed"
-    if setup.realign_epochs:
-        first = "" if math.isinf(setup.realign_epochs) else f" of the first {setup.realign_epochs:.0f}"
+    held_out = count_rows(trainer.eval_dataset)
+    validation = "" if held_out is None else f", {held_out:,} to validate"
+    learns = "fixed" if head.is_fixed else "learned"
+    if trainer.realign_epochs:
+        first = "" if math.isinf(trainer.realign_epochs) else f" of the first {trainer.realign_epochs:.0f}"
         learns = f"fixed but for an alignment after each epoch{first}"
-    frame = f"{setup.frame} frame{' to be set' if setup.is_frame_to_be_set else ''}"
-    rates = f"learning rate {args.learning_rate:.4g}"
-    if setup.is_head_trained:
-        rates += f", of the head {setup.head_learning_rate:.4g}"
+    frame = f"{head.frame} frame"
+    if trainer.needs_alignment():
+        frame = f"{args.frame if head.is_stock_layer else 'means'} frame to be set"
+    sizes = {parameter: parameter.numel() for parameter in trainer.model.parameters()}
+    trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    rates = f"learning rate {', '.join(f'{rate:.4g}' for rate in trainer.learning_rates)}"
+    if not head.is_fixed and trainer.given_optimizer is None:
+        rates += f", of the head {trainer.head_learning_rate:.4g}"
     return [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
-        f"head: {setup.head_kind}, {frame}, {learns}; BatchNorm statistics {setup.batch_norm}",
-        f"trained: {setup.trained_parameters:,} of {setup.parameters:,} parameters, {rates}",
-        f"draw: {args.sampler}, {setup.batch_size:,} rows a step, seed {args.seed}",
-        *unmet_requests(setup.distributed_type),
+        f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}",
+        f"trained: {trained:,} of {sum(sizes.values()):,} parameters, {rates}",
+        f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
+        *args.without_effect(),
+        *unmet_requests(distributed_type),
     ]
+
+
+def count_rows(dataset: Any) -> int | None:
+    """Return the rows of a data set, or of a dict of data sets, as far as they are known."""
+    sets = dataset.values() if isinstance(dataset, dict) else [dataset]
+    return sum(map(len, sets)) if all(isinstance(rows, Sized) for rows in sets) else None
 
 
 def describe_alignment(result: Mapping[str, Any], *, num_classes: int) -> str:

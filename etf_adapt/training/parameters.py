@@ -1,8 +1,10 @@
-"""Which parameters of a model are trained, and whether all are finite; what happens to its BatchNorm statistics."""
+"""Which parameters of a model are trained, at which rates, and whether all are finite; its BatchNorm statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.models.adapters import has_adapters
+from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.weights import new_weights
 from etf_adapt.training.arguments import ETFTrainingArguments
 
@@ -47,6 +50,47 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
                 "model with dtype=torch.float32 and set bf16=True."
             )
     return freed
+
+
+def require_embeddings(model: nn.Module, alpha: float | None) -> None:
+    """Refuse noise in the embeddings of a model without them, such as timm's."""
+    embeddings = None
+    with suppress(NotImplementedError):
+        embeddings = cast(Any, model).get_input_embeddings()
+    if alpha is not None and embeddings is None:
+        raise ValueError(
+            f"`neftune_noise_alpha` (={alpha}) needs a model of texts, or one of transformers: leave it out."
+        )
+
+
+def describe_learning(model: ETFModel) -> dict[str, Any]:
+    """Return head, loss, dropout and adapters of a model, in values for JSON."""
+    settings, adapters = model.etf_settings, getattr(model, "peft_config", {}).get("default")
+    numbers = {} if adapters is None else {f"peft {name}": value for name, value in adapters.to_dict().items()}
+    dropout = {f"config.{name}": value for name, value in model.config.to_dict().items() if "drop" in name}
+    return {
+        "head": settings["head"]["kind"],
+        "loss": settings["loss"],
+        **{name: value for name, value in {**dropout, **numbers}.items() if isinstance(value, (bool, int, float))},
+    }
+
+
+def check_optimizers(
+    args: ETFTrainingArguments,
+    optimizer: torch.optim.Optimizer | None,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None,
+) -> None:
+    """Refuse learning rates that would have no effect."""
+    if optimizer is not None and args.head_learning_rate is not None:
+        raise ValueError(
+            f"`head_learning_rate` (={args.head_learning_rate}) has no effect on the optimizer that is given: give the head's "
+            "parameters a group with this `lr` there, and leave it out."
+        )
+    if optimizer_cls_and_kwargs is not None and "lr" not in optimizer_cls_and_kwargs[1]:
+        raise ValueError(
+            f"`optimizer_cls_and_kwargs` (={optimizer_cls_and_kwargs[0].__name__}) has no `lr` in its options, and "
+            f'`learning_rate` does not reach it: add "lr": {args.learning_rate:g}.'
+        )
 
 
 def set_head_learning_rate(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError, check_name_and_token
-from etf_adapt.training.arguments import ETFTrainingArguments
+from etf_adapt.inference.launch import first_process_decides
+from etf_adapt.models.etf_model import ETFModel
+from etf_adapt.results.claim import check_claim, read_run
+from etf_adapt.results.run_folder import public_value
+from etf_adapt.training.arguments import FIXED_ON_RESUME, LENGTH, ETFTrainingArguments
 from etf_adapt.training.checkpoints import (
     begin_checkpoint,
     complete_checkpoint,
+    find_flaw,
     read_state,
     read_tensors,
+    room_for,
     rotate_checkpoints,
     write_tensors,
 )
-from etf_adapt.training.early_stopping import EarlyStopping
-from etf_adapt.training.parameters import require_finite
+from etf_adapt.training.parameters import describe_learning, require_finite
+from etf_adapt.training.stopping import StoppableTrainer
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(StoppableTrainer):
     """Mend what transformers' ``Trainer`` (5.24) gets wrong where a run is saved, stopped, resumed and published.
 
     - A checkpoint is marked as complete when all processes have written theirs; only then are older ones deleted, and of
@@ -39,21 +49,23 @@ class ResumableTrainer(Trainer):
       clear.
     - The count of evaluations without improvement is part of the checkpoint, and a run that had ended when it was saved has
       ended when it is resumed: the stock class trains one more step.
-    - The best checkpoint is found in a folder that was moved.
-    - A run is not resumed with other settings of sampling than it began with.
+    - The best checkpoint is found in a folder that was moved, and is not taken where it is damaged or another run's.
+    - A run is resumed with the settings that it began with, but for its length; the stock class takes some from the arguments
+      and others from the checkpoint, whose rate of a first step may be that of a schedule of another length.
     - A finished folder is published in one commit. The stock class makes the repository before the first step, and sends the
       whole output folder, with the pickle that holds the token.
 
-    Subclasses set ``train_labels`` (rows,) and ``early_stopping``, and define what else belongs to a checkpoint.
+    Subclasses set ``train_labels`` (rows,), and define what else belongs to a checkpoint.
     """
 
     args: ETFTrainingArguments
-    model: PreTrainedModel
+    model: ETFModel
     train_labels: NDArray[np.int64] | None = None
-    early_stopping: EarlyStopping
+    misses = 0
+    """Evaluations since the best one: ``early_stopping_patience`` of them end the run."""
 
     def draw_settings(self) -> dict[str, Any]:
-        """Return all that decides which rows are drawn when and what they train, by names for a person."""
+        """Return all that decides which rows are drawn when and what they train, in values for JSON by names for a person."""
         labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
         trained = [
             (name, *parameter.shape) for name, parameter in self.model.named_parameters() if parameter.requires_grad
@@ -65,6 +77,8 @@ class ResumableTrainer(Trainer):
             "batch size": self.get_total_train_batch_size(self.args),
             "seed": self.args.seed if self.args.data_seed is None else self.args.data_seed,
             "rows": f"{len(labels)} of hash {sha256(labels.astype(np.int64).tobytes()).hexdigest()[:12]}",
+            **{name: public_value(getattr(self.args, name)) for name in FIXED_ON_RESUME},
+            **describe_learning(self.model),
         }
 
     def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,59 +91,119 @@ class ResumableTrainer(Trainer):
 
     # Checkpoints
 
-    def restore(self, checkpoint: Path) -> None:
-        """Take up our part of a checkpoint, if it was written with the same draw; transformers' own follows in ``train``."""
+    def restore(self, checkpoint: Path) -> list[str]:
+        """Take up our part of a checkpoint, if it was written with the same settings; return a line for a change of length.
+
+        The part of transformers follows in ``train``.
+        """
         state = read_state(checkpoint)
+        if state.get("save_only_model"):
+            raise ValueError(
+                f"`{checkpoint}` was written with `save_only_model` and cannot be resumed: start another run."
+            )
         for name, value in self.draw_settings().items():
             if state["draw"].get(name, value) != value:
                 raise ValueError(
                     f"`{checkpoint}` was written with {name} {state['draw'][name]!r}, and this run has {value!r}: it would "
                     "go on otherwise than it began. Resume with the same settings, or start another run."
                 )
-        self.early_stopping.misses = state["misses"]
+        self.misses = state["misses"]
         self.restore_own_state(state["own"], read_tensors(checkpoint))
+        lengths = {name: (before, getattr(self.args, name)) for name, before in state.get("length", {}).items()}
+        return [
+            f"`{name}` was {before:g} and is {now:g}: the learning rate follows the schedule of the new length from here on"
+            for name, (before, now) in lengths.items()
+            if before != now
+        ]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
+            # The optimizer's state holds the next step's rate by the schedule of the run's earlier length.
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.model, step=self.state.global_step)
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            begin_checkpoint(folder)
-        self.accelerator.wait_for_everyone()
-        with self._without_stock_rotation():
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+            check_claim(str(self.args.output_dir))
+        with self._room_for(folder):
+            if self.args.should_save:
+                begin_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            with self._without_stock_rotation():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._complete_checkpoint(folder)
+        self._saved_step, self._is_saved = self.state.global_step, True
         if self.args.should_save:
-            own, tensors = self.own_state()
-            write_tensors(folder, tensors)
-            complete_checkpoint(
-                folder, {"draw": self.draw_settings(), "misses": self.early_stopping.misses, "own": own}
+            rotate_checkpoints(folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        own, tensors = self.own_state()
+        write_tensors(folder, tensors)
+        state = {
+            "draw": self.draw_settings(),
+            "length": {name: getattr(self.args, name) for name in LENGTH},
+            "save_only_model": self.args.save_only_model,
+            "misses": self.misses,
+            "own": own,
+            "next": self._next_of_save,
+        }
+        complete_checkpoint(folder, state, run=read_run(self.run_dir))
+
+    def _room_for(self, folder: Path) -> AbstractContextManager[None]:
+        return room_for(folder, output_dir=self.run_dir, count_bytes=self._count_bytes)
+
+    def _count_bytes(self) -> int:
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        held = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
+        return sum(getattr(value, "nbytes", 0) for value in held)
+
+    def _load_best_model(self) -> None:
+        best, run = str(self.state.best_model_checkpoint), read_run(self.run_dir)
+        if flaw := first_process_decides(partial(find_flaw, best, run)):
+            step = self.state.global_step
+            self.print(
+                f"{best}, the best by {self.args.metric_for_best_model}, cannot be used: {flaw}. Step {step} is kept."
             )
-            rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = output_dir or str(self.args.output_dir)
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # One for each file of weights, among our lines.
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-            folder, state_dict=state_dict
-        )
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if bars:
-            logging.enable_progress_bar()
+        with self._room_for(Path(folder)), ExitStack() as after:
+            if logging.is_progress_bar_enabled():
+                after.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()  # One for each file of weights, among our lines.
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+                folder, state_dict=state_dict
+            )
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if metrics.get(name, 0.0) is None:
+            raise ValueError(
+                f"`{name}` is the best checkpoint's metric and no validation row tells it: choose another."
+            )
         # Of equally good checkpoints the latest is the best: few validation rows are soon all right, when training is not done.
         is_better = super()._determine_best_metric(metrics, trial)
-        self.early_stopping.count(is_better=is_better)
-        self.control.should_training_stop |= self.early_stopping.is_due
-        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        self.misses = 0 if is_better else self.misses + 1
+        self.control.should_training_stop |= self._is_out_of_patience
         is_equal = not is_better and self.state.best_metric is not None and metrics.get(name) == self.state.best_metric
         if is_equal and self.args.save_strategy != "no":
             self.state.best_global_step = self.state.global_step
         return is_better or is_equal
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        return self.misses >= (self.args.early_stopping_patience or math.inf)
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
@@ -137,19 +211,27 @@ class ResumableTrainer(Trainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
+        self._steps_in_epoch = num_update_steps_per_epoch
         if resume is None:
-            self.early_stopping.misses = 0
+            self.misses = 0
             return epochs, batches
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint holds those of the earlier arguments
+        self._checkpoint, self._next_of_checkpoint = resume, read_state(resume).get("next")
         # Once more: the weights were loaded in between, by which a head that changed counts as a new one.
         self.restore_own_state(read_state(resume)["own"], read_tensors(resume))
-        if self.state.best_global_step:
-            best = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        if self.early_stopping.is_due or self.state.global_step >= max_steps:
+        # The stock class forgets the best checkpoint of a folder that was moved; the best step may have none of its own.
+        noted = TrainerState.load_from_json(str(Path(resume, TRAINER_STATE_NAME))).best_model_checkpoint
+        best = Path(self.run_dir, Path(noted or "").name)
+        self.state.best_model_checkpoint = str(best) if noted and best.is_dir() else None
+        if noted and not best.is_dir():
+            self.print(f"{best}, the best so far, is gone: the best of what follows, or else the last, will be taken.")
+        if self._is_out_of_patience or self.state.global_step >= max_steps:
             return num_train_epochs, 0
         return epochs, batches
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        self._finish_step(self._checkpoint, {"model": self.model_wrapped, "trial": trial, "start_time": start_time})
+        self._saved_step = None  # what is loaded and refitted from here on is no state to go on from
         with self._without_stock_rotation():
             return super()._finalize_training(trial, num_train_samples, start_time)
 

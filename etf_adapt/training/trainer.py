@@ -2,68 +2,76 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import EvalPrediction, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from etf_adapt.data.image_dataset import RowDraws
 from etf_adapt.data.long_tail import labels_of, read_labels
+from etf_adapt.data.progress import use_bars
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.data.text import EvenLengths, SimilarLengths, lengths_of
-from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.training_logits import TrainingLogits
-from etf_adapt.metrics.shots import pooled_balanced_accuracy
+from etf_adapt.inference.launch import set_threads
 from etf_adapt.models.etf_model import ETFModel
+from etf_adapt.training.aligning import AligningTrainer
 from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
-from etf_adapt.training.callbacks import EpochStart, ProgressBar, Realign, RunLog
-from etf_adapt.training.checkpoints import resolve_checkpoint
+from etf_adapt.training.best_metric import check_metric, require_measurable
+from etf_adapt.training.callbacks import EpochStart, ProgressBar, ProgressPrinter, Realign, RunLog
 from etf_adapt.training.collapse_monitor import make_monitors
-from etf_adapt.training.early_stopping import EarlyStopping
-from etf_adapt.training.evaluation import predict_rows, score_rows
-from etf_adapt.training.launch import set_threads
-from etf_adapt.training.messages import RunSetup, advise, describe_alignment, describe_run
+from etf_adapt.training.finishing import finish
+from etf_adapt.training.messages import advise, describe_alignment, describe_run
 from etf_adapt.training.parameters import (
+    check_optimizers,
     fix_parameters,
+    require_embeddings,
     require_finite,
     resolve_batch_norm,
     set_head_learning_rate,
 )
-from etf_adapt.training.resumable import ResumableTrainer
 from etf_adapt.training.soft_labels import SoftLabels
 
 
-class ETFTrainer(ResumableTrainer):
+class ETFTrainer(AligningTrainer):
     """Train a model with an ETF head, or with any head to compare it with, by transformers' ``Trainer``.
 
     Unlike the stock class: examples are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned before the
     first step, and a fixed one again after each epoch; each training row is scored by the head as it would be without that row;
     a fixed head stays out of the optimizer whatever was unfrozen; mixup, CutMix and smoothing give soft labels to the model's
-    own loss; evaluation keeps no logits and counts each row once; a loss or weight that is not finite ends the run unsaved;
-    checkpoints are complete or known not to be, hold no pickled arguments, and are resumed bit for bit on the CPU.
+    own loss; evaluation counts each row once and keeps no logits, except for ``compute_metrics``; a loss or weight that is not
+    finite ends the run unsaved; checkpoints are complete or known not to be, hold no pickled arguments, and are resumed bit for
+    bit on the CPU. ``predict`` returns logits, and ``finish`` leaves a calibrated model with its results and card.
 
     Args:
         model: Model made by ``ETFFor...`` or ``etf_adapt.adapt``; its trained parameters are float32.
         args: Settings of the run.
-        train_dataset: Training rows, map-style, as ``data_collator`` takes them.
-        eval_dataset: Validation rows; needed unless ``eval_strategy`` is ``"no"``.
-        alignment_dataset: The training rows in the same order with the transforms of evaluation; by default ``train_dataset``.
         data_collator: Makes a batch of rows, with ``labels`` (batch,) and ``row_id`` (batch,), the row's number in its data
             set; evaluation on several processes needs the latter.
+        train_dataset: Training rows, map-style, as ``data_collator`` takes them.
+        eval_dataset: Validation rows, or a dict of such data sets; needed unless ``eval_strategy`` is ``"no"``.
         processing_class: Tokenizer or image processor, saved beside the model.
-        labels: Label of each training row; by default the column ``label`` or ``labels`` of ``train_dataset``.
+        model_init: Makes the model, in place of ``model``: a fresh one for each run of ``train`` and of
+            ``hyperparameter_search``, where it may take the trial.
+        compute_loss_func: Loss of ``(outputs, labels, num_items_in_batch)`` in training, in place of the model's own; labels
+            are class indices, or probabilities (batch, num_classes) with mixup, CutMix or smoothing.
+        compute_metrics: Further metrics, of an ``EvalPrediction`` with the logits (rows, num_classes) and the labels (rows,).
         callbacks: Further callbacks.
+        optimizers: Optimizer and schedule; the optimizer has its learning rates, also of a trained head.
+        optimizer_cls_and_kwargs: Class of the optimizer and its options, ``lr`` among them.
+        preprocess_logits_for_metrics: Makes of ``(logits, labels)`` of a batch the tensor (batch, ...) that is kept of the
+            logits, for ``compute_metrics`` and ``predict``.
+        alignment_dataset: The training rows in the same order with the transforms of evaluation; by default ``train_dataset``.
+        labels: Label of each training row; by default the column ``label`` or ``labels`` of ``train_dataset``.
 
     Raises:
         ValueError: The model has no head of ours, or settings and model do not fit.
@@ -80,80 +88,128 @@ class ETFTrainer(ResumableTrainer):
         >>> trainer.train().global_step  # doctest: +ELLIPSIS
         runs: 1 process ...
         2
+        >>> trainer.predict(rows).predictions.argmax(-1).shape
+        (8,)
     """
 
     model: ETFModel
+    finish = finish
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: ETFTrainingArguments,
-        *,
-        train_dataset: Dataset[Any] | None = None,
-        eval_dataset: Dataset[Any] | None = None,
-        alignment_dataset: Dataset[Any] | None = None,
+        model: PreTrainedModel | None = None,
+        args: ETFTrainingArguments | None = None,
         data_collator: Any = None,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
         processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        alignment_dataset: Dataset[Any] | None = None,
         labels: Sequence[int] | NDArray[np.int64] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        args = ETFTrainingArguments("tmp_trainer") if args is None else args
+        if not isinstance(args, ETFTrainingArguments):
+            raise TypeError(
+                f"`args` (a {type(args).__name__}) must be ETFTrainingArguments: they take the same fields, and more."
+            )
+        if (model is None) == (model_init is None):
+            raise ValueError(
+                f"`model` and `model_init` are {'both None' if model is None else 'both given'}: pass one of them."
+            )
+        check_optimizers(args, optimizers[0], optimizer_cls_and_kwargs)
+        set_threads(args.torch_threads)
+        use_bars(not args.disable_tqdm)
+        self.train_labels: NDArray[np.int64] | None = None
+        if train_dataset is not None:
+            self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids
+            if len(self.train_labels) != len(train_dataset):  # type: ignore[arg-type]
+                raise ValueError(
+                    f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
+                )
+        self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
+        if model is not None:
+            self._take_up(model)
+        self._train_sampler: RowDraws | None = None
+        self.given_optimizer = optimizers[0]
+        ours: list[Any] = [
+            EpochStart(lambda: self._steps_in_epoch, lambda: self._train_sampler),
+            Realign(lambda: self._steps_in_epoch, self.align, lambda: self.realign_epochs),
+            RunLog(lambda: self.run_dir),
+            ProgressPrinter() if args.disable_tqdm else ProgressBar(),
+        ]
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
+            compute_metrics,
+            [*ours, *(callbacks or ())],
+            optimizers,
+            optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
+        )
+        self.remove_callback(self.callback_handler.callbacks[-1])  # the stock printer or bar, which comes last
+        self._settle()
+        require_embeddings(self.model, args.neftune_noise_alpha)
+        if args.final_frame is not None:
+            self._require_whole_weights("final_frame")
+        validation_labels = self._labels_of_evaluation()
+        if self._has_whole_weights:
+            samples = {"": (eval_dataset, validation_labels), "train_": (self.alignment_dataset, self.train_labels)}
+            self._monitors = make_monitors(samples, self.first_head.num_classes, args, data_collator)
+        if (metric := args.metric_for_best_model) and compute_metrics is None:
+            sets = [*eval_dataset] if isinstance(eval_dataset, dict) else []
+            check_metric(metric, collapse_rows=args.collapse_rows, sets=sets)
+            if args.eval_strategy != "no" and self.class_counts is not None:
+                require_measurable(
+                    metric,
+                    class_counts=self.class_counts,
+                    validation_labels=validation_labels,
+                    shot_bounds=args.shot_bounds,
+                    monitors=self._monitors if len(self.heads) == 1 else {},
+                )
+
+    def _take_up(self, model: PreTrainedModel) -> None:
+        """Find the heads of a model, and give its loss the class counts."""
         self.heads = head_modules(model)
         if not self.heads or not isinstance(model, ETFModel):
             raise ValueError(
                 "`model` has no head and loss of etf_adapt: load it with ETFFor..., or call adapt(model, ...)."
             )
-        self._head = next(iter(self.heads.values()))
-        set_threads(args.torch_threads)
-        num_classes = self._head.num_classes
-        self.train_labels: NDArray[np.int64] | None = None
-        self.class_counts: NDArray[np.int64] | None = None
-        if train_dataset is not None:
-            self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids
-            self.class_counts = _count_classes(self.train_labels, len(train_dataset), num_classes)  # type: ignore[arg-type]
+        if self.train_labels is not None:
+            self.class_counts = _count_classes(self.train_labels, self.first_head.num_classes)
             model.set_loss(model.etf_settings["loss"], class_counts=self.class_counts.tolist())
-        self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
-        self.alignment: dict[str, Any] | None = None
+        self.alignment = {}
         self._training_logits = TrainingLogits(self.heads)
-        self._soft_labels = SoftLabels(
-            num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
-        )
-        self._train_sampler: RowDraws | None = None
-        self.early_stopping = EarlyStopping(args.early_stopping_patience)
-        super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-        )
-        for stock in (PrinterCallback, ProgressCallback):
-            self.remove_callback(stock)
-        self.realign_epochs = self._resolve_realign_epochs()
-        if args.final_frame is not None and not self._has_whole_weights:
-            raise ValueError(
-                f"`final_frame` (={args.final_frame!r}) cannot be had with FSDP or DeepSpeed, which split the head over "
-                "processes: leave it out or use DDP."
-            )
-        for callback in (
-            EpochStart(self._updates_per_epoch, lambda: self._train_sampler),
-            Realign(self._updates_per_epoch, self.align, self.realign_epochs),
-            RunLog(),
-            *([] if args.disable_tqdm else [ProgressBar()]),
-            *callbacks,
-        ):
-            self.add_callback(callback)
-        self._monitors = {}
-        if args.collapse_rows and self._has_whole_weights:
-            samples = {
-                "": (eval_dataset, self._labels_of_evaluation()),
-                "train_": (self.alignment_dataset, self.train_labels),
-            }
-            self._monitors = make_monitors(samples, num_classes, args, data_collator)
-        self.batch_norm = resolve_batch_norm(model, self._head, args)
-        self._frozen_norms = batch_norms(model) if self.batch_norm != "train" else []
 
-    # Training and alignment
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """Make a fresh model, whose head is not aligned yet."""
+        model = cast(PreTrainedModel, super().call_model_init(trial))
+        self._take_up(model)
+        return model
+
+    def _settle(self) -> None:
+        """Resolve what depends on the settings and the model, both of which a trial may change."""
+        args = self.args
+        self.realign_epochs = self._resolve_realign_epochs()
+        self.batch_norm = resolve_batch_norm(self.model, self.first_head, args)
+        self._frozen_norms = batch_norms(self.model) if self.batch_norm != "train" else []
+        self._soft_labels = SoftLabels(
+            self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
+        )
+
+    # Training
 
     def train(
         self,
@@ -165,140 +221,64 @@ class ETFTrainer(ResumableTrainer):
 
         Raises:
             ValueError: Nothing is left to train, trained weights are not float32, the checkpoint belongs to a run with other
-                settings of sampling, or ``output_dir`` holds another run.
+                settings (of its length alone a resumed run may have another), or ``output_dir`` holds another run,
+                finished or running.
             FileNotFoundError: There is no complete checkpoint to resume from.
             FloatingPointError: A loss or a weight is not finite.
+            DiskFullError: A checkpoint finds no room; earlier ones are whole.
+            Stopped: A signal (SIGINT, SIGTERM, SIGUSR1) ended the run, and its state is saved: a ``SystemExit``, code 128 + its
+                number.
         """
-        checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
+        with self.running(resume_from_checkpoint, trial) as self._resumed:
+            output = super().train(str(self._resumed) if self._resumed else None, trial, ignore_keys_for_eval)
+            if self.args.final_frame is not None:
+                self.model.fold_heads()
+                self.heads = head_modules(self.model)
+                self.align(self.args.final_frame)
+                self.print(f"refitted, {describe_alignment(self.alignment, num_classes=self.first_head.num_classes)}")
+        require_finite(self.model, step=self.state.global_step)
+        self.train_metrics = output.metrics
+        return output
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # In `train` of the stock class the first moment at which model and settings are those of this run or trial.
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self._settle()
+        self._begin(self._resumed)
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        """Say what runs, and take up the checkpoint or align a fresh head."""
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
         freed = fix_parameters(self.model, freeze=self.args.freeze, steps=steps)
         if freed:
-            self._print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
+            self.print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
+        changes = [] if checkpoint is None else self.restore(checkpoint)
+        self.print(*describe_run(self))
         if checkpoint is not None:
-            self.restore(checkpoint)
-        self._print(*describe_run(self.args, self.describe_setup()))
-        if checkpoint is not None:
-            self._print(f"resuming from {checkpoint}")
+            self.print(f"resuming from {checkpoint}", *changes)
         elif self.needs_alignment() or self.realign_epochs:
             replaced = {head.frame for head in self.heads.values()} - {"random", "initialised", self.args.frame}
             if replaced:
-                self._print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
+                self.print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
             self.align()
-            self._print(self._describe_alignment(), *self._advise())
+            self.print(describe_alignment(self.alignment, num_classes=self.first_head.num_classes), *self._advise())
         else:
             self._training_logits.clear()  # of an alignment before the head may have changed
-        output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
-        if self.args.final_frame is not None:
-            self.model.fold_heads()
-            self.heads = head_modules(self.model)
-            self._head = next(iter(self.heads.values()))
-            self.align(self.args.final_frame)
-            self._print(f"refitted, {self._describe_alignment()}")
-        require_finite(self.model, step=self.state.global_step)
-        return output
-
-    def align(self, frame: str | None = None) -> None:
-        """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``)."""
-        require_finite(self.model, step=self.state.global_step)
-        result = align_head(
-            self.model,
-            self._alignment_loader(),
-            class_counts=self.class_counts,
-            frame=frame or self.args.frame,
-            penalty=self.args.frame_penalty,
-            seed=self.args.seed,
-        )
-        for head in self.heads.values():
-            for parameter in (head.weight, head.bias):
-                if parameter is not None:
-                    broadcast(parameter.data)  # Processes may round the same sums differently.
-        self.alignment = {name: value for name, value in vars(result).items() if name != "left_out"}
-        self._training_logits.clear()
-        for (path, head), left_out in zip(self.heads.items(), result.left_out, strict=True):
-            if left_out is not None and self.args.leave_one_out and head.is_fixed:
-                self._training_logits.left_out[path] = left_out.to(self.args.device)
-
-    def describe_setup(self) -> RunSetup:
-        """Return the settings of the run in plain values."""
-        is_fresh = self.needs_alignment()
-        to_set = self.args.frame if self._head.is_stock_layer else "means"
-        sizes = {parameter: parameter.numel() for parameter in self.model.parameters()}
-        return RunSetup(
-            distributed_type=self.accelerator.distributed_type.value,
-            class_counts=() if self.class_counts is None else self.class_counts.tolist(),
-            validation_rows=len(self.eval_dataset) if isinstance(self.eval_dataset, Sized) else None,
-            head_kind=self._head.kind,
-            frame=to_set if is_fresh else str(self._head.frame),
-            is_frame_to_be_set=is_fresh,
-            is_head_trained=not self._head.is_fixed,
-            realign_epochs=self.realign_epochs,
-            batch_norm=self.batch_norm,
-            parameters=sum(sizes.values()),
-            trained_parameters=sum(size for parameter, size in sizes.items() if parameter.requires_grad),
-            head_learning_rate=self.head_learning_rate,
-            batch_size=self.get_total_train_batch_size(self.args),
-        )
-
-    def _describe_alignment(self) -> str:
-        return describe_alignment(self.alignment or {}, num_classes=self._head.num_classes)
 
     def _advise(self) -> list[str]:
-        if self.alignment is None or self.class_counts is None:
+        if self.class_counts is None:
             return []
         labels = self._labels_of_evaluation()
         advice = advise(
             self.alignment,
             class_counts=self.class_counts,
-            in_features=self._head.weight[0].numel(),
-            validation_counts=None if labels is None else np.bincount(labels, minlength=self._head.num_classes),
+            in_features=self.first_head.weight[0].numel(),
+            validation_counts=None if labels is None else np.bincount(labels),
         )
         return [f"advice: {line}" for line in advice]
 
-    def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
-        with suppress(ValueError):  # a data set without labels
-            return labels_of(self.eval_dataset)
-        return None
-
-    @property
-    def _has_whole_weights(self) -> bool:
-        """Whether each process holds all weights."""
-        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-
-    def _resolve_realign_epochs(self) -> float:
-        """Return the number of first epochs after which the head is aligned again: as asked, else all where possible."""
-        asked = self.args.realign_epochs
-        is_alignable = all(head.is_set_from_data and head.is_fixed for head in self.heads.values())
-        if asked is None:
-            return math.inf if is_alignable and self._has_whole_weights and self.args.frame != "random" else 0
-        if asked and not is_alignable:
-            raise ValueError(
-                f"`realign_epochs` (={asked}) sets the class vectors anew, and this head learns them or draws them at random: "
-                "set it to 0, or use a fixed 'etf' head."
-            )
-        if asked and not self._has_whole_weights:
-            raise ValueError(
-                f"`realign_epochs` (={asked}) cannot be had with FSDP or DeepSpeed, which split the head over processes: set "
-                "it to 0 or use DDP."
-            )
-        return asked
-
-    def needs_alignment(self) -> bool:
-        """Return whether the head is fresh and is set from data before the first step."""
-        return all(head.is_set_from_data and head.frame in ("random", "initialised") for head in self.heads.values())
-
-    def _alignment_loader(self) -> DataLoader[Any]:
-        """Load the training rows with the transforms of evaluation, each once, in evaluation's order."""
-        dataset = self.alignment_dataset
-        if dataset is None:
-            raise ValueError("`train_dataset` (=None) is needed to train and to align the head: pass it to ETFTrainer.")
-        return DataLoader(
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            sampler=self._get_eval_sampler(dataset),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            generator=torch.Generator().manual_seed(self.args.seed),
-        )
+    # Learning rates
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the stock optimizer, with a trained head's parameters in groups with their own learning rate."""
@@ -313,7 +293,39 @@ class ETFTrainer(ResumableTrainer):
     def head_learning_rate(self) -> float:
         """Learning rate of a trained head at its peak."""
         rate = self.args.head_learning_rate
-        return HEAD_RATE * self.args.learning_rate if rate is None else rate
+        return HEAD_RATE * self.learning_rates[0] if rate is None else rate
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rates of the backbone at their peak."""
+        if self.given_optimizer is not None:
+            return sorted({group["lr"] for group in self.given_optimizer.param_groups})
+        _, options = self.optimizer_cls_and_kwargs or (None, {})
+        return [options.get("lr", self.args.learning_rate)]
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: Any = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as the stock class does; by default for the best ``metric_for_best_model``, or with "minimize" the least loss.
+
+        The stock objective is the sum of all metrics. ``direction`` follows the metric, and is "minimize" for an objective of
+        one's own.
+        """
+        name, rises = str(self.args.metric_for_best_model or "loss"), self.args.greater_is_better
+        rises = not name.endswith("loss") if rises is None else rises
+        if direction is None:
+            direction = "maximize" if rises and compute_objective is None else "minimize"
+        if rises and direction == "minimize":
+            name = "loss"
+        objective = compute_objective or itemgetter(f"eval_{name.removeprefix('eval_')}")
+        return super().hyperparameter_search(hp_space, objective, n_trials, direction, backend, hp_name, **kwargs)
 
     # Sampling and loss
 
@@ -336,21 +348,6 @@ class ETFTrainer(ResumableTrainer):
             return SequentialSampler(eval_dataset)
         return EvenLengths(lengths, batch_size=self.args.eval_batch_size, seed=self.args.seed)
 
-    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the heads' frames and the last alignment, and how class vectors change without each row."""
-        frames = {path: head.frame for path, head in self.heads.items()}
-        return {"frames": frames, "alignment": self.alignment}, self._training_logits.tensors()
-
-    def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take up what ``own_state`` returned when the checkpoint was written."""
-        self._training_logits.load_tensors(tensors, self.args.device)
-        for path, head in self.heads.items():
-            head.frame = state["frames"][path]
-        self.alignment = state["alignment"]
-
-    def _updates_per_epoch(self) -> int:
-        return len(self._train_sampler or ()) // self.get_total_train_batch_size(self.args)
-
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Return the number of rows of a pass over a loader: for training those drawn, not those of the data set."""
         if dataloader.dataset is self.train_dataset and self._train_sampler is not None:
@@ -372,6 +369,8 @@ class ETFTrainer(ResumableTrainer):
         if self._soft_labels.is_active:
             name = self.model.main_input_name
             inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
+        if self.compute_loss_func is not None:
+            self.model._unlabelled_steps = 0  # the model need not warn that its own loss is not used
         with self._training_logits.of(labels, None if self._soft_labels.mixes else row_ids):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -381,51 +380,9 @@ class ETFTrainer(ResumableTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    # Evaluation
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Predict each row once, over all processes, and return ``RowPredictions`` where the stock class has all logits."""
-        require_finite(self.model, step=self.state.global_step)
-        model = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:  # evaluation without training: autocast, device
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.callback_handler.eval_dataloader = dataloader
-        rows = predict_rows(model, self._with_progress(dataloader), num_rows=len(dataloader.dataset))  # type: ignore[arg-type]
-        metrics = score_rows(rows, self.class_counts, self.args.shot_bounds)
-        metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
-            rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
-        )
-        if self.is_in_train and metric_key_prefix == "eval":
-            for sample, monitor in self._monitors.items():
-                collapse = monitor.measure(self.model, self.compute_loss_context_manager())
-                metrics |= {f"{sample}{name}": value for name, value in collapse.items()}
-        named: Any = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        predictions: Any = rows
-        return EvalLoopOutput(
-            predictions=predictions, label_ids=rows.labels, metrics=named, num_samples=len(rows.labels)
-        )
-
-    def _with_progress(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            yield batch
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-    def _print(self, *lines: str) -> None:
-        if self.is_world_process_zero():
-            tqdm.write("\n".join(lines))
-
-
-def _count_classes(labels: NDArray[np.int64], num_rows: int, num_classes: int) -> NDArray[np.int64]:
-    """Return the rows of each class (num_classes,), if there is one label for each row and a class for each label."""
-    if len(labels) != num_rows:
-        raise ValueError(f"`labels` has {len(labels)} entries: give one for each row of `train_dataset`.")
+def _count_classes(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Return the rows of each class (num_classes,), if there is a class for each label."""
     counts = np.bincount(labels, minlength=num_classes)
     if len(counts) > num_classes:
         raise ValueError(

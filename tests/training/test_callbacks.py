@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_run import make_trainer
 
+from etf_adapt.inference.launch import set_threads, unmet_requests
 from etf_adapt.training.callbacks import EpochStart
-from etf_adapt.training.launch import set_threads, unmet_requests
 from etf_adapt.training.messages import describe_run
 
 
@@ -67,7 +67,7 @@ def test_the_epoch_is_that_of_the_steps_done():
 
 def test_the_first_lines_describe_the_run(tmp_path):
     trainer = make_trainer(tmp_path, sampler="balanced", gradient_accumulation_steps=2, bf16=True)
-    printed = "\n".join(describe_run(trainer.args, trainer.describe_setup()))
+    printed = "\n".join(describe_run(trainer))
     for part in (
         "runs: 1 process of 1 threads on cpu, bf16 autocast over float32 weights",
         "88 rows to train, 3 classes of 7 to 60 rows (imbalance 8.571), 21 to validate",

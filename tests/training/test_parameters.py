@@ -6,11 +6,17 @@ import math
 
 import pytest
 import torch
+from small_models import bert, resnet
 from torch import nn
 
 from etf_adapt.heads.in_model import batch_norms
 from etf_adapt.heads.layers import CosineHead, ETFHead, PaperHead
-from etf_adapt.training.parameters import fix_parameters, require_finite, set_head_learning_rate
+from etf_adapt.training.parameters import (
+    fix_parameters,
+    require_embeddings,
+    require_finite,
+    set_head_learning_rate,
+)
 
 
 class Net(nn.Module):
@@ -83,3 +89,10 @@ def test_anything_not_finite_is_named(place, value):
     model.state_dict()[place].view(-1)[0] = value
     with pytest.raises(FloatingPointError, match=r"no longer finite after step 3"):
         require_finite(model, step=3)
+
+
+def test_noise_of_embeddings_needs_embeddings():
+    require_embeddings(bert(), 5.0)
+    require_embeddings(resnet(), None)
+    with pytest.raises(ValueError, match=r"`neftune_noise_alpha` \(=5.0\) needs a model of texts"):
+        require_embeddings(resnet(), 5.0)

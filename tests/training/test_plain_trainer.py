@@ -50,7 +50,8 @@ def mixtral(**head):
 
 
 MAKERS = {"vit": vit, "cnn": cnn, "bert": bert, "mixtral": mixtral}
-HEADS = [(name, "etf") for name in MAKERS] + [("vit", "cosine"), ("vit", "paper")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("mixtral", "etf"), ("vit", "cosine"))]
+HEADS = [("vit", "etf"), ("cnn", "etf"), ("bert", "etf"), ("vit", "paper"), *SLOW]
 
 
 def rows(name, seed=0):
@@ -186,7 +187,7 @@ def test_the_best_checkpoint_comes_back_exactly(name, head, tmp_path):
     assert torch.equal(logits(trainer.model, name), record.logits[1])
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "mixtral"))])
 def test_sharded_checkpoints_are_loaded_exactly(name, tmp_path):
     model = MAKERS[name]()
     model.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -219,6 +220,7 @@ def test_shards_come_in_any_order_and_split_anything(name, head, tmp_path):
         logits(other, name)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_a_sharded_checkpoint(tmp_path, monkeypatch):
     save = ViTForImageClassification.save_pretrained
     monkeypatch.setattr(

@@ -35,9 +35,13 @@ def torchrun(settings, *, processes=2, killed=False):
     return run_program(settings, launcher=launcher, failed=killed)
 
 
+def parts_of(folder: Path, processes: int):
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
 def recorded(folder: Path, processes: int):
     """Return the rows of each step over all processes, sorted, and each process's metrics."""
-    parts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    parts = parts_of(folder, processes)
     rows = [sorted(chain.from_iterable(step)) for step in zip(*(part["rows"] for part in parts))]
     return rows, [part["metrics"] for part in parts]
 
@@ -76,7 +80,7 @@ def test_two_processes_resumed_in_mid_epoch_end_as_uninterrupted(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_checkpoint_measures_the_same_on_one_and_two_processes(tmp_path):
+def test_one_checkpoint_measures_and_predicts_the_same_on_one_and_two_processes(tmp_path):
     checkpoint = {**SETTINGS, "per_device_train_batch_size": 16, "output_dir": str(tmp_path / "run")}
     run_program({**checkpoint, "record": str(tmp_path / "a")})
     # A finished run that is resumed trains no step: it evaluates what it saved.
@@ -85,3 +89,6 @@ def test_one_checkpoint_measures_the_same_on_one_and_two_processes(tmp_path):
     assert all(metrics.keys() == one.keys() for metrics in two)
     for metrics in two:
         assert all(metrics[name] == pytest.approx(one[name], rel=1e-6) for name in one if one[name] is not None)
+    (one,), two = (parts_of(tmp_path / name, processes) for name, processes in (("a", 1), ("b", 2)))
+    for part in two:
+        np.testing.assert_allclose(part["logits"], one["logits"], atol=1e-5)

@@ -17,16 +17,15 @@ from huggingface_hub import ModelCard
 from small_card import card_facts
 from small_run import make_model, make_trainer
 
-from etf_adapt.hub.__main__ import main
+from etf_adapt.commands.main import main
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError
 from etf_adapt.models.auto import ETFForImageClassification
-from etf_adapt.results.card import write_card
+from etf_adapt.results.card import read_facts, write_card
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-import finetune  # noqa: E402
 
 SHORT = [
     "--max_train_rows",
@@ -82,7 +81,7 @@ def test_a_card_that_is_there_stays(hub):
 def test_a_model_that_cannot_go_up_names_what_carries_on_and_no_folder_that_is_gone(hub):
     hub.fail("POST", "/commit/", status=500, times=math.inf)
     with pytest.raises(
-        HubError, match=r"model\.push_to_hub\('me/net'\).*-m etf_adapt\.hub folder me/net --private"
+        HubError, match=r"model\.push_to_hub\('me/net'\).*etf-adapt publish folder me/net --private"
     ) as caught:
         make_model().push_to_hub("me/net", private=True)
     assert "/tmp" not in str(caught.value)
@@ -112,6 +111,18 @@ def test_a_trainer_asks_nothing_of_the_hub_before_it_is_done_and_then_sends_what
             trainer.push_to_hub(**unsupported)
 
 
+def test_a_finished_run_has_the_card_of_its_repository_before_it_is_sent(hub, tmp_path):
+    trainer = make_trainer(tmp_path, push_to_hub=True, hub_model_id="me/net", num_train_epochs=1)
+    trainer.train()
+    trainer.finish(dataset={"name": "trees"}, base_model="google/vit", command="python train.py")
+    facts = read_facts(tmp_path)
+    assert hub.repositories == {} and (facts.model_id, facts.on_hub) == ("me/net", True)
+    assert (facts.base_model, facts.command) == ("google/vit", "python train.py")
+    trainer.push_to_hub()
+    (commit,) = hub.pushed("me/net")
+    assert {"README.md", "model.safetensors", "all_results.json"} <= commit.changed
+
+
 @pytest.mark.parametrize(("name", "words"), [(None, r"`hub_model_id` .=None."), ("net", "must be user/name")])
 def test_a_trainer_refuses_a_name_before_it_trains(hub, tmp_path, name, words):
     with pytest.raises(HubError, match=words):
@@ -126,9 +137,10 @@ def test_a_token_is_no_argument(tmp_path):
 # The recipe
 
 
+@pytest.mark.slow
 def test_a_run_is_published_under_its_name_with_its_card(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    finetune.main([*SHORT, *PUBLISH, "--hub_private_repo", "true", "--hub_revision", "v1", "--output_dir", "run"])
+    main(["finetune", *SHORT, *PUBLISH, "--hub_private_repo", "true", "--hub_revision", "v1", "--output_dir", "run"])
     (commit,) = hub.pushed("me/net")
     assert hub.repositories["me/net"].branches["v1"] == commit.id and hub.repositories["me/net"].private
     assert f"published: {hub.url}/me/net/commit/{commit.id}" in capsys.readouterr().out
@@ -160,12 +172,12 @@ def test_a_run_that_cannot_be_published_is_finished_and_one_command_carries_on(h
     monkeypatch.chdir(tmp_path)
     hub.fail("POST", "/commit/", status=503, times=math.inf)
     with pytest.raises(SystemExit) as caught:
-        finetune.main([*SHORT, *PUBLISH, "--output_dir", "run"])
+        main(["finetune", *SHORT, *PUBLISH, "--output_dir", "run"])
     said = capsys.readouterr().err
     assert caught.value.code == 3 and "trained and saved, but not published" in said
     assert json.loads(Path("run/all_results.json").read_text())["test_balanced_accuracy"] > 0.1
     hub.heal()
-    main(shlex.split(said.split("To carry on: ")[1].splitlines()[0])[3:])
+    main(shlex.split(said.split("To carry on: ")[1].splitlines()[0])[1:])
     assert len(hub.pushed("me/net")) == 1
 
 
@@ -180,7 +192,7 @@ def test_a_run_that_cannot_be_published_is_finished_and_one_command_carries_on(h
 def test_what_cannot_be_published_is_told_before_anything_else(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        finetune.main([*SHORT, *flags, "--output_dir", "run"])
+        main(["finetune", *SHORT, *flags, "--output_dir", "run"])
     assert caught.value.code == 2 and re.search(words, capsys.readouterr().err) and not Path("run").exists()
 
 
@@ -188,7 +200,7 @@ def test_no_token_is_told_before_anything_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(SystemExit):
-        finetune.main([*SHORT, *PUBLISH, "--output_dir", "run"])
+        main(["finetune", *SHORT, *PUBLISH, "--output_dir", "run"])
     assert "no token was found" in capsys.readouterr().err and not Path("run").exists()
 
 

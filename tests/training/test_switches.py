@@ -101,7 +101,7 @@ COMPILED = {
     ("name", "head"),
     [
         ("vit", "etf"),
-        ("bert", "cosine"),
+        pytest.param("bert", "cosine", marks=pytest.mark.slow),
         pytest.param("decoder", "etf", marks=pytest.mark.slow),
         pytest.param("timm cnn", "etf", marks=pytest.mark.slow),
     ],

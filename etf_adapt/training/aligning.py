@@ -1,0 +1,134 @@
+"""The part of our Trainer that aligns the head: from which rows, when, and what is said about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from etf_adapt.data.long_tail import labels_of
+from etf_adapt.geometry.statistics import ClassStatistics
+from etf_adapt.heads.alignment import align_head
+from etf_adapt.heads.layers import ClassifierHead
+from etf_adapt.heads.training_logits import TrainingLogits
+from etf_adapt.inference.head_statistics import explain_heads, save_statistics
+from etf_adapt.models.folders import is_training_checkpoint
+from etf_adapt.training.evaluating import EvaluatingTrainer
+from etf_adapt.training.parameters import require_finite
+
+
+class AligningTrainer(EvaluatingTrainer):
+    """Set heads by a closed form from the training rows; ``alignment`` is what the last time did."""
+
+    alignment_dataset: Any
+    alignment: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    train_metrics: Mapping[str, float] = {}  # of the last run of `train`
+    heads: dict[str, ClassifierHead]
+    _training_logits: TrainingLogits
+    _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last alignment, with its step
+
+    @property
+    def first_head(self) -> ClassifierHead:
+        """The only head of most models; those of a distilled model share all settings."""
+        return next(iter(self.heads.values()))
+
+    def align(self, frame: str | None = None) -> None:
+        """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``)."""
+        require_finite(self.model, step=self.state.global_step)
+        loader = self._alignment_loader()
+        with self._polled(len(loader) // self.args.world_size):
+            result = align_head(
+                self.model,
+                loader,
+                class_counts=self.class_counts,
+                frame=frame or self.args.frame,
+                penalty=self.args.frame_penalty,
+                seed=self.args.seed,
+            )
+        for head in self.heads.values():
+            for parameter in (head.weight, head.bias):
+                if parameter is not None:
+                    broadcast(parameter.data)  # Processes may round the same sums differently.
+        self.alignment = {name: value for name, value in vars(result).items() if name not in ("left_out", "statistics")}
+        self._statistics = self.state.global_step, result.statistics
+        self._training_logits.clear()
+        for (path, head), left_out in zip(self.heads.items(), result.left_out, strict=True):
+            if left_out is not None and self.args.leave_one_out and head.is_fixed:
+                self._training_logits.left_out[path] = left_out.to(self.args.device)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder, (step, rows) = output_dir or str(self.args.output_dir), self._statistics or (-1, ())
+        is_final = step == self.state.global_step and not is_training_checkpoint(folder)
+        if is_final and self.args.should_save and self.args.keep_statistics:  # else features have moved on since
+            save_statistics(folder, explain_heads(self.model, rows, self.alignment["penalties"]))
+
+    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the heads' frames and the last alignment, and how class vectors change without each row."""
+        frames = {path: head.frame for path, head in self.heads.items()}
+        return {"frames": frames, "alignment": self.alignment}, self._training_logits.tensors()
+
+    def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take up what ``own_state`` returned when the checkpoint was written."""
+        self._training_logits.load_tensors(tensors, self.args.device)
+        for path, head in self.heads.items():
+            head.frame = state["frames"][path]
+        self.alignment = state["alignment"] or {}
+
+    def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
+        with suppress(ValueError):  # a data set without labels
+            return labels_of(self.eval_dataset)
+        return None
+
+    @property
+    def _has_whole_weights(self) -> bool:
+        """Whether each process holds all weights."""
+        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
+    def _require_whole_weights(self, name: str) -> None:
+        if not self._has_whole_weights:
+            raise ValueError(
+                f"`{name}` (={getattr(self.args, name)!r}) cannot be had with FSDP or DeepSpeed, which split the head over "
+                "processes: leave it out or use DDP."
+            )
+
+    def _resolve_realign_epochs(self) -> float:
+        """Return the number of first epochs after which the head is aligned again: as asked, else all where possible."""
+        asked = self.args.realign_epochs
+        is_alignable = all(head.is_set_from_data and head.is_fixed for head in self.heads.values())
+        if asked is None:
+            return math.inf if is_alignable and self._has_whole_weights and self.args.frame != "random" else 0
+        if asked and not is_alignable:
+            raise ValueError(
+                f"`realign_epochs` (={asked}) sets the class vectors anew, and this head learns them or draws them at random: "
+                "set it to 0, or use a fixed 'etf' head."
+            )
+        if asked:
+            self._require_whole_weights("realign_epochs")
+        return asked
+
+    def needs_alignment(self) -> bool:
+        """Return whether the head is fresh and is set from data before the first step."""
+        return all(head.is_set_from_data and head.frame in ("random", "initialised") for head in self.heads.values())
+
+    def _alignment_loader(self) -> DataLoader[Any]:
+        """Load the training rows with the transforms of evaluation, each once, in evaluation's order."""
+        dataset = self.alignment_dataset
+        if dataset is None:
+            raise ValueError("`train_dataset` (=None) is needed to train and to align the head: pass it to ETFTrainer.")
+        return DataLoader(
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            sampler=self._get_eval_sampler(dataset),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )

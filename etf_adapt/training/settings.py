@@ -1,0 +1,96 @@
+"""Fields that ``ETFTrainingArguments`` adds to transformers' own, and our defaults for some of theirs; imports no framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+BEST_METRIC = "balanced_accuracy_pooled"
+
+
+def _option(value: Any, text: str) -> Any:
+    return field(default=value, metadata={"help": text})
+
+
+@dataclass
+class TrainingSettings:
+    """Fields of a run with their defaults; ``ETFTrainingArguments`` checks them."""
+
+    # Fields of TrainingArguments with other defaults
+    num_train_epochs: float = _option(10.0, "Passes over the training rows.")
+    learning_rate: float = _option(1e-4, "Peak learning rate of the backbone.")
+    per_device_train_batch_size: int = _option(64, "Training rows of a batch, on each process.")
+    per_device_eval_batch_size: int = _option(128, "Rows of a batch in evaluation, on each process.")
+    lr_scheduler_type: str = _option("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = _option(0.1, "Steps of rising learning rate; below 1 a share of all steps.")
+    weight_decay: float = _option(0.05, "Weight decay of AdamW.")
+    seed: int = _option(0, "Seed of initialisation, sampling, augmentation and dropout.")
+    train_sampling_strategy: Literal["group_by_length", "random"] = _option(
+        "group_by_length", "Whether rows of similar length share a batch, where rows have lengths."
+    )
+    remove_unused_columns: bool = _option(False, "Only false: our collators choose the columns.")
+    eval_strategy: str = _option("epoch", "When to evaluate on validation rows: epoch, steps or no.")
+    save_strategy: str = _option("epoch", "When to write a checkpoint: epoch, steps, best or no.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept; newest and best always are.")
+    logging_strategy: str = _option("epoch", "When the loss is logged: epoch, steps or no.")
+    logging_nan_inf_filter: bool = _option(False, "Only false: a loss that is not finite stops the run.")
+    load_best_model_at_end: bool = _option(True, "End with the best checkpoint, not the last one.")
+    metric_for_best_model: str | None = _option(BEST_METRIC, "Metric by which the best checkpoint is chosen.")
+    disable_tqdm: bool | None = _option(None, "No progress bar; by default only in terminals.")
+    report_to: None | str | list[str] = _option("none", "Trackers, such as tensorboard or wandb.")  # noqa: RUF009, RUF036 - transformers' parser takes None first
+    hub_strategy: str = _option("end", "Only end: the model is pushed once, finished.")
+
+    # Our own fields
+    sampler: Literal["instance", "sqrt", "balanced"] = _option(
+        "instance", "Sampling: instance draws examples uniformly, balanced draws classes uniformly, sqrt lies between."
+    )
+    freeze: Literal["none", "backbone"] = _option(
+        "none", "backbone trains the head alone; none trains all that is not fixed."
+    )
+    head_learning_rate: float | None = _option(
+        None, "Learning rate of a trained head; default: ten times learning_rate."
+    )
+    early_stopping_patience: int | None = _option(
+        None, "Evaluations without improvement of metric_for_best_model after which the run ends; default: never."
+    )
+    mixup: float = _option(0.0, "Alpha of mixup (https://arxiv.org/abs/1710.09412), images only; 0 for none.")
+    cutmix: float = _option(0.0, "Alpha of CutMix (https://arxiv.org/abs/1905.04899), images only; 0 for none.")
+    label_smoothing: float = _option(0.0, "Weight in [0, 1) of the uniform distribution in the training labels.")
+    batch_norm: Literal["frozen", "train"] | None = _option(
+        None, "Running statistics of BatchNorm in the backbone; default: frozen under a fixed head, else train."
+    )
+    torch_threads: int | None = _option(
+        None, "CPU threads of each process; default: an equal share of the cores under a launcher."
+    )
+    frame: Literal["whitened", "means", "rotated", "random"] = _option(
+        "whitened", "Closed form that sets a fresh ETF head before the first step."
+    )
+    frame_penalty: float | None = _option(
+        None,
+        "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out.",
+    )
+    realign_epochs: int | None = _option(
+        None, "A fixed ETF head is aligned again after each of this many first epochs; default: after every epoch."
+    )
+    keep_statistics: bool = _option(
+        True, "Keep the sums of each class's final features beside the finished model, for `etf_adapt.extend`."
+    )
+    leave_one_out: bool = _option(
+        True,
+        "Score each training row by the aligned, fixed head as it would be without that row: rows with a row_id, no mixup or "
+        "CutMix; of more than 20,000 rows those of a sample that is even over the classes.",
+    )
+    final_frame: Literal["whitened", "means"] | None = _option(
+        None, "Closed form that a head of any kind is refitted by after training; default: none."
+    )
+    shot_bounds: list[int] = field(
+        default_factory=lambda: [20, 100],
+        metadata={"help": "Training counts (at least, at most) of a medium class: above is many, below is few."},
+    )
+    min_validation_rows: int = _option(
+        5, "Classes with fewer validation rows share one pooled recall in balanced_accuracy_pooled."
+    )
+    collapse_rows: int = _option(
+        0,
+        "Most rows, and at most a tenth of the training rows, on which neural collapse is measured at each evaluation.",
+    )

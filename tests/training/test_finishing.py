@@ -1,0 +1,155 @@
+"""Laws of what is left by the one call after training: calibrated, saved, scored as saved, and told in full."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small_run import NoisyRows, make_model, make_trainer
+from transformers import ViTForImageClassification
+
+from etf_adapt.errors import DataError
+from etf_adapt.heads.alignment import align_head
+from etf_adapt.results import run_folder, tables
+from etf_adapt.results.card import CARD_FILES, read_facts
+from etf_adapt.training.finishing import is_adjusted
+
+NAMES = {0: "ash", 1: "birch", 2: "cedar"}
+
+
+def trained(folder, **settings):
+    trainer = make_trainer(folder, model=make_model(id2label=NAMES), num_train_epochs=1, **settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Leave empty files for the plots of the card, which take most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.touch())
+
+
+def test_a_run_in_python_leaves_what_the_recipe_leaves(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    test = NoisyRows((9, 8, 7), seed=5)
+    results = trained("run").finish(test, dataset="trees")
+    assert {"model.safetensors", "config.json", *run_folder.RUN_FILES, *CARD_FILES} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert json.loads((tmp_path / "run" / run_folder.RESULTS_FILE).read_text()) == pytest.approx(results)
+    assert {"train_runtime", *(f"{split}_{name}" for split in ("eval", "test") for name in tables.SCORES)} <= set(
+        results
+    )
+
+    stock = ViTForImageClassification.from_pretrained("run").eval()
+    with torch.no_grad():
+        chosen = stock(pixel_values=test.images).logits.argmax(dim=-1).numpy()
+    with open(tmp_path / "run" / run_folder.PREDICTIONS_FILE, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["prediction"] for row in rows] == [NAMES[label] for label in chosen]
+    assert results["test_accuracy"] == np.mean(chosen == test.labels)
+
+    facts = read_facts("run")
+    assert (facts.task, facts.base_model, facts.dataset) == ("image", "ViTForImageClassification", {"name": "trees"})
+    assert facts.label_names == list(NAMES.values()) and facts.class_counts == [60, 21, 7]
+    assert facts.is_adjusted and facts.calibrated_rows == 21 and facts.scores["accuracy"] == results["test_accuracy"]
+    card, said = (tmp_path / "run/README.md").read_text(), capsys.readouterr().out
+    assert "```sh" not in card and "calibrated: logits x" in said and "load it:" in said
+
+
+def test_without_test_rows_the_validation_rows_are_reported(tmp_path):
+    results = trained(tmp_path).finish()
+    facts = read_facts(tmp_path)
+    assert facts.split == "validation" and facts.scores["accuracy"] == results["eval_accuracy"]
+    assert results["test_accuracy"] is None and not (tmp_path / run_folder.PREDICTIONS_FILE).exists()
+
+
+def test_without_any_held_out_rows_the_model_is_saved_and_not_scored(tmp_path):
+    trainer = trained(tmp_path, eval_strategy="no")
+    trainer.eval_dataset = None
+    assert trainer.finish()["eval_accuracy"] is None
+    assert "Not evaluated" in (tmp_path / "README.md").read_text() and (tmp_path / "model.safetensors").is_file()
+
+
+def test_finishing_twice_is_finishing_once(tmp_path):
+    trainer = trained(tmp_path)
+    first = trainer.finish(prior_adjustment="none")
+    second = trainer.finish(prior_adjustment="none")
+    assert {name: second[name] for name in first if name.startswith("eval")} == pytest.approx(
+        {name: value for name, value in first.items() if name.startswith("eval")}, abs=1e-4
+    )
+    assert not read_facts(tmp_path).is_adjusted
+
+
+class Damaged(NoisyRows):
+    """Rows of which the last cannot be read."""
+
+    def __getitem__(self, row):
+        if row == len(self) - 1:
+            raise DataError("`photo.jpg` cannot be decoded: replace it")
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize("damaged", ["validation", "test"])
+def test_a_row_that_cannot_be_read_costs_the_scores_of_its_split_alone(tmp_path, damaged):
+    splits = {name: (Damaged if name == damaged else NoisyRows)((6, 6, 6), seed=5) for name in ("validation", "test")}
+    trainer = trained(tmp_path)
+    with pytest.raises(DataError, match=rf"trained and saved, but no {damaged} scores: `photo.jpg` cannot be decoded"):
+        trainer.finish(splits["test"], eval_dataset=splits["validation"])
+    results = json.loads((tmp_path / run_folder.RESULTS_FILE).read_text())
+    assert (results["eval_accuracy"] is None) == (damaged == "validation")
+    assert (results["test_accuracy"] is None) == (damaged == "test")
+    facts = read_facts(tmp_path)
+    assert facts.split == ("test" if damaged == "validation" else "validation") and "accuracy" in facts.scores
+    assert (facts.calibrated_rows > 0) == (damaged == "test") and (tmp_path / "model.safetensors").is_file()
+
+
+def test_every_pass_of_a_run_says_what_it_does(tmp_path, monkeypatch, capsys):
+    """By a clock that goes on by twenty seconds whenever it is read."""
+    now = itertools.count(0.0, 20.0)
+    monkeypatch.setattr("etf_adapt.data.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    trainer = trained(tmp_path, collapse_rows=8)
+    trainer.finish(trainer.eval_dataset)
+    align_head(make_model(), trainer.get_eval_dataloader())  # which counts the classes first
+    said = {line.split(":")[0] for line in capsys.readouterr().err.splitlines()}
+    batches = {"aligning the head", "counting classes", "measuring the norm of the logits", "measuring neural collapse",
+               "calibrating", "scoring validation", "scoring test"}  # fmt: skip
+    assert {
+        "training steps",
+        "evaluation, batches",
+        "choosing the penalty",
+        *(f"{name}, batches" for name in batches),
+    } <= said
+
+
+def test_what_cannot_be_finished_is_told_and_nothing_is_written(tmp_path):
+    trainer = trained(tmp_path, save_strategy="no", load_best_model_at_end=False)
+    left = sorted(tmp_path.iterdir())
+    rows = trainer.eval_dataset
+    for options, words in (
+        ({"prior_adjustment": "fitted"}, "`prior_adjustment` .='fitted'. must be one of 'auto', 'fit', 'none'"),
+        ({"eval_dataset": {"a": rows, "b": rows}}, r"pass the one to calibrate on, of \['a', 'b'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer.finish(**options)
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="is fitted on validation rows: give some"):
+        trainer.finish(prior_adjustment="fit")
+    trainer.class_counts = None
+    with pytest.raises(ValueError, match=r"`train_dataset` .=None. is needed"):
+        trainer.finish()
+    assert sorted(tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    ("head", "choice", "has_validation", "adjusts"),
+    [("etf", "auto", True, True), ("etf", "auto", False, False), ("linear", "auto", True, False),
+     ("linear", "fit", True, True), ("etf", "none", True, False)],
+)  # fmt: skip
+def test_the_prior_is_adjusted_for_by_default_where_a_fixed_head_can_take_it(head, choice, has_validation, adjusts):
+    assert is_adjusted(make_model(head=head), choice, has_validation=has_validation) == adjusts

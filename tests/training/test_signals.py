@@ -1,0 +1,164 @@
+"""Laws of signals: a run that is asked to stop finishes its step, saves, and goes on to the weights of one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import make_trainer, same, weights
+from transformers import TrainerCallback
+
+from etf_adapt.training.checkpoints import list_checkpoints
+from etf_adapt.training.signals import RandomStates, Stopped, StopSignals
+
+SETTINGS = {"num_train_epochs": 3, "per_device_eval_batch_size": 8, "sampler": "sqrt", "early_stopping_patience": 9}
+STRATEGIES = {
+    "epochs": {},
+    "steps": {
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    },  # 15 is best, unsaved
+}
+
+
+class SignalAt(TrainerCallback):
+    """Send this process a signal at the ``count``-th event of a name."""
+
+    def __init__(self, event: str, count: int, number: int = signal.SIGTERM) -> None:
+        self.left, self.number = count, number
+        setattr(self, event, self.send)
+
+    def send(self, *_: object, **__: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs, by their strategy."""
+    runs = {}
+    for name, strategy in STRATEGIES.items():
+        runs[name] = make_trainer(tmp_path_factory.mktemp(name), **SETTINGS, **strategy)
+        runs[name].train()
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("strategy", "event", "count", "step"),
+    [
+        ("epochs", "on_step_begin", 2, 2),
+        ("epochs", "on_step_begin", 6, 6),  # its epoch ends: an evaluation is due
+        ("epochs", "on_prediction_step", 4, 12),  # in mid-evaluation
+        ("epochs", "on_evaluate", 3, 18),
+        ("steps", "on_step_begin", 15, 15),  # evaluated, the best so far, and no checkpoint due
+        ("steps", "on_prediction_step", 2, 3),
+        ("steps", "on_step_begin", 18, 18),
+    ],
+)
+def test_a_run_that_was_asked_to_stop_ends_as_the_uninterrupted_one(tmp_path, whole, strategy, event, count, step):
+    settings = SETTINGS | STRATEGIES[strategy]
+    trainer = make_trainer(tmp_path, callbacks=(SignalAt(event, count),), **settings)
+    with pytest.raises(Stopped) as stop:
+        trainer.train()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert trainer.state.global_step == step and list_checkpoints(tmp_path)[-1].name == f"checkpoint-{step}"
+    if event == "on_prediction_step":  # the evaluation was left, not waited for
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry][-1:] != [step]
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole[strategy]), weights(resumed))
+    assert resumed.state.best_metric == whole[strategy].state.best_metric
+    assert resumed.misses == whole[strategy].misses
+
+
+@pytest.mark.parametrize("aligned", [1, 3])
+def test_an_alignment_is_left_and_done_again(tmp_path, whole, aligned, capsys):
+    trainer = make_trainer(tmp_path, **SETTINGS)
+    loader, passes = trainer._alignment_loader, iter(range(1, 9))
+
+    def signalling():
+        if next(passes) == aligned:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loader()
+
+    trainer._alignment_loader = signalling
+    with pytest.raises(Stopped) as stop:
+        trainer.train()
+    assert stop.value.code == 128 + signal.SIGUSR1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "trainer.train(resume_from_checkpoint=True)"
+    assert said[-2].startswith(f"stopped by SIGUSR1 after step {6 * (aligned - 1)}: ")
+    resumed = make_trainer(tmp_path, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole["epochs"]), weights(resumed))
+
+
+def test_handlers_are_those_of_the_caller_before_and_after(tmp_path):
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        with StopSignals():
+            assert signal.getsignal(signal.SIGUSR1) is mine
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_and_a_worker_serves_on():
+    program = """
+import os, signal, time
+from etf_adapt.training.signals import StopSignals
+signals = StopSignals()
+with signals:
+    worker = os.fork()
+    if not worker:
+        time.sleep(1)
+        os._exit(7)
+    time.sleep(0.3)
+    os.close(2)  # nobody reads what is said
+    for _ in range(2):  # the whole group, twice at once: by a launcher and by whoever told it
+        os.kill(worker, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.number == signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not reached", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 128 + signal.SIGINT and done.stdout == "", done.stderr
+
+
+def test_random_states_come_back():
+    import random
+
+    import numpy as np
+    import torch
+
+    states = RandomStates()
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+    states.restore()
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1))
+
+
+@pytest.mark.slow
+def test_random_kills_signals_and_flipped_bits_are_survived():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "tests/survive.py", "--kills", "4", "--signals", "4", "--flips", "20"]
+    path = os.pathsep.join((str(root), str(root / "tests")))
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
