@@ -6,6 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from etf_adapt.commands.evaluate import evaluate as evaluate
+    from etf_adapt.commands.finetune import finetune as finetune
+    from etf_adapt.commands.predict import predict as predict
     from etf_adapt.data.load import load_data as load_data
     from etf_adapt.data.long_tail import class_counts as class_counts
     from etf_adapt.data.long_tail import make_long_tailed as make_long_tailed
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from etf_adapt.geometry.simplex import simplex_etf as simplex_etf
     from etf_adapt.heads.alignment import align_head as align_head
     from etf_adapt.heads.layers import ETFHead as ETFHead
+    from etf_adapt.inference.extend import extend as extend
+    from etf_adapt.inference.refit import refit as refit
     from etf_adapt.losses.dot_regression import dot_regression_loss as dot_regression_loss
     from etf_adapt.losses.dot_regression import margin_dot_regression_loss as margin_dot_regression_loss
     from etf_adapt.losses.softmax import logit_adjusted_loss as logit_adjusted_loss
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "evaluate": "commands.evaluate",
+    "finetune": "commands.finetune",
+    "predict": "commands.predict",
     "load_data": "data.load",
     "class_counts": "data.long_tail",
     "make_long_tailed": "data.long_tail",
@@ -47,6 +55,8 @@ _MODULES = {
     "restore_head": "models.swap",
     "swap_head": "models.swap",
     "ETFTrainingArguments": "training.arguments",
+    "extend": "inference.extend",
+    "refit": "inference.refit",
     "ETFTrainer": "training.trainer",
 }
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig
 
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.models.folders import load_processor
 from etf_adapt.models.timm_layout import data_config
-from etf_adapt.training.evaluation import load_stock
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between file and model, relative to the largest logit or one."""

@@ -4,7 +4,7 @@
     python examples/push_to_hub.py me/digits
 
 A run of recipes/finetune.py is published with its card, scores and plots, at its end
-(--push_to_hub --hub_model_id me/digits) or later (python -m etf_adapt.hub out/digits-micro-etf me/digits).
+(--push_to_hub --hub_model_id me/digits) or later (etf-adapt publish out/digits-micro-etf me/digits).
 """
 
 import sys

@@ -1,17 +1,18 @@
 r"""Compare heads, losses and samplers on one data set: same backbone, budget and tuning effort for every method.
 
-    python recipes/compare.py --results results/digits --rows linear_ce etf_dr -- --num_train_epochs 10
+    python recipes/compare.py --results results/digits --rows linear_ce etf_dr --num_train_epochs 10
     python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
-        --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 -- --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
+        --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
     python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
-    python recipes/compare.py --results results/first --rows etf etf_share --tuning_only -- --dataset $DATA/clinc150
+    python recipes/compare.py --results results/first --rows etf etf_share --tuning_only --dataset $DATA/clinc150
 
-Flags after `--` go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
+All other flags go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
 run at every rate with the first seed, without the test split; then, at the rates of the best validation balanced accuracy, with
 every seed, and the test split is scored once. The same command continues after any stop: a finished run is one small file in
 `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
-added later. The tables are printed and written to `table.md` and `table.json`, the scores that chose the rates to
-`validation.md`; `--tuning_only` stops there, before any run sees the test split.
+added later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
+`--tuning_only` stops there, before any run sees the test split. What is printed ends with the command that trains the method of
+the best validation score.
 """
 
 from __future__ import annotations
@@ -42,8 +43,18 @@ from typing import Any
 import comparison
 import numpy as np
 from compare_arguments import LISTS, by_name, chosen_methods, claim, public_launcher, read_arguments, read_json
-from compare_methods import Method
-from compare_table import caption, collapse_table, command, cost_table, number, score_table, validation_table
+from compare_methods import METHODS, Method
+from compare_table import (
+    caption,
+    collapse_table,
+    command,
+    cost_table,
+    number,
+    score_table,
+    terminal_scores,
+    terminal_validation,
+    validation_table,
+)
 
 from etf_adapt import errors
 from etf_adapt.results import run_folder, tables
@@ -69,12 +80,17 @@ class Run:
         return f"{self.method.name}-{self.stage}-lr{number(self.learning_rate)}{head}-seed{self.seed}"
 
     @property
-    def flags(self) -> list[str]:
-        """What it adds to the flags that all runs share."""
+    def settings(self) -> list[str]:
+        """What it adds to the flags that all runs share, to train the same model."""
         flags = [*self.method.flags, "--learning_rate", number(self.learning_rate), "--seed", str(self.seed)]
         if self.head_rate is not None:
             flags += ["--head_learning_rate", number(self.head_rate * self.learning_rate)]
-        return [*flags, "--evaluate_test", "true" if self.stage == "final" else "false"]
+        return flags
+
+    @property
+    def flags(self) -> list[str]:
+        """What it adds to the flags that all runs share."""
+        return [*self.settings, "--evaluate_test", "true" if self.stage == "final" else "false"]
 
     def __str__(self) -> str:
         head = "" if self.head_rate is None else f" (head x {number(self.head_rate)})"
@@ -193,8 +209,17 @@ def finish_all(
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(finish_or_stop, run): run for run in runs}
         try:
+            interrupted: BaseException | None = None
             for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(
+                    error, InterruptedError
+                ):  # of a run that another's failure ended: that one has the reason
+                    interrupted = error
+                    continue
                 yield futures[future], future.result()
+            if interrupted is not None:
+                raise interrupted
         except BaseException:
             children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -327,7 +352,9 @@ def leave_table(options: argparse.Namespace) -> None:
     table = validation_table(validated, options.seeds[0], first, versions)
     (options.results / "validation.md").write_text(table, encoding="utf-8")
     if not finished:
-        print(f"\n{table}")
+        print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'))}")
+        scores = {method.name: max(map(validation_score, runs)) for method, runs in validated}
+        print(f"\n{training_command(max(scores, key=scores.__getitem__), options)}")
         return
     summary = comparison.summarize(finished, np.unique(labels, return_inverse=True)[1])
     summary |= {
@@ -338,7 +365,19 @@ def leave_table(options: argparse.Namespace) -> None:
     table = "\n\n".join([score_table(summary), cost_table(summary), *collapse_table(summary), below]) + "\n"
     run_folder.write_json(options.results / "table.json", summary)
     (options.results / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}")
+    print(f"\n{terminal_scores(summary, str(options.results / 'table.md'))}")
+    best = max(summary["rows"], key=lambda method: method["validation"][0])
+    print(f"\n{training_command(best['name'], options)}")
+
+
+def training_command(name: str, options: argparse.Namespace) -> str:
+    """Return the command that trains a method at its best rates, with a title; paths are as given, or public without."""
+    run = final_runs(METHODS[name], options)[0]
+    given = shlex.join(options.passed) or " ".join(
+        f"--{flag} {values}".strip() for flag, values in options.flags.items()
+    )
+    words = [options.launcher or "python", "recipes/finetune.py", given, shlex.join(run.settings)]
+    return f"To train the method of the best validation score, {name}:\n{' '.join(filter(None, words))}"
 
 
 def versions_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

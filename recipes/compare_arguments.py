@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """Parse and check the arguments; those after `--` become `passed`, as given, and `flags`, by name, fit to publish."""
+    """Parse and check the arguments; those of finetune.py become `passed`, as given, and `flags`, by name, fit to publish."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--results", type=Path, required=True, help="Folder of what this comparison finds.")
@@ -44,15 +44,14 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
     add("--tuning_only", action="store_true", help="Choose the rates, and leave the test split alone.")
     add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    options = parser.parse_args(own)
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, further = parser.parse_known_args(list(map(_underscored, argv[:end])))
+    options.passed = [*further, *argv[end + 1 :]]
+    options.flags = by_name(options.passed)
     if options.table_only:
+        if options.passed:
+            raise ValueError(f"`table_only` (=True) takes its settings from the folder: leave out {options.passed[0]}.")
         vars(options).update(read_json(options.results / SETTINGS_FILE))
-    elif own is argv:
-        raise ValueError("There is no `--`; what stands after it goes to finetune.py, such as `-- --model vit_base`.")
-    else:
-        options.passed = argv[len(own) + 1 :]
-        options.flags = by_name(options.passed)
     if options.jobs < 1:
         raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
     if options.jobs > 1 and options.launcher and options.launcher.split()[0] in ("accelerate", "torchrun"):
@@ -73,8 +72,15 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     taken = {name: f"row {method.name}" for method in chosen_methods(options) for name in by_name(method.flags)}
     for name in options.flags:
         if name in OWN_FLAGS or name in taken:
-            raise ValueError(f"`{name}` after `--` is set by {taken.get(name, 'this recipe')}: leave it out.")
+            instead = f", or give --{name}s" if f"{name}s" in LISTS else ""
+            raise ValueError(f"`{name}` is set by {taken.get(name, 'this recipe')}: leave it out{instead}.")
     return options
+
+
+def _underscored(word: str) -> str:
+    """Write hyphens in the name of a flag as underscores."""
+    name, equals, value = word.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def by_name(words: Sequence[str]) -> dict[str, str]:
@@ -87,7 +93,7 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
         elif flags:
             values.append(word)
         else:
-            raise ValueError(f"{word!r} after `--` belongs to no flag: write out the flags of a file of settings.")
+            raise ValueError(f"{word!r} belongs to no flag: write out the flags of a file of settings.")
     return {name: shlex.join(values) for name, values in run_folder.public_value(flags).items()}
 
 
@@ -103,10 +109,11 @@ def claim(options: argparse.Namespace) -> None:
         before, now = read_json(file).get("flags", {}), options.flags
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         differing = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
-        if names:
+        runs = [*options.results.glob("runs/*.json"), *options.results.glob("scratch/*/")]
+        if names and runs:  # none where the flags were wrong
             raise ValueError(
                 f"`results` (={str(options.results)!r}) was begun with {', '.join(differing[: len(names)])}, and now is "
-                f"asked for {', '.join(differing[len(names) :])}: give the same flags after `--`, or another --results folder."
+                f"asked for {', '.join(differing[len(names) :])}: give the same flags, or another --results folder."
             )
     elif any(options.results.iterdir()):
         raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")

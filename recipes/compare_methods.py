@@ -22,6 +22,15 @@ def _methods(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool 
 
 BASELINES = {
     "linear_ce": ("linear, cross-entropy", "--head linear --loss cross_entropy"),
+    "linear_ce_weighted": (
+        "linear, class-weighted cross-entropy",
+        "--head linear --loss cross_entropy --class_weights balanced",
+    ),
+    "linear_ce_balanced": (
+        "linear, cross-entropy, oversampled",
+        "--head linear --loss cross_entropy --sampler balanced",
+    ),
+    "linear_focal": ("linear, focal", "--head linear --loss focal"),
     "linear_la": ("linear, logit-adjusted", "--head linear --loss logit_adjusted"),
     "linear_la_sqrt_smooth": (
         "linear, logit-adjusted, root sampling, smoothed",

@@ -1,8 +1,12 @@
-"""The tables of recipes/compare.py in Markdown: test scores, cost of each method, and how the figures were made."""
+"""The tables of recipes/compare.py: test scores, cost of each method, and how the figures were made.
+
+In Markdown for the files, and in columns for the terminal, whose lines are of at most ``WIDTH`` characters.
+"""
 
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +16,43 @@ from compare_methods import Method
 from comparison import format_difference, format_markdown, format_spread
 
 from etf_adapt.results import tables
+
+WIDTH = 100
+
+
+def terminal_scores(summary: Mapping[str, Any], file: str) -> str:
+    """Format the test scores that methods are compared by, and where the others are."""
+    names = ("balanced_accuracy", "few", "tail_third")
+    first, *titles = (comparison.TABLE_SCORES[name] for name in names)
+    lines = [("method", first, "minus best baseline [95 %]", *titles)]
+    for method in summary["rows"]:
+        balanced, *scores = (format_spread(method["scores"][name]) for name in names)
+        is_best = method["name"] == summary["best_baseline"]
+        gain = "best baseline" if is_best else format_difference(method["difference"]).replace("*", "")
+        lines.append((method["name"], balanced, gain, *scores))
+    notes = [f"Test rows, per cent, mean ± standard deviation over seeds. All scores, costs and commands: {file}."]
+    if summary["not_ranked"]:
+        notes.append(f"Methods are not ranked: {summary['not_ranked']}.")
+    if summary["unfinished"]:
+        notes.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
+    return _columns(lines, (24, 19, 29, 14, 14), notes)
+
+
+def terminal_validation(methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]], file: str) -> str:
+    """Format the best validation score of each method, and the rates that gave it."""
+    lines = [("method", "validation", "learning rate", "of the head")]
+    for method, runs in methods:
+        best = max(runs, key=lambda run: float(run["all_results"]["eval_balanced_accuracy"]))
+        head = "-" if best["head_rate"] is None else f"x {number(best['head_rate'])}"
+        score = tables.percent(best["all_results"]["eval_balanced_accuracy"])
+        lines.append((method.name, score, number(best["learning_rate"]), head))
+    note = f"Balanced accuracy of validation rows, per cent, at the best rates. One seed ranks nothing. At each rate: {file}."
+    return _columns(lines, (24, 14, 17, 15), [note])
+
+
+def _columns(lines: Sequence[Sequence[str]], widths: Sequence[int], notes: Sequence[str]) -> str:
+    rows = ["".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*rows, "", *(textwrap.fill(note, WIDTH, break_on_hyphens=False) for note in notes)])
 
 
 def score_table(summary: Mapping[str, Any]) -> str:
@@ -102,7 +143,7 @@ def command(
     flags = [f"--{name} {' '.join(values)}" for name, values in _written(lists).items()]
     flags += [f"--launcher {shlex.quote(launcher)}"] if launcher else []
     flags += ["--tuning_only"] if tuning_only else []
-    flags += ["--", *(f"--{name} {values}".strip() for name, values in passed.items())]
+    flags += [f"--{name} {values}".strip() for name, values in passed.items()]
     return f"`python recipes/compare.py --results {shlex.quote(results)} {' '.join(flags)}`"
 
 

@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from comparison import format_markdown, format_spread, mean_and_deviation
-from finetune_arguments import Parser
 
 from etf_adapt import errors
+from etf_adapt.commands.dataclass_parser import Parser
 from etf_adapt.results import run_folder, tables
 
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {

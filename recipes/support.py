@@ -35,11 +35,11 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from etf_adapt.heads.in_model import HeadError, head_modules, logits_of
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.pooling import pooled_features
 from etf_adapt.models.swap import find_heads, restore_head, swap_head
 from etf_adapt.results import run_folder
-from etf_adapt.training.evaluation import load_stock
 
 RESULTS = Path(__file__).with_name("results") / "support"
 TABLE = Path(__file__).with_name("SUPPORT.md")

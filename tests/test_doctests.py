@@ -26,7 +26,20 @@ def test_examples_give_what_they_show(name, tmp_path, monkeypatch):
 
 def test_modules_of_every_folder_are_among_them():
     folders = {name.split(".")[1] for name in MODULES if name.count(".") == 2}
-    assert folders == {"data", "geometry", "heads", "hub", "losses", "metrics", "models", "results", "training"}
+    assert folders == {
+        "commands",
+        "data",
+        "geometry",
+        "heads",
+        "hub",
+        "losses",
+        "metrics",
+        "models",
+        "results",
+        "training",
+        "sources",
+        "inference",
+    }
 
 
 @pytest.mark.parametrize("name", etf_adapt.__all__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,12 +17,11 @@ from datasets import ClassLabel, Features, Value
 from PIL import Image
 
 from etf_adapt import errors
+from etf_adapt.commands.main import main
 from etf_adapt.models.names import micro_folder
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
-
-import finetune  # noqa: E402
 
 
 def disk(folder: Path) -> dict[str, str]:
@@ -33,7 +34,7 @@ def disk(folder: Path) -> dict[str, str]:
 
 def run_and_expect_error(argv: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
     with pytest.raises(SystemExit) as stop:
-        finetune.main(argv)
+        main(["finetune", *argv])
     said = capsys.readouterr().err
     assert stop.value.code == code
     messages = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -163,6 +164,7 @@ def test_a_wrong_argument_is_told_at_once(name, tmp_path, capsys, monkeypatch):
     assert disk(tmp_path) == {}
 
 
+NO_DATA = ["--dataset", "no/such/folder/here"]  # which is not come to
 LATER_CASES = {
     "unknown sampler": (["--sampler", "balancd"], ["balancd", "balanced"]),
     "unknown option of the loss": (
@@ -172,6 +174,13 @@ LATER_CASES = {
     "option outside its range": (["--loss_options", '{"temperature": -1}'], ["temperature"]),
     "unknown refit": (["--final_frame", "whitend"], ["final_frame", "whitend", "whitened"]),
     "unknown argument": (["--lerning_rate", "1"], ["--lerning_rate", "--learning_rate"]),
+    "missing tracker": (["--report_to", "wandb", *NO_DATA], ["report_to", "wandb to be installed"]),
+    "unknown metric": (
+        ["--metric_for_best_model", "f1", *NO_DATA],
+        ["metric_for_best_model", "did you mean 'macro_f1'"],
+    ),
+    "unused columns": (["--remove_unused_columns", "true", *NO_DATA], ["remove_unused_columns", "row_id"]),
+    "metric of no class": (["--metric_for_best_model", "many", "--max_train_rows", "60"], ["many", "no class"]),
     "missing data": (["--dataset", "no/such/folder/here"], ["no/such/folder/here"]),
     "unknown timm name": (["--model", "vit_bse"], ["vit_base"]),
     "pooling of images": (["--pooling", "mean"], ["pooling", "texts"]),
@@ -192,6 +201,42 @@ def test_what_only_the_libraries_can_tell_is_told_before_training(name, tmp_path
     said = run_and_expect_error(flags, capsys)
     assert all(word in said for word in words), said
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_damaged_image_costs_the_scores_of_its_split_and_not_the_training(split, tmp_path, capsys):
+    noise = Image.effect_noise((32, 32), 50)
+    for name in ("train", "validation", "test"):
+        for kind in ("cat", "dog"):
+            (tmp_path / "data" / name / kind).mkdir(parents=True)
+            for index in range(3):
+                noise.save(tmp_path / "data" / name / kind / f"{index}.png")
+    damaged = tmp_path / "data" / split / "dog" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:600])  # its header is whole
+    out = tmp_path / "out"
+    flags = ["--dataset", str(tmp_path / "data"), "--output_dir", str(out), "--num_train_epochs", "1"]
+    said = run_and_expect_error([*flags, "--per_device_train_batch_size", "3"], capsys)
+    assert f"trained and saved, but no {split} scores" in said and "dog/1.png" in said
+    results = json.loads((out / "all_results.json").read_text())
+    scored = {"validation": "eval_accuracy", "test": "test_accuracy"}
+    assert [name for name, key in scored.items() if results[key] is None] == [split]
+    assert {"model.safetensors", "README.md", "config.json"} <= {file.name for file in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_modules": ["q_proj"]}, "No modules were targeted"),
+        ({"rank": 8}, "rank"),
+        ({"peft_type": "LARA"}, "LARA"),
+    ],
+)
+def test_adapters_that_a_model_cannot_take_are_told_before_any_data_are_read(settings, words, tmp_path, capsys):
+    pytest.importorskip("peft", reason="needs the package of `.[peft]`")
+    (tmp_path / "peft.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
+    flags = ["--peft", str(tmp_path / "peft.json"), "--output_dir", str(tmp_path / "out")]
+    said = run_and_expect_error([*flags, *NO_DATA], capsys)
+    assert "peft.json" in said and words in said
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
@@ -215,6 +260,18 @@ def test_messages_of_loader_workers_lose_their_traceback(capsys):
     assert capsys.readouterr().err == "error: image 3\n"
 
 
+@pytest.mark.parametrize(
+    "full", [errors.DiskFullError("no room"), OSError(errno.ENOSPC, "no room"), OSError(errno.EDQUOT, "")]
+)
+def test_a_full_disk_ends_with_one(full, capsys):
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors():
+        raise full
+    assert stop.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors():
+        raise FileNotFoundError("no file")
+    assert stop.value.code == 2
+
+
 def test_a_run_that_fails_ends_with_one_and_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as stop, errors.one_line_errors():
         raise FloatingPointError("the loss is not finite")
@@ -223,3 +280,11 @@ def test_a_run_that_fails_ends_with_one_and_a_bug_keeps_its_traceback(capsys):
         raise AttributeError("a bug")
     with pytest.raises(RuntimeError), errors.one_line_errors():
         raise RuntimeError("shapes do not match")
+
+
+def test_what_one_process_meets_is_printed_by_it_and_what_all_meet_by_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for error, printed in ((errors.RowError("row 3"), "error: row 3\n"), (errors.DataError("no rows"), "")):
+        with pytest.raises(SystemExit), errors.one_line_errors():
+            raise error
+        assert capsys.readouterr().err == printed

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from comparison import unpack_rows
 
+from etf_adapt.commands.finetune_arguments import parse_training, read_arguments
 from etf_adapt.results import run_folder, tables
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +22,10 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare  # noqa: E402
 import compare_methods  # noqa: E402
-import finetune  # noqa: E402
 
 LABELS = ["cat"] * 6 + ["dog"] * 4
 REAL_LAUNCH = compare.Children.launch
-SHARED = ["--", "--dataset", "pets", "--num_train_epochs", "2"]
+SHARED = ["--dataset", "pets", "--num_train_epochs", "2"]
 TWO_ROWS = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3", "1e-4"]
 
 
@@ -130,8 +128,8 @@ class TestMethod:
         options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])
         for row in compare.chosen_methods(options):
             run = compare.tuning_runs(row, options)[0]
-            model, data, _, rest = finetune.read_arguments([*run.flags, "--output_dir", "unused"])
-            args = finetune.parse_training(rest)
+            model, data, _, rest = read_arguments([*run.flags, "--output_dir", "unused"])
+            args = parse_training(rest)
             assert not data.evaluate_test and args.learning_rate == run.learning_rate
             assert row.trains_head == (model.head in ("linear", "cosine") or model.head_trainable)
             assert (row.kind == "baseline") == (model.head in ("linear", "cosine"))
@@ -199,7 +197,7 @@ class TestGoingOn:
             begin_checkpoint(scratch / name / "checkpoint-5")
             if complete:
                 complete_checkpoint(scratch / name / "checkpoint-5", {})
-        run_folder.write_json("r/settings.json", {"flags": compare.by_name(SHARED[1:])})
+        run_folder.write_json("r/settings.json", {"flags": compare.by_name(SHARED)})
         compare.main([*TWO_ROWS, *SHARED])
         how = {Path(call["output_dir"]).name: call.get("resume_from_checkpoint") for call in runs.calls}
         assert how.pop("etf_dr-tuning-lr0.001-seed0") == "last"
@@ -217,11 +215,22 @@ class TestGoingOn:
     def test_other_flags_are_refused_by_name(self, runs, capsys):
         compare.main([*TWO_ROWS, *SHARED])
         before = {path: path.read_bytes() for path in Path("r").rglob("*.json")}
-        said = refused([*TWO_ROWS, "--", "--dataset", "pets", "--num_train_epochs", "3", "--augment", "0"], capsys)
+        said = refused([*TWO_ROWS, "--dataset", "pets", "--num_train_epochs", "3", "--augment", "0"], capsys)
         assert "--num_train_epochs (2)" in said and "--num_train_epochs (3)" in said and "--augment (0)" in said
         assert "--dataset" not in said and "another --results folder" in said
         assert len(runs.calls) == 10 and before == {path: path.read_bytes() for path in Path("r").rglob("*.json")}
-        compare.main([*TWO_ROWS, "--", "--num-train-epochs=2", "--dataset", "pets"])  # the same, typed otherwise
+        for typed in (["--", "--num-train-epochs=2", "--dataset", "pets"], ["--num-train-epochs=2", "--", *SHARED[:2]]):
+            compare.main([*TWO_ROWS, *typed])  # the same
+        hyphens = [word.replace("_", "-") if word.startswith("--") else word for word in TWO_ROWS]
+        compare.main([*SHARED[:2], *hyphens, *SHARED[2:]])
+        assert len(runs.calls) == 10
+
+    def test_flags_that_no_run_could_take_do_not_bind_the_folder(self, runs, capsys, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(compare.Children, "launch", lambda *_: (2, ["error: There is no argument '--sedes'"]))
+            refused([*TWO_ROWS, *SHARED, "--sedes", "3"], capsys)
+        compare.main([*TWO_ROWS, *SHARED])
+        assert len(runs.calls) == 10
 
     def test_a_row_that_was_changed_is_not_mixed_with_what_it_was(self, runs, capsys, monkeypatch):
         compare.main([*TWO_ROWS, *SHARED])
@@ -245,10 +254,9 @@ class TestGoingOn:
 
 
 class TestTable:
-    def test_it_tells_rates_effort_and_the_best_baseline(self, runs, capsys):
+    def test_it_tells_rates_effort_and_the_best_baseline(self, runs):
         compare.main([*TWO_ROWS, *SHARED])
         table = Path("r/table.md").read_text()
-        assert table.strip() in capsys.readouterr().out
         lines = [line.split(" | ") for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
         lines = lines[:4]  # the third table is of the measures of collapse
         assert [line[1] for line in lines[:2]] == ["75.0 ± 7.1"] * 2 and lines[0][2] == "best baseline"
@@ -257,6 +265,25 @@ class TestTable:
         assert all(words in table for words in told)
         row = json.loads(Path("r/table.json").read_text())["rows"][1]
         assert row["difference"] == [0.0, 0.0, 0.0] and row["epochs"] == [2.0, 2.0]
+
+    def test_the_terminal_shows_columns_and_the_command_that_trains_the_best_method(self, runs, capsys):
+        assert max(map(len, compare_methods.METHODS)) < 24, "the width of the first column"
+        long = ["--learning_rates", "1e-3", "1e-4", "--rows", "linear_la_sqrt_smooth", *TWO_ROWS[3:5], "--seeds", "0"]
+        compare.main(["--results", "r", *long, "1", *SHARED])
+        *lines, title, last = capsys.readouterr().out.partition("\n\n")[2].splitlines()  # behind those of the runs
+        assert max(map(len, lines)) <= 100 and any("r/table.md" in line for line in lines)
+        assert any(line.startswith("linear_ce ") and "75.0 ± 7.1" in line for line in lines)
+        assert title.endswith("of the best validation score, linear_la_sqrt_smooth:")
+        flags = (
+            "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1 --learning_rate 0.0001 --seed 0"
+        )
+        begin = "python recipes/finetune.py --dataset pets --num_train_epochs 2"
+        assert last == f"{begin} {flags} --head_learning_rate 0.001"
+        compare.main(["--results", "r", "--table_only"])
+        assert capsys.readouterr().out.splitlines()[-1] == last
+        compare.main(["--results", "q", *long, "--tuning_only", *SHARED])
+        *lines, _, tuned = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+        assert tuned == last and max(map(len, lines)) <= 100 and any("q/validation.md" in line for line in lines)
 
     def test_one_seed_is_not_ranked(self, runs):
         compare.main([*TWO_ROWS[:6], "0", "--learning_rates", "1e-3", *SHARED])
@@ -280,15 +307,15 @@ class TestTable:
         table = Path("r/table.md").read_text()
         assert "left out: etf_dr" in table and "| ETF" not in table
 
-    def test_tuning_alone_leaves_the_test_rows_and_says_what_each_rate_gave(self, runs, capsys):
+    def test_tuning_alone_leaves_the_test_rows_and_says_what_each_rate_gave(self, runs):
         compare.main([*TWO_ROWS, "--tuning_only", *SHARED])
         assert [call["evaluate_test"] for call in runs.calls] == ["false"] * 6
         table = Path("r/validation.md").read_text()
-        assert table.strip() in capsys.readouterr().out and not Path("r/table.md").exists()
+        assert not Path("r/table.md").exists()
         linear, etf = [line for line in table.splitlines() if line.startswith(("| linear", "| ETF"))]
         assert "| 90.0 | 0.0001 (head x 10) | 0.0001 (head x 1): 85.0; 0.0001 (head x 10): 90.0; " in linear
         assert "| 90.0 | 0.0001 | 0.0001: 90.0; 0.001: 80.0 |" in etf
-        assert "--tuning_only -- --dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
+        assert "--tuning_only --dataset pets --num_train_epochs 2" in table and "torch 1.2.3" in table
         compare.main([*TWO_ROWS, *SHARED])
         assert len(runs.calls) == 10 and Path("r/table.md").exists() and Path("r/validation.md").read_text() == table
 
@@ -298,14 +325,14 @@ class TestMistakes:
         ("argv", "said"),
         [
             ([*TWO_ROWS[:3], "linear_cee", *SHARED], "did you mean 'linear_ce'?"),
-            (TWO_ROWS, "There is no `--`"),
+            (["--results", "r", "--table_only", "--seedz", "1"], "`table_only`"),
             ([*TWO_ROWS, "--seeds", "1", "0", "1", *SHARED], "`seeds` (=[1, 0, 1])"),
             ([*TWO_ROWS, "--learning_rates", "0.1", "-1", *SHARED], "`learning_rates` (=[0.1, -1.0]) must be positive"),
             ([*TWO_ROWS, "--head_rates", "nan", *SHARED], "`head_rates`"),
-            ([*TWO_ROWS, "--seed", "1", *SHARED], "unrecognized arguments"),
+            ([*TWO_ROWS, "--learning-rate", "1", *SHARED], "leave it out, or give --learning_rates"),
             ([*TWO_ROWS[:2], *SHARED], "`rows` (=[])"),
-            ([*TWO_ROWS, *SHARED, "--seed", "1"], "`seed` after `--` is set by this recipe"),
-            ([*TWO_ROWS, *SHARED, "--head=cosine"], "`head` after `--` is set by row"),
+            ([*TWO_ROWS, *SHARED, "--seed", "1"], "`seed` is set by this recipe"),
+            ([*TWO_ROWS, *SHARED, "--head=cosine"], "`head` is set by row"),
             ([*TWO_ROWS, "--", "settings.yaml"], "belongs to no flag"),
             ([*TWO_ROWS, "--jobs", "2", "--launcher", "accelerate launch", *SHARED], "contradict each other"),
             ([*TWO_ROWS, "--jobs", "0", *SHARED], "`jobs`"),
@@ -361,63 +388,6 @@ class TestMistakes:
         one = Path("r/table.json").read_text()
         compare.main(["--results", "q", *TWO_ROWS[2:], "--jobs", "3", *SHARED])
         assert Path("q/table.json").read_text() == one
-
-
-class TestLaunch:
-    def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
-        said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
-        programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
-        run, file = compare.Run(compare_methods.METHODS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
-        lock = os.open(tmp_path, os.O_RDONLY)
-        for program, (code, last) in programs.items():
-            left, lines = compare.Children(lock).launch([sys.executable, "-c", program])
-            assert left == code
-            assert f"(exit code {code}): {last}\n" in compare.why_it_failed(run, code, lines, file)
-        os.close(lock)
-
-    @pytest.mark.skipif(
-        not Path("/proc/self/task").is_dir(), reason="needs Linux, which tells the children of a process"
-    )
-    @pytest.mark.parametrize("jobs", [1, 2])
-    def test_runs_left_behind_keep_the_folder_and_those_that_are_stopped_do_not(self, jobs, tmp_path):
-        program = f"""
-import argparse, signal, sys
-sys.path.insert(0, {str(ROOT / "recipes")!r})
-from pathlib import Path
-import compare
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-compare.finish = lambda run, options, children: children.launch([sys.executable, "-c", "import time; time.sleep(60)"])
-with compare.alone_in(Path({str(tmp_path / "r")!r})) as children:
-    print("ready", flush=True)
-    list(compare.finish_all("abc", argparse.Namespace(jobs={jobs}), children))
-"""
-        for kill, held in ((signal.SIGTERM, False), (signal.SIGKILL, True)):
-            with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
-                parent.stdout.readline()
-                children, start = self.children_of(parent.pid, jobs), time.monotonic()
-                parent.send_signal(kill)
-            assert time.monotonic() - start < 30, "it waits for the run instead of ending it"
-            lock = os.open(tmp_path / "r", os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                assert not held
-            except BlockingIOError:
-                assert held
-                for child in children:
-                    os.kill(child, signal.SIGKILL)
-            finally:
-                os.close(lock)
-
-    @staticmethod
-    def children_of(parent: int, number: int) -> list[int]:
-        for _ in range(200):
-            tasks = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
-            found = [int(child) for task in tasks for child in task.read_text().split()]
-            if len(found) == number:
-                time.sleep(0.1)
-                return found
-            time.sleep(0.05)
-        raise AssertionError(f"{number} children were expected")
 
 
 @pytest.mark.slow

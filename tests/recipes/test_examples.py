@@ -17,6 +17,7 @@ EXPECTED = {
     "long_tail_a_dataset": "drawn with power 1.0",
     "plain_accelerate_loop": "balanced accuracy",
     "swap_a_head": "restored: True",
+    "train_and_finish": "left: README.md all_results.json",
     "use_hf_trainer": "TimmWrapperForImageClassification predicts",
 }
 

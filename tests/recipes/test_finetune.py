@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from etf_adapt import load_data
+from etf_adapt.commands.main import main
 from etf_adapt.data.transforms import image_transforms
-from etf_adapt.models.auto import adapt
 from etf_adapt.models.image_size import set_image_size
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CARD_FILES
@@ -38,14 +38,13 @@ from etf_adapt.results.card import CARD_FILES
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-import finetune  # noqa: E402
 
 SMALL = ["--max_train_rows", "90", "--per_device_train_batch_size", "32", "--torch_threads", "1"]
 SMALL += ["--num_train_epochs", "2"]
 
 
 def run(*flags: str) -> None:
-    finetune.main([*SMALL, *flags])
+    main(["finetune", *SMALL, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,7 @@ class TestResult:
 
     def test_its_arguments_file_runs_it_again_with_the_same_weights(self, finished, no_plots, monkeypatch):
         monkeypatch.chdir(finished)
-        finetune.main([f"out/first/{run_folder.ARGUMENTS_FILE}", "--output_dir", "out/again"])
+        main(["finetune", f"out/first/{run_folder.ARGUMENTS_FILE}", "--output_dir", "out/again"])
         assert_same_weights(finished / "out/first", finished / "out/again")
 
     def test_a_stopped_run_goes_on_to_the_same_weights(self, finished, no_plots, monkeypatch):
@@ -133,6 +132,33 @@ class TestResult:
         (Path("out/stopped") / "model.safetensors").unlink()
         run("--dataset", "few_digits", "--output_dir", "out/stopped", "--resume_from_checkpoint", "last")
         assert_same_weights(finished / "out/first", finished / "out/stopped")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--learning_rate", "0.01"], "`learning_rate` (=0.01) was 0.0001 when the run in out/refused began"),
+            (["--augment", "false"], "`augment` (=False) was True"),
+            (["--loss", "cross_entropy"], "`loss` (='cross_entropy') was None"),
+            (["--per_device_train_batch_size", "16"], "with batch size 32, and this run has 16"),
+        ],
+    )
+    def test_a_run_is_not_resumed_otherwise_and_its_record_stays(self, flags, message, finished, monkeypatch, capsys):
+        monkeypatch.chdir(finished)
+        shutil.copytree("out/first", "out/refused", dirs_exist_ok=True)
+        record = Path("out/refused", run_folder.ARGUMENTS_FILE)
+        before = record.read_text()
+        with pytest.raises(SystemExit):
+            run("--dataset", "few_digits", "--output_dir", "out/refused", "--resume_from_checkpoint", "last", *flags)
+        assert message in capsys.readouterr().err
+        assert record.read_text() == before
+
+    def test_a_longer_run_is_recorded_as_it_was_trained(self, finished, no_plots, monkeypatch, capsys):
+        monkeypatch.chdir(finished)
+        shutil.copytree("out/first", "out/longer")
+        flags = ["--resume_from_checkpoint", "last", "--num_train_epochs", "3"]
+        run("--dataset", "few_digits", "--output_dir", "out/longer", *flags)
+        assert "`num_train_epochs` was 2 and is 3: the learning rate follows" in capsys.readouterr().out
+        assert json.loads(Path("out/longer", run_folder.ARGUMENTS_FILE).read_text())["num_train_epochs"] == 3
 
     def test_a_finished_run_is_replaced_only_on_request_and_other_files_stay(
         self, finished, no_plots, monkeypatch, capsys
@@ -174,13 +200,17 @@ BEFORE_TAIL = ["--validation_before_long_tail", "--imbalance_factor", "5"]
         (["--head", "linear", "--pretrained", "false", *BEFORE_TAIL], {"name": "cross_entropy"}),
         (["--head", "cosine", "--evaluate_test", "false"], {"name": "logit_adjusted"}),
         (["--paper"], {"name": "dot_regression"}),
+        (
+            ["--head", "linear", "--loss", "focal", "--class_weights", "balanced"],
+            {"name": "focal", "class_weights": "balanced"},
+        ),
         (["--loss", "logit_adjusted", "--sampler", "sqrt", "--head_trainable"], {"name": "logit_adjusted"}),
         (
             ["--validation_fraction", "0", "--image_size", "40", "--no_augment", "--loss_options", json.dumps(MARGIN)],
             {"name": "margin_dot_regression", **MARGIN},
         ),
     ],
-    ids=["linear", "cosine", "paper", "etf trained", "etf with options"],
+    ids=["linear", "cosine", "paper", "focal", "etf trained", "etf with options"],
 )
 def test_every_head_runs_to_a_stock_folder(flags, loss, tmp_path, no_plots, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -196,22 +226,6 @@ def test_every_head_runs_to_a_stock_folder(flags, loss, tmp_path, no_plots, monk
     # While settings are chosen, validation alone is scored.
     assert (results["test_accuracy"] is None) == ("--evaluate_test" in flags)
     assert Path("run", run_folder.PREDICTIONS_FILE).exists() == ("--evaluate_test" not in flags)
-
-
-def test_the_prior_is_adjusted_for_by_default_where_a_fixed_head_can_take_it():
-    heads = {head: swapped(head) for head in ("etf", "linear")}
-    assert finetune.is_adjusted(heads["etf"], "auto", has_validation=True)
-    assert not finetune.is_adjusted(heads["etf"], "auto", has_validation=False)
-    assert not finetune.is_adjusted(heads["linear"], "auto", has_validation=True)
-    assert finetune.is_adjusted(heads["linear"], "fit", has_validation=True)
-    assert not finetune.is_adjusted(heads["etf"], "none", has_validation=True)
-    with pytest.raises(ValueError, match="fitted on validation rows"):
-        finetune.is_adjusted(heads["etf"], "fit", has_validation=False)
-
-
-def swapped(head):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8)
-    return adapt(ViTForImageClassification(config), 3, head=head)
 
 
 def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -238,7 +252,8 @@ def test_mixed_precision_keeps_float32_masters(tmp_path, no_plots, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
     run("--max_steps", "2", "--output_dir", "half")
-    assert "bf16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bf16" in said and "data: image `image`, label `label`\ndata: 10 classes: `0`, " in said
     assert {tensor.dtype for tensor in load_file("half/model.safetensors").values() if tensor.ndim} == {torch.float32}
 
 
@@ -271,7 +286,7 @@ def test_a_hundred_threes_and_five_eights(frame, tmp_path, no_plots, monkeypatch
         pair = rows.select(chosen).remove_columns("label").add_column("label", names["label"])
         pair.to_parquet(f"pair/{split}.parquet")
     settings = ["--frame", frame, "--learning_rate", "1e-3", "--sampler", "balanced", "--torch_threads", "1"]
-    finetune.main(["--dataset", "pair", "--output_dir", "run", *settings])
+    main(["finetune", "--dataset", "pair", "--output_dir", "run", *settings])
     results = json.loads((tmp_path / "run" / run_folder.RESULTS_FILE).read_text())
     assert results["test_balanced_accuracy"] > 0.85 and results["test_tail_third"] > 0.8
     log = [json.loads(line) for line in (tmp_path / "run" / run_folder.LOG_FILE).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Arguments of recipes/finetune.py, and the checks that need neither torch nor data."""
+"""Flags of ``etf-adapt finetune``, their aliases, and the checks that need neither torch nor data."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from transformers import HfArgumentParser
-
-from etf_adapt.errors import check_choice, nearest_names
+from etf_adapt.commands.flags import translate
+from etf_adapt.errors import nearest_names
 from etf_adapt.models.names import model_task
 from etf_adapt.results import run_folder
 
@@ -30,8 +30,11 @@ class ModelArguments:
         default="etf", metadata={"help": "Classifier: fixed simplex frame, or one to compare with."}
     )
     # The names of losses.registry, which would import torch.
-    loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "logit_adjusted"] | None = field(
+    loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "focal", "logit_adjusted"] | None = field(
         default=None, metadata={"help": "By default the head's own."}
+    )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none", metadata={"help": "Factors of the loss: balanced weights each class by n / (K n_c)."}
     )
     loss_options: str | None = field(
         default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.registry.make_loss)."}
@@ -53,6 +56,11 @@ class ModelArguments:
         default=None, metadata={"help": "File of weights (.safetensors, .pth) for the architecture that --model names."}
     )
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the run starts from the weights that the model's name stands for."""
+        return self.pretrained and self.checkpoint_path is None
+
 
 @dataclass
 class DataArguments:
@@ -61,7 +69,10 @@ class DataArguments:
     dataset: str = field(default="digits", metadata={"help": "digits, a Hub id, a file or a folder."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not found."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, if it is not found."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images that a table names."})
+    text_column: list[str] | None = field(
+        default=None, metadata={"help": "Column of the texts, if it is not found; two columns are read as pairs."}
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
     imbalance_factor: float | None = field(
         default=None, metadata={"help": "Make train long-tailed: largest over smallest class count, at least 1."}
@@ -94,37 +105,35 @@ class OutputArguments:
     """Where the result goes; the folder itself is output_dir of TrainingArguments."""
 
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+    dry_run: bool = field(default=False, metadata={"help": "Show what a run would do, its time and memory, and stop."})
+    is_named: bool = field(default=True, init=False)  # whether output_dir was given: another name is not taken then
 
 
-DESCRIPTION = (
-    "Fine-tune a pretrained image or text model on classes that are unevenly filled, and leave a stock checkpoint."
-)
+NEWEST = ("last", "latest", "auto", "true", "yes")  # of resume_from_checkpoint: the newest one in output_dir
+
 OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 
-
-class Parser(HfArgumentParser):
-    """Parser that raises its errors, so that they look like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
-        raise ValueError(message)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Check a choice; argparse's own check names no nearest one."""
-        if action.choices is not None:
-            check_choice(action.dest, value, action.choices)
+# Flags that a resumed run may change: where things lie, which the checkpoint's rows and weights are checked against, and what
+# is done after training.
+FREE_ON_RESUME = (
+    "model",
+    "pretrained",
+    "checkpoint_path",
+    "dataset",
+    "dataset_revision",
+    "evaluate_test",
+    "prior_adjustment",
+)
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, OutputArguments, list[str]]:
     """Parse and check the arguments defined here; return them, and the flags left for ETFTrainingArguments."""
-    refuse_stages(argv)
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = [*flags_from_file(argv[0]), *argv[1:]]
-    if "-h" in argv or "--help" in argv:
-        parse_training(["--help"])
+    from etf_adapt.commands.dataclass_parser import Parser
+
+    argv = translate(argv)
     parser = Parser(OWN_ARGUMENTS, add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir")
-    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+    parser.add_argument("--output_dir")
+    parser.add_argument("--resume_from_checkpoint")
     model_args, data_args, output_args, shared, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -144,9 +153,22 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
             f"`model` (={model_args.model!r}) reads text, and digits are images: name texts with --dataset."
         )
 
-    output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args)))
-    resume = shared.resume_from_checkpoint
-    run_folder.check_output_dir(output_dir, resume=resume is not None, overwrite=output_args.overwrite_output_dir)
+    resume, overwrite = shared.resume_from_checkpoint, output_args.overwrite_output_dir
+    if resume is not None and overwrite:
+        raise ValueError(
+            "`overwrite_output_dir` (=True) removes what `resume_from_checkpoint` goes on from: leave out one."
+        )
+    output_dir = shared.output_dir or str(Path("out", default_name(model_args, data_args, rest)))
+    if shared.output_dir is None and resume is not None:
+        output_dir = str(run_folder.newest_of_name(output_dir))
+    output_args.is_named = bool(shared.output_dir or resume or overwrite)
+    if output_args.is_named:
+        run_folder.check_output_dir(output_dir, resume=resume is not None, overwrite=overwrite)
+    if str(resume).lower() in NEWEST and not Path(output_dir, run_folder.ARGUMENTS_FILE).is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint` (={resume!r}): {output_dir!r} holds no run and no complete checkpoint: leave the flag "
+            "out to begin one, or name its folder (--output_dir)."
+        )
     rest += ["--output_dir", output_dir, *(["--resume_from_checkpoint", resume] if resume else [])]
     return model_args, data_args, output_args, rest
 
@@ -168,18 +190,19 @@ def check_loss_options(text: str | None) -> None:
 
 def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     """Parse the remaining flags, transformers' own among them; imports torch."""
+    from etf_adapt.commands.dataclass_parser import Parser
     from etf_adapt.training.arguments import ETFTrainingArguments
+    from etf_adapt.training.best_metric import check_metric
 
-    if "--help" in argv:
-        everything = Parser([*OWN_ARGUMENTS, ETFTrainingArguments], description=DESCRIPTION)
-        everything.parse_args(["--help"])
-    parser = Parser([ETFTrainingArguments], allow_abbrev=False)
+    parser = Parser(cast(Any, [ETFTrainingArguments]), allow_abbrev=False, add_help=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         flags = [f"--{entry.name}" for group in (*OWN_ARGUMENTS, ETFTrainingArguments) for entry in fields(group)]
         near = nearest_names(unknown[0].split("=")[0], flags)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
         raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
+    if args.metric_for_best_model:
+        check_metric(args.metric_for_best_model, collapse_rows=args.collapse_rows)
     if args.push_to_hub:
         from etf_adapt.hub.send import check_name_and_token
 
@@ -190,35 +213,38 @@ def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     return args
 
 
-def refuse_stages(argv: Sequence[str]) -> None:
-    """Refuse the flags by which other scripts choose what to do: here --do_eval would train on the data to evaluate on."""
-    names = [word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")]
-    if typed := [name for name in names if name in ("do_train", "do_eval", "do_predict")]:
-        raise ValueError(
-            f"`--{typed[0]}` does nothing here: one run trains, validates after each epoch and scores the test split at the "
-            "end. Leave it out; `--evaluate_test false` leaves the test split alone."
-        )
+def check_resumed(folder: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse to go on with settings other than those that the run in a folder began with."""
+    from etf_adapt.training.arguments import FIXED_ON_RESUME
+
+    file = Path(folder, run_folder.ARGUMENTS_FILE)
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = {entry.name for group in (ModelArguments, DataArguments) for entry in fields(group)}.difference(
+        FREE_ON_RESUME
+    )
+    for name in sorted(own.union(FIXED_ON_RESUME, ("sampler", "seed", "data_seed")) & begun.keys()):
+        if begun[name] != arguments[name]:
+            raise ValueError(
+                f"`{name}` (={arguments[name]!r}) was {begun[name]!r} when the run in {folder} began: it would go on otherwise "
+                "than it began. Resume with the same settings, or start another run."
+            )
 
 
-def flags_from_file(file: str) -> list[str]:
-    """Turn a JSON or YAML file of arguments into flags; later flags override them."""
-    import yaml
-
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"There is no file of settings {file!r}.")
-    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds no settings: it must map the names of arguments to values.")
-    flags = []
-    for name, value in settings.items():
-        if value is None or value == [] or value == {}:
-            continue
-        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *(str(word) for word in words)]
-    return flags
+def default_name(model_args: ModelArguments, data_args: DataArguments, rest: Sequence[str] = ()) -> str:
+    """Name a run after its data, model and head, and after the learning rate and the seed if ``rest`` gives them."""
+    names = [_last_name(data_args.dataset, Path(data_args.dataset).stem), _last_name(model_args.model), model_args.head]
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--learning_rate", type=float)
+    flags.add_argument("--seed", type=int)
+    with suppress(argparse.ArgumentError):  # a value that is no number is told with those of all other flags
+        given, _ = flags.parse_known_args(rest)
+        names += [] if given.learning_rate is None else [f"lr{given.learning_rate:g}"]
+        names += [] if given.seed is None else [f"seed{given.seed}"]
+    return "-".join(names)
 
 
-def default_name(model_args: ModelArguments, data_args: DataArguments) -> str:
-    """Name a run after its data, model and head."""
-    names = (Path(data_args.dataset).stem, Path(model_args.model).name, model_args.head)
-    return "-".join(re.sub(r"[^\w.-]+", "_", name) for name in names)
+def _last_name(source: str, name: str | None = None) -> str:
+    """Return the last part of a Hub id or path, also for `.`, as part of a name; ``name`` where it is no folder."""
+    path = Path(source)
+    name = path.resolve().name if path.is_dir() else name or path.name
+    return re.sub(r"[^\w.-]+", "_", name).strip("-._") or "data"

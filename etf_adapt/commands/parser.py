@@ -1,0 +1,95 @@
+"""Parser of a command's flags: hyphens or underscores, defaults in the help, one message for an error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from etf_adapt.errors import check_choice, nearest_names
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that takes ``--top-k`` for ``--top_k``, names the nearest of an unknown flag and raises its errors."""
+
+    def __init__(self, command: str, **options: Any) -> None:
+        super().__init__(prog=f"etf-adapt {command}", formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse the words of a command line; ``--help`` prints and ends the process."""
+        arguments, unknown = self.parse_known_args([_with_underscores(word) for word in words])
+        if unknown and not unknown[0].startswith("-"):
+            raise ValueError(f"{unknown[0]!r} is one word too many; see {self.prog} --help.")
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = nearest_names(unknown[0].split("=")[0], flags)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help."
+            raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise ValueError(f"{message}; see {self.prog} --help.")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a choice; argparse's own check names no nearest one."""
+        if action.choices is not None:
+            check_choice(action.dest, value, action.choices)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows the default of each flag that has one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shows = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shows else action.help
+
+
+def _with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return f"{flag[:2]}{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def positive(text: str) -> int:
+    """Return an integer of at least 1, as flags are read."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Add the flags of how a model is run, common to all commands that run one."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
+    group.add_argument("--device", help="such as cpu, cuda:1 or mps; by default an accelerator where there is one")
+    group.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+    group.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
+    group.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
+
+
+def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
+    """Add the flags of where a data set's rows are, and return their group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--split", help="of a data set with several; by default test, else validation, else train")
+    group.add_argument("--image_column", metavar="NAME", help="column of the images, if it is not found")
+    group.add_argument("--text_column", metavar="NAME", help="column of the texts, if it is not found")
+    group.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
+    return group
+
+
+def start(command: str) -> None:
+    """Prepare this process for a model; refuse several processes, each of which would do all of the work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE (={os.environ['WORLD_SIZE']}): {command} runs in one process; start it alone.")
+    import datasets
+    import transformers
+
+    from etf_adapt.inference.launch import set_threads
+
+    set_threads()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
