@@ -36,4 +36,4 @@ with tempfile.TemporaryDirectory() as output_dir:
     results = trainer.finish(test, dataset=data.description)
     predictions = np.argmax(trainer.predict(test).predictions, axis=-1)
     assert np.mean(predictions == data.test["label"]) == results["test_accuracy"]  # of the folder, in its stock class
-    print("left:", *sorted(path.name for path in Path(output_dir).iterdir() if path.is_file()))
+    print("left:", *sorted(path.name for path in Path(output_dir).glob("[!.]*") if path.is_file()))
