@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from etf_adapt.commands.parser import Parser
-from etf_adapt.commands.refit import add_row_flags
-from etf_adapt.errors import one_line_errors
+from etf_adapt.commands.refit import add_row_flags, run_change
 
 
 def main(argv: Sequence[str]) -> None:
     """Extend as the command line says."""
-    with one_line_errors():
-        options = vars(_parser().parse(argv))
-        start = time.monotonic()
-        from etf_adapt.inference.extend import extend
-        from etf_adapt.inference.finished_model import prepare_process
 
-        options["output"] = options["output"] or f"{Path(options['model']).name}-extended"
-        is_main = prepare_process()
-        result = extend(**{name: value for name, value in options.items() if value is not None})
-        if is_main:
-            print("\n".join(result.describe()))
-            print(f"{options['output']} ({time.monotonic() - start:.0f} s)")
+    def change(**options: Any) -> list[str]:
+        from etf_adapt.inference.extend import extend
+
+        return [*extend(**options).describe(), options["output"]]
+
+    run_change(_parser(), argv, change, ending="extended")
 
 
 def _parser() -> Parser:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -156,15 +157,9 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
 
     # Train. From here on the output folder is ours.
     nowhere = TemporaryDirectory() if output_args.dry_run else None
-    args.output_dir = folder = (
-        nowhere.name
-        if nowhere
-        else first_process_decides(
-            lambda: claim_output_dir(
-                folder, is_named=output_args.is_named, resume=goes_on, overwrite=output_args.overwrite_output_dir
-            )
-        )
-    )
+    claimed = {"is_named": output_args.is_named, "resume": goes_on, "overwrite": output_args.overwrite_output_dir}
+    claim_folder = partial(claim_output_dir, folder, **claimed)
+    args.output_dir = folder = nowhere.name if nowhere else first_process_decides(claim_folder)
     settings = run_folder.recorded_arguments(model_args, data_args, args)
     if state.is_main_process and not goes_on:
         run_folder.write_json(Path(folder, run_folder.ARGUMENTS_FILE), settings)

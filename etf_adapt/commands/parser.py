@@ -84,12 +84,18 @@ def start(command: str) -> None:
     """Prepare this process for a model; refuse several processes, each of which would do all of the work."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE (={os.environ['WORLD_SIZE']}): {command} runs in one process; start it alone.")
+    prepare()
+
+
+def prepare() -> bool:
+    """Prepare this process for a model, and return whether it is the one that prints."""
     import datasets
     import transformers
 
-    from etf_adapt.inference.launch import set_threads
+    from etf_adapt.inference.launch import join_processes, set_threads
 
     set_threads()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+    return join_processes()

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from etf_adapt.commands.parser import Parser
+from etf_adapt.commands.parser import Parser, positive, prepare
 from etf_adapt.errors import one_line_errors
 
 
 def main(argv: Sequence[str]) -> None:
     """Refit as the command line says."""
-    with one_line_errors():
-        options = vars(_parser().parse(argv))
-        start = time.monotonic()
-        from etf_adapt.inference.finished_model import prepare_process
+
+    def change(**options: Any) -> list[str]:
         from etf_adapt.inference.refit import refit
 
-        options["output"] = options["output"] or f"{Path(options['model']).name}-refitted"
-        is_main = prepare_process()
-        result = refit(**{name: value for name, value in options.items() if value is not None})
+        result = refit(**options)
+        return [*result.describe(), options["output"] if result.is_set else "nothing was written"]
+
+    run_change(_parser(), argv, change, ending="refitted")
+
+
+def run_change(parser: Parser, argv: Sequence[str], change: Callable[..., list[str]], *, ending: str) -> None:
+    """Change a model as the command line says, and print what ``change`` returns, with the seconds; on any processes."""
+    with one_line_errors(stopped="stopped; nothing was written"):
+        options = vars(parser.parse(argv))
+        start = time.monotonic()
+        options["output"] = options["output"] or f"{Path(options['model']).name}-{ending}"
+        is_main = prepare()
+        lines = change(**{name: value for name, value in options.items() if value is not None})
         if is_main:
-            print("\n".join(result.describe()))
-            written = options["output"] if result.is_set else "nothing was written"
-            print(f"{written} ({time.monotonic() - start:.0f} s)")
+            print("\n".join(lines), f"({time.monotonic() - start:.0f} s)")
 
 
 def _parser() -> Parser:
@@ -57,8 +65,8 @@ def add_row_flags(parser: Parser) -> None:
     parser.add_argument("--image_column", help="column of the images, if it is not found")
     parser.add_argument("--text_column", help="column of the texts, if it is not found")
     parser.add_argument("--label_column", help="column of the labels, if it is not found")
-    parser.add_argument("--max_length", type=int, metavar="N", help="tokens of a text; by default the model's own")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows at once")
+    parser.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
+    parser.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
     parser.add_argument(
         "--keep_statistics",

@@ -14,8 +14,9 @@ from etf_adapt.data.load import load_data
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import head_modules
-from etf_adapt.inference.finished_model import check_output, join_processes, move_to_device, read_classes, write_folder
+from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
 from etf_adapt.inference.head_statistics import by_classes, follows, load_statistics, set_heads
+from etf_adapt.inference.launch import join_processes
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.folders import locate

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
@@ -19,24 +16,8 @@ from etf_adapt.errors import OutputFolderError
 from etf_adapt.heads.alignment import TrainingRows, read_rows
 from etf_adapt.heads.in_model import evaluation_mode
 from etf_adapt.inference.head_statistics import HeadStatistics, save_statistics
-from etf_adapt.inference.launch import set_threads
 from etf_adapt.results.card import write_short_card
 from etf_adapt.results.card_metadata import read_base_card
-
-
-def prepare_process() -> bool:
-    """Prepare this process for a command, and return whether it is the one that prints."""
-    set_threads()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    return join_processes()
-
-
-def join_processes() -> bool:
-    """Let the processes of a launcher know of each other; return whether this is the first."""
-    # Processes started on a machine without a device join only if told so (accelerate 1.15).
-    return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
 
 
 def check_output(output: str | Path | None) -> None:

@@ -31,6 +31,12 @@ def set_threads(threads: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+def join_processes() -> bool:
+    """Let the processes of a launcher know of each other; return whether this is the first."""
+    # Processes started on a machine without a device join only if told so (accelerate 1.15).
+    return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next batch; return whether the C library is glibc."""
     # Not for texts, whose batches differ in size: that of the longest text takes many times what the others do.

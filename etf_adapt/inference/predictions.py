@@ -27,7 +27,7 @@ from etf_adapt.errors import DataError, message_of
 from etf_adapt.heads.in_model import evaluation_mode, gather_over_processes, logits_of, to_device
 from etf_adapt.metrics.calibration import fit_logit_scale, fit_prior_adjustment
 from etf_adapt.metrics.shots import ShotAccuracy
-from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
+from etf_adapt.models.etf_model import ETFModel, is_live
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.pooling import ENCODER_CLASSES
 from etf_adapt.models.weights import load_noting_new
@@ -56,8 +56,7 @@ def load_stock(folder: str | Path, task: str, *, config: PreTrainedConfig | None
     """
     found = AutoConfig.from_pretrained(folder) if config is None else config
     saved = getattr(found, ENTRY, None) or {}
-    head = saved.get("head", {"kind": "linear", "folded": False})
-    if saved.get("adapters") or (head["kind"] not in STOCK_SHAPED and not head["folded"]):
+    if saved.get("adapters") or is_live(saved):
         raise ValueError(
             f"{folder} is a training checkpoint with {'adapters' if saved.get('adapters') else 'a head'} that stock classes do "
             "not have: take the finished folder, or save the model once more to a folder that is no checkpoint."

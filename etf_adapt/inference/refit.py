@@ -20,7 +20,7 @@ from etf_adapt.geometry.penalty import PENALTIES
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
-from etf_adapt.inference.finished_model import check_output, join_processes, move_to_device, read_classes, write_folder
+from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
 from etf_adapt.inference.head_statistics import HeadStatistics, set_heads
 from etf_adapt.inference.held_out import (
     Choice,
@@ -30,6 +30,7 @@ from etf_adapt.inference.held_out import (
     score_features,
     score_left_out,
 )
+from etf_adapt.inference.launch import join_processes
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.metrics.calibration import fit_balanced
 from etf_adapt.metrics.shots import classification_scores

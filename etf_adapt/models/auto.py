@@ -19,7 +19,7 @@ from transformers import (
 
 from etf_adapt.heads.in_model import head_modules, seeded_torch
 from etf_adapt.losses.registry import LOSSES, make_loss
-from etf_adapt.models.etf_model import STOCK_SHAPED, ETFModel
+from etf_adapt.models.etf_model import ETFModel, is_live
 from etf_adapt.models.folders import HUB_OPTIONS, find_processor, load_config, locate, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere
 from etf_adapt.models.pooling import PooledEncoder, choose_encoder_class, warn_of_pooling
@@ -117,9 +117,8 @@ class _Factory(ETFModel):
         if pooling is None and saved is None and pretrained and factory._task == "text":
             warn_of_pooling(location, config, kwargs)
         encoder_class = choose_encoder_class(factory._auto_model, config, location, pooling=pooling, saved=saved)
-        is_checkpoint = saved is not None and (
-            _is_live(saved) or (encoder_class is not None and encoder_class.__name__ in (config.architectures or ()))
-        )
+        has_own_class = getattr(encoder_class, "__name__", None) in (config.architectures or ())
+        is_checkpoint = saved is not None and (is_live(saved) or has_own_class)
         wants_info = kwargs.pop("output_loading_info", False)
         if wants_info and (is_checkpoint or encoder_class is not None or not pretrained):
             raise ValueError("`output_loading_info` (=True) is for weights that a stock class reads: leave it out.")
@@ -334,7 +333,7 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     settings = {"trainable": entry["trainable"], "loss": _known_loss(saved["loss"], counts), "class_counts": counts}
     model = _adapt(factory, model, num_labels, None, head=kind, head_path=paths, **settings)
     for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
-        if not _is_live(saved):
+        if not is_live(saved):
             head.set_class_vectors(weight, bias)
         head.frame = "changed" if was_changed else entry["frame"]
         if entry["folded"]:
@@ -374,11 +373,6 @@ def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) ->
             stacklevel=4,
         )
     return kept
-
-
-def _is_live(saved: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds a head that is no stock layer, as training checkpoints do."""
-    return saved["head"]["kind"] not in STOCK_SHAPED and not saved["head"]["folded"]
 
 
 def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTrainedConfig) -> bool:

@@ -39,10 +39,13 @@ DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
 }
 """Settings of the loss that goes with each kind of head."""
 
-STOCK_SHAPED = ("etf", "linear")
-"""Kinds whose heads are stock layers (``head.is_stock_layer``), for entries of ``config.json``."""
-
 _TIMM_PREFIX = "timm_model."
+
+
+def is_live(saved: Mapping[str, Any]) -> bool:
+    """Return whether an entry of ``config.json`` tells of a head that is no stock layer, as in training checkpoints."""
+    head = saved.get("head", {"kind": "linear"})
+    return head["kind"] not in ("etf", "linear") and not head["folded"]
 
 
 if TYPE_CHECKING:
@@ -261,8 +264,8 @@ class ETFModel(_Base):
             return
         remove_stale_weights(save_directory, is_single=is_pooled or is_timm)
         share_weights(save_directory)
-        is_live = has_adapters(self) or any(not head.is_stock_layer for head in head_modules(self).values())
-        if not fold and (is_live or isinstance(self, PooledEncoder)):
+        is_stock = all(head.is_stock_layer for head in head_modules(self).values()) and not has_adapters(self)
+        if not fold and (not is_stock or isinstance(self, PooledEncoder)):
             refuse_stock_classes(save_directory)
 
     def push_to_hub(  # type: ignore[override]

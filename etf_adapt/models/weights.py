@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,16 +46,23 @@ def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor])
         return ConvertedState({name: state_dict[name] for name in state_dict if name not in unfit}, [], unfit)
     twin = _meta_twin(model)
     config = LoadStateDictConfig(weight_mapping=cast(Any, get_model_conversion_mapping(model)))
-    show_progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with without_bars():
         info, _ = convert_and_load_state_dict_in_model(twin, dict(state_dict), config)
-    finally:
-        if show_progress:
-            transformers_logging.enable_progress_bar()
     tensors = {name: tensor for name, tensor in twin.state_dict().items() if not tensor.is_meta}
     refused = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
     return ConvertedState(tensors, sorted(info.unexpected_keys), sorted(refused))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Leave out transformers' progress bars, one for each file of weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def find_missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

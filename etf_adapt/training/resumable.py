@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
 
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError, check_name_and_token
 from etf_adapt.inference.launch import first_process_decides
 from etf_adapt.models.etf_model import ETFModel
+from etf_adapt.models.weights import without_bars
 from etf_adapt.results.claim import check_claim, read_run
 from etf_adapt.results.run_folder import public_value
 from etf_adapt.training.arguments import FIXED_ON_RESUME, LENGTH, ETFTrainingArguments
@@ -176,10 +176,7 @@ class ResumableTrainer(StoppableTrainer):
         if not self.args.should_save:
             return
         folder = output_dir or str(self.args.output_dir)
-        with self._room_for(Path(folder)), ExitStack() as after:
-            if logging.is_progress_bar_enabled():
-                after.callback(logging.enable_progress_bar)
-                logging.disable_progress_bar()  # One for each file of weights, among our lines.
+        with self._room_for(Path(folder)), without_bars():
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
                 folder, state_dict=state_dict
             )
