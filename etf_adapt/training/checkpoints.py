@@ -260,7 +260,6 @@ def _is_own(folder: Path) -> bool:
 
 
 def _hash(file: Path) -> str:
-    # A second for 1.4 GB on a 2-core x86 machine of 2026-11; a save takes longer.
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
