@@ -168,6 +168,7 @@ def test_a_run_gives_its_card_to_a_model_that_was_published_without_one(hub, fin
     assert "## Results" in text(hub) and "etf_adapt: short" not in text(hub)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_published_is_finished_and_one_command_carries_on(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     hub.fail("POST", "/commit/", status=503, times=math.inf)

@@ -65,6 +65,7 @@ def searched(trainer, *trials, **options):
     return trainer.hyperparameter_search(lambda trial: trial.params, backend="optuna", trials=trials, **options)
 
 
+@pytest.mark.slow
 def test_each_trial_is_what_a_run_of_its_own_would_be(tmp_path, search):
     trials = [{"learning_rate": 1e-2}, {"learning_rate": 3e-3, "sampler": "balanced", "label_smoothing": 0.2}]
     trainer = trainer_of(tmp_path / "search", model_init=fresh)
@@ -142,6 +143,7 @@ def test_a_class_of_optimizer_gets_its_options_and_the_head_ten_times_the_rate(t
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_a_loss_of_ones_own_takes_the_place_of_the_models(tmp_path):
     calls = []
 

@@ -144,6 +144,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert all(map(is_complete, list_checkpoints(tmp_path / "run")))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     # With a learning rate of zero no evaluation is better than the first.
     settings = {"learning_rate": 0.0, "early_stopping_patience": 2, "num_train_epochs": 9, "save_total_limit": None}
@@ -478,6 +479,7 @@ def noisy(image):
     return pixels + torch.randn(pixels.shape)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     data = load_data("digits", max_train_rows=120)
     trained = []
