@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,13 +28,12 @@ from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import (
     call_model,
     evaluation_mode,
-    gather_over_processes,
     head_modules,
     logits_of,
     own_batches,
+    raised_everywhere,
     read_features,
     seeded_torch,
-    sum_over_processes,
 )
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import LeftOutRows
@@ -116,8 +115,7 @@ def align_head(
         raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
     data = as_batches(data, inspect.signature(model.forward).parameters, collator)
     counts = _count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
-    with evaluation_mode(model):
-        rows = read_rows(model, data, counts, seed)
+    rows = read_rows(model, data, counts, seed)
 
     set_heads = [
         _set_head(head, statistics, features, rows, frame, penalty, seed)
@@ -185,8 +183,10 @@ def _count_classes(data: Iterable[Any], num_classes: int) -> np.ndarray:
     return counts
 
 
-def read_rows(model: nn.Module, data: Iterable[Any], counts: np.ndarray, seed: int) -> TrainingRows:
-    """Walk through the data once; the model is in evaluation mode."""
+def read_rows(
+    model: nn.Module, data: Iterable[Any], counts: np.ndarray, seed: int, *, what: str = "aligning the head"
+) -> TrainingRows:
+    """Walk through the data once, in evaluation mode; ``counts`` (num_classes,) decide which rows are sampled."""
     heads, device = head_modules(model), next(model.parameters()).device
     keep = torch.from_numpy(_keep_probability(counts, MAX_SAMPLED_ROWS))
     statistics = [ClassStatistics.empty(len(counts), head.weight.shape[1]) for head in heads.values()]
@@ -196,22 +196,23 @@ def read_rows(model: nn.Module, data: Iterable[Any], counts: np.ndarray, seed: i
     first_batches: list[Any] = []
     num_rows = 0
     num_batches = math.ceil(length_hint(data) / PartialState().num_processes)
-    for index, batch in progress(own_batches(data), "aligning the head, batches", total=num_batches):
-        inputs, batch_labels, batch_ids = split_batch(batch)
-        inputs = send_to_device(inputs, device)
-        # Drawn by the number of the batch: the same sample whichever process walks it.
-        draw = np.random.default_rng([seed, index]).random(len(batch_labels))
-        sampled = torch.from_numpy(draw) < keep[batch_labels]
-        for head_index, batch_features in enumerate(read_features(model, inputs)):
-            statistics[head_index] += ClassStatistics.of(batch_features, batch_labels, len(counts))
-            sample = batch_features[sampled.to(batch_features.device)]
-            features[head_index].append(sample.to("cpu", torch.float32))
-        labels.append(batch_labels[sampled])
-        if batch_ids is not None:
-            row_ids.append(batch_ids[sampled])
-        if num_rows * PartialState().num_processes < MIN_MEASURED_ROWS:
-            first_batches.append(inputs)
-        num_rows += len(batch_labels)
+    with evaluation_mode(model), raised_everywhere():
+        for index, batch in progress(own_batches(data), f"{what}, batches", total=num_batches):
+            inputs, batch_labels, batch_ids = split_batch(batch)
+            inputs = send_to_device(inputs, device)
+            # Drawn by the number of the batch: the same sample whichever process walks it.
+            draw = np.random.default_rng([seed, index]).random(len(batch_labels))
+            sampled = torch.from_numpy(draw) < keep[batch_labels]
+            for head_index, batch_features in enumerate(read_features(model, inputs)):
+                statistics[head_index] += ClassStatistics.of(batch_features, batch_labels, len(counts))
+                sample = batch_features[sampled.to(batch_features.device)]
+                features[head_index].append(sample.to("cpu", torch.float32))
+            labels.append(batch_labels[sampled])
+            if batch_ids is not None:
+                row_ids.append(batch_ids[sampled])
+            if num_rows * PartialState().num_processes < MIN_MEASURED_ROWS:
+                first_batches.append(inputs)
+            num_rows += len(batch_labels)
     all_labels, all_ids = _gather(labels), _gather(row_ids)
     return TrainingRows(
         [_sum(part, device) for part in statistics],
@@ -237,12 +238,12 @@ def _sum(statistics: ClassStatistics, device: torch.device) -> ClassStatistics:
     """Sum statistics over the processes, on the device where these communicate."""
     if PartialState().num_processes == 1:  # some devices have no float64
         return statistics
-    return ClassStatistics(*(sum_over_processes(part.to(device)).cpu() for part in vars(statistics).values()))
+    return ClassStatistics(*(reduce(part.to(device), "sum").cpu() for part in vars(statistics).values()))
 
 
 def _gather(parts: list[Tensor]) -> Tensor:
     """Concatenate the parts of all processes."""
-    parts = gather_over_processes(parts)
+    parts = gather_object(parts)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -290,5 +291,5 @@ def _norm_in_training(model: nn.Module, batches: Sequence[Any], seed: int) -> fl
         for batch in progress(batches, "measuring the norm of the logits, batches"):
             _, norms = vertex_products(logits_of(call_model(model, batch)))
             totals += torch.stack([norms.sum(), norms.new_tensor(float(len(norms)))]).float()
-    totals = sum_over_processes(totals)
+    totals = reduce(totals, "sum")
     return float(totals[0] / totals[1]) if totals[1] > 0 else 0.0

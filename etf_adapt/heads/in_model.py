@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from etf_adapt.errors import DataError, message_of
 from etf_adapt.heads.layers import ClassifierHead
 
 
@@ -121,11 +122,6 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor to a device; return anything else as it is."""
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 @contextmanager
 def seeded_torch(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's CPU generator, and a GPU's where one is given, for a while; both get their states back afterwards."""
@@ -137,14 +133,16 @@ def seeded_torch(seed: int, device: torch.device | None = None) -> Iterator[None
         yield
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes, on its own device; it must lie where the processes communicate."""
-    return reduce(tensor, "sum")
-
-
-def gather_over_processes(parts: list[Any]) -> list[Any]:
-    """Return the parts of all processes in one list, in the order of the processes."""
-    return gather_object(parts)
+@contextmanager
+def raised_everywhere() -> Iterator[None]:
+    """Raise on every process the ``DataError`` of one: the others would wait for it."""
+    message = None
+    try:
+        yield
+    except DataError as error:
+        message = message_of(error)
+    if message := next(filter(None, gather_object([message])), None):
+        raise DataError(message)
 
 
 def own_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, TimmWrapperConfig
@@ -19,7 +20,7 @@ from etf_adapt.data.digits import open_data_set
 from etf_adapt.data.inputs import Batch, Input, choose_split, column_of, image_batches, text_batches
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.errors import DataError, check_choice, nearest_names
-from etf_adapt.heads.in_model import evaluation_mode, logits_of, to_device
+from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_rows
 from etf_adapt.metrics.shots import SHOT_BOUNDS
 from etf_adapt.models.folders import load_config, load_processor, locate
@@ -60,7 +61,7 @@ class Classifier:
     def probabilities(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
         """Return the probabilities (batch, num_classes) of a batch, float32."""
         with evaluation_mode(self.model), self.mixed_precision():
-            output = self.model(**{name: to_device(value, self.device) for name, value in tensors.items()})
+            output = self.model(**send_to_device(tensors, self.device))
         found = logits_of(output).float().softmax(dim=-1).cpu().numpy()
         if not np.isfinite(found).all():
             raise ArithmeticError("The model's output is not finite: its weights are damaged, or overflow in bfloat16.")

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from etf_adapt.data.text import EvenLengths, lengths_of
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.heads.alignment import TrainingRows, read_rows
-from etf_adapt.heads.in_model import evaluation_mode
 from etf_adapt.inference.head_statistics import HeadStatistics, save_statistics
 from etf_adapt.results.card import write_short_card
 from etf_adapt.results.card_metadata import read_base_card
@@ -44,8 +43,7 @@ def read_classes(
     labels = np.asarray(classes)[np.asarray(getattr(rows, "dataset", rows)["label"])]
     counts = np.bincount(labels, minlength=num_classes)
     loader = DataLoader(rows, sampler=order, collate_fn=collate, **options)
-    with evaluation_mode(model):
-        return read_rows(model, loader, counts, seed=0)
+    return read_rows(model, loader, counts, seed=0)
 
 
 def move_to_device(model: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from etf_adapt.geometry.closed_form import FRAMES, TINY, closed_form_vectors
+from etf_adapt.geometry.closed_form import TINY, closed_form_vectors
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
@@ -71,26 +71,21 @@ def set_heads(model: Any, heads: Mapping[str, HeadStatistics]) -> None:
         head.set_class_vectors(weight, bias if heads[path].intercept else None, frame=heads[path].frame)
 
 
-def explain_heads(
+def describe_heads(
     model: Any, rows: Sequence[ClassStatistics], penalties: Sequence[float | None]
 ) -> dict[str, HeadStatistics]:
-    """Return how the calibrated heads of a model follow from statistics, by path; nothing where one of them does not."""
-    heads = head_modules(model)
+    """Return, by path, how heads that are the closed form of these rows follow from them."""
     offsets = torch.tensor(model.etf_settings["prior_adjustment"] or [0.0], dtype=torch.float64)
-    explained = {}
-    for (path, head), part, penalty in zip(heads.items(), rows, penalties, strict=True):
-        if head.frame not in FRAMES[1:]:
-            continue
-        plain = HeadStatistics(part, head.frame, penalty, head.bias is not None)
-        weight, unscaled = head.class_vectors()[0], plain.class_vectors()[0]
-        scale = float((weight * unscaled).sum() / (unscaled * unscaled).sum())
+    found = {}
+    for (path, head), part, penalty in zip(head_modules(model).items(), rows, penalties, strict=True):
+        weight, bias = head.class_vectors()
+        bias = torch.zeros(len(weight)).double() if bias is None else bias - offsets
         logs = log_prior(part.counts, part.counts)
         logs = logs - logs.mean()
         strength = float(-(offsets * logs).sum() / (logs @ logs).clamp_min(TINY))
-        found = dataclasses.replace(plain, logit_scale=scale, prior_strength=strength)
-        if scale > 0 and follows(head, found):  # else it has learned, or is another checkpoint's
-            explained[path] = found
-    return explained if len(explained) == len(heads) else {}
+        scale = logit_norm(part, weight, bias)
+        found[path] = HeadStatistics(part, head.frame, penalty, head.bias is not None, scale, strength)
+    return found
 
 
 def follows(head: ClassifierHead, statistics: HeadStatistics) -> bool:

@@ -33,6 +33,10 @@ class Choice:
     log_loss: float  # class-balanced
     logits: Tensor  # (rows, num_classes)
 
+    def head(self, rows: ClassStatistics, intercept: bool) -> HeadStatistics:
+        """Return the head of these rows."""
+        return HeadStatistics(rows, "whitened", self.penalty, intercept, self.logit_scale, self.prior_strength)
+
 
 def choose_by_log_loss(
     score: Callable[[float, Tensor], Tensor],

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env, send_to_device
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,7 +24,7 @@ from transformers import (
 from etf_adapt.data.long_tail import check_labels
 from etf_adapt.data.progress import announced
 from etf_adapt.errors import DataError, message_of
-from etf_adapt.heads.in_model import evaluation_mode, gather_over_processes, logits_of, to_device
+from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.metrics.calibration import fit_logit_scale, fit_prior_adjustment
 from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.models.etf_model import ETFModel, is_live
@@ -145,7 +145,7 @@ def _each_row_once(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise
         own = [message_of(error)]
-    gathered = gather_over_processes(own)
+    gathered = gather_object(own)
     if message := next((part for part in gathered if isinstance(part, str)), None):
         raise DataError(message)
     if not gathered:
@@ -170,7 +170,7 @@ def _scored(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[
     seen = 0
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {name: to_device(value, device) for name, value in batch.items()}
+            inputs = dict(send_to_device(batch, device))
             labels = inputs.pop("labels", None)
             row_ids = inputs.pop("row_id", None)
             logits = logits_of(model(**inputs)).float()

@@ -21,7 +21,7 @@ from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
-from etf_adapt.inference.head_statistics import HeadStatistics, set_heads
+from etf_adapt.inference.head_statistics import set_heads
 from etf_adapt.inference.held_out import (
     Choice,
     choose_by_log_loss,
@@ -202,11 +202,8 @@ def refit(
         choice = choose_by_log_loss(score, judged.labels, counts, penalties=grid, adjusts=made.is_adjustable)
 
     # Set the head for the last time, with the rows that had been kept out.
-    heads = {}
-    for path, part, other, intercept in zip(paths, train.statistics, judged.statistics, intercepts, strict=True):
-        joined = part + other if judge.joins else part
-        settings = {"logit_scale": choice.logit_scale, "prior_strength": choice.prior_strength}
-        heads[path] = HeadStatistics(joined, "whitened", choice.penalty, intercept, **settings)
+    parts = zip(paths, train.statistics, judged.statistics, intercepts, strict=True)
+    heads = {path: choice.head(part + other if judge.joins else part, own) for path, part, other, own in parts}
     helps = before is None or force or _helps(choice, before, judged.labels, counts)
     if helps:
         set_heads(made, heads)

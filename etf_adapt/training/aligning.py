@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from etf_adapt.data.long_tail import labels_of
+from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.alignment import align_head
+from etf_adapt.heads.alignment import TrainingRows, align_head, read_rows
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import TrainingLogits
-from etf_adapt.inference.head_statistics import explain_heads, save_statistics
-from etf_adapt.models.folders import is_training_checkpoint
 from etf_adapt.training.evaluating import EvaluatingTrainer
 from etf_adapt.training.parameters import require_finite
 
@@ -32,6 +31,7 @@ class AligningTrainer(EvaluatingTrainer):
     alignment: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     train_metrics: Mapping[str, float] = {}  # of the last run of `train`
     heads: dict[str, ClassifierHead]
+    realign_epochs: float = 0  # first epochs after which the head is aligned again
     _training_logits: TrainingLogits
     _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last alignment, with its step
 
@@ -43,7 +43,7 @@ class AligningTrainer(EvaluatingTrainer):
     def align(self, frame: str | None = None) -> None:
         """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``)."""
         require_finite(self.model, step=self.state.global_step)
-        loader = self._alignment_loader()
+        loader = self.rows_loader(self.alignment_dataset)
         with self._polled(len(loader) // self.args.world_size):
             result = align_head(
                 self.model,
@@ -64,12 +64,32 @@ class AligningTrainer(EvaluatingTrainer):
             if left_out is not None and self.args.leave_one_out and head.is_fixed:
                 self._training_logits.left_out[path] = left_out.to(self.args.device)
 
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder, (step, rows) = output_dir or str(self.args.output_dir), self._statistics or (-1, ())
-        is_final = step == self.state.global_step and not is_training_checkpoint(folder)
-        if is_final and self.args.should_save and self.args.keep_statistics:  # else features have moved on since
-            save_statistics(folder, explain_heads(self.model, rows, self.alignment["penalties"]))
+    def final_rows(self) -> tuple[ClassStatistics, ...]:
+        """Return what each head is the closed form of: the training rows under the weights as they are; else nothing."""
+        is_closed_form = all(head.frame in FRAMES[1:] and head.is_stock_layer for head in self.heads.values())
+        if not is_closed_form or not self._has_whole_weights:
+            return ()
+        step, rows = self._statistics or (-1, ())
+        if step == self.state.global_step:
+            return rows
+        # The best weights are those of an earlier epoch, or an early stop came between two alignments.
+        if self.realign_epochs < math.inf:
+            return ()
+        rows = tuple(self.read(self.alignment_dataset, "aligning the head").statistics)
+        self._statistics = self.state.global_step, rows
+        return rows
+
+    def read(self, dataset: Any, what: str) -> TrainingRows:
+        """Read what the heads are given of the rows of a data set."""
+        counts = np.zeros(self.first_head.num_classes, np.int64)
+        with suppress(ValueError):  # a data set whose labels are in its batches alone: all rows are kept
+            counts += np.bincount(labels_of(dataset), minlength=len(counts))
+        return read_rows(self.model, self.rows_loader(dataset), counts, self.args.seed, what=what)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_global_step != self.state.global_step:
+            self._statistics = None
 
     def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the heads' frames and the last alignment, and how class vectors change without each row."""
@@ -119,9 +139,8 @@ class AligningTrainer(EvaluatingTrainer):
         """Return whether the head is fresh and is set from data before the first step."""
         return all(head.is_set_from_data and head.frame in ("random", "initialised") for head in self.heads.values())
 
-    def _alignment_loader(self) -> DataLoader[Any]:
-        """Load the training rows with the transforms of evaluation, each once, in evaluation's order."""
-        dataset = self.alignment_dataset
+    def rows_loader(self, dataset: Any) -> DataLoader[Any]:
+        """Load each row of a data set once, in evaluation's order."""
         if dataset is None:
             raise ValueError("`train_dataset` (=None) is needed to train and to align the head: pass it to ETFTrainer.")
         return DataLoader(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from etf_adapt.data.long_tail import seeded_generator
 from etf_adapt.data.progress import progress
 from etf_adapt.data.splits import take_per_class
-from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features, to_device
+from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features
 from etf_adapt.metrics.collapse import NeuralCollapse
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.best_metric import MEASURES
@@ -68,7 +69,7 @@ class CollapseMonitor:
         device, parts = next(model.parameters()).device, []
         with evaluation_mode(model), context or nullcontext():
             for batch in progress(self._loader, "measuring neural collapse, batches"):
-                inputs = {name: to_device(value, device) for name, value in batch.items() if name != "row_id"}
+                inputs = send_to_device({name: batch[name] for name in batch if name != "row_id"}, device)
                 labels = inputs.pop("labels")
                 features = read_features(model, inputs)[0]
                 positions = (1,) * (heads[0].weight.ndim - 2)  # of a head that is a convolution

@@ -10,8 +10,9 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 
-from etf_adapt.heads.in_model import evaluation_mode, to_device
+from etf_adapt.heads.in_model import evaluation_mode
 from etf_adapt.training.messages import count_rows, describe_run
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _step(trainer: ETFTrainer, batch: dict[str, Any]) -> None:
 
 
 def _read(model: Any, batch: dict[str, Any], device: torch.device) -> None:
-    model(**{name: to_device(value, device) for name, value in batch.items() if name not in ("labels", "row_id")})
+    model(**send_to_device({name: batch[name] for name in batch if name not in ("labels", "row_id")}, device))
 
 
 def _seconds(work: Any) -> float:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError, check_choice, message_of
+from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.inference.head_statistics import describe_heads, save_statistics, set_heads
+from etf_adapt.inference.held_out import choose_by_log_loss, score_features
 from etf_adapt.inference.predictions import RowPredictions, calibrate, load_stock, predict_rows, score_rows
 from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.models.adapters import merge_adapters
@@ -73,13 +77,13 @@ def finish(
     unread: dict[str, str] = {}  # why a split has no scores
     if held_out is not None:
         with _noted(unread, "validation"):
-            # That of training may have been kept with its workers.
-            batches = progress(trainer.get_test_dataloader(held_out), "calibrating, batches")
-            factor, strength = calibrate(model, batches, trainer.class_counts if adjusts else None)
-            adjustment = f" - {strength:.3g} log(class frequency)" if adjusts else ""
-            trainer.print(f"calibrated: logits x {factor:.4g}{adjustment}")
+            trainer.print(_fit_head(trainer, model, held_out, adjusts))
+    rows = trainer.final_rows()
+    heads = describe_heads(model, rows, trainer.alignment["penalties"]) if rows else {}
 
     trainer.save_model(_internal_call=True)
+    if trainer.args.should_save and trainer.args.keep_statistics:
+        save_statistics(str(trainer.args.output_dir), heads)
     trainer.accelerator.wait_for_everyone()
     stock = load_stock(str(trainer.args.output_dir), _task(trainer.model)).to(trainer.args.device)  # type: ignore[arg-type]
     scored: dict[str, Scored] = {}
@@ -97,6 +101,35 @@ def finish(
         lacks += [f"no {split} scores: {reason}" for split, reason in unread.items()]
         raise DataError(f"trained and saved, but {'; '.join(lacks)}")
     return results
+
+
+def _fit_head(trainer: AligningTrainer, model: ETFModel, held_out: Any, adjusts: bool) -> str:
+    """Fit logit scale and prior adjustment on validation rows, and the penalty of a closed form; say what was done."""
+    counts, rows = torch.as_tensor(trainer.class_counts), trainer.final_rows()
+    chosen = ""
+    if rows and trainer.first_head.frame == "whitened":
+        # Training rows say too little of it now: the features have seen them, unless nothing of the backbone was trained.
+        known = (
+            trainer.args.frame_penalty is not None or trainer.args.freeze == "backbone" or not trainer.state.global_step
+        )
+        penalties = trainer.alignment["penalties"][:1] if known else PENALTIES
+        judged = trainer.read(held_out, "calibrating")
+        intercepts = [head.bias is not None for head in trainer.heads.values()]
+        score = score_features(rows, judged.features, intercepts)
+        choice = choose_by_log_loss(score, judged.labels, counts, penalties=penalties, adjusts=adjusts)
+        set_heads(
+            model,
+            {path: choice.head(part, own) for path, part, own in zip(trainer.heads, rows, intercepts, strict=True)},
+        )
+        trainer.alignment["penalties"] = (choice.penalty,) * len(rows)
+        factor, strength = choice.logit_scale, choice.prior_strength
+        chosen = "" if known else f"; penalty {choice.penalty:g} by their log loss"
+    else:
+        # The loader of training may have been kept with its workers.
+        batches = progress(trainer.get_test_dataloader(held_out), "calibrating, batches")
+        factor, strength = calibrate(model, batches, trainer.class_counts if adjusts else None)
+    adjustment = f" - {strength:.3g} log(class frequency)" if adjusts else ""
+    return f"calibrated on validation rows: logits x {factor:.4g}{adjustment}{chosen}"
 
 
 def _score_saved(

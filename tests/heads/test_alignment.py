@@ -17,7 +17,7 @@ from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import _keep_probability, align_head
-from etf_adapt.heads.in_model import head_modules, read_features
+from etf_adapt.heads.in_model import head_modules, raised_everywhere, read_features
 from etf_adapt.models.auto import adapt
 from etf_adapt.models.swap import swap_head
 
@@ -245,3 +245,12 @@ def test_an_alignment_forgets_the_calibration_of_the_rows_before_it(rows):
     data = [{"pixel_values": batch["x"], "labels": batch["labels"]} for batch in batches(rows, 23)]
     align_head(model, data, frame="means")
     assert model.etf_settings["logit_scale"] == 1.0
+
+
+def test_an_error_in_the_rows_of_one_process_is_raised_on_all(monkeypatch):
+    monkeypatch.setattr("etf_adapt.heads.in_model.gather_object", lambda messages: [*messages, "`a.jpg` is broken"])
+    with pytest.raises(DataError, match=r"`a\.jpg` is broken"), raised_everywhere():
+        pass
+    monkeypatch.setattr("etf_adapt.heads.in_model.gather_object", lambda messages: [None, *messages])
+    with pytest.raises(DataError, match=r"`b\.jpg` is broken"), raised_everywhere():
+        raise DataError("`b.jpg` is broken")

@@ -122,26 +122,25 @@ def test_the_command_adds_a_table_of_a_few_rows(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "keeps"), [({}, True), ({"keep_statistics": False}, False), ({"realign_epochs": 0}, False)]
+    ("settings", "keeps"),
+    [({}, True), ({"keep_statistics": False}, False), ({"realign_epochs": 0}, False), ({"frame": "random"}, False)],
 )
 def test_a_finished_run_keeps_the_statistics_of_its_final_features(tmp_path, settings, keeps):
     trainer = make_trainer(tmp_path, num_train_epochs=1, **settings)
     trainer.train()
-    trainer.model.set_calibration(3.0)
     assert not list(tmp_path.rglob(f"checkpoint-*/{STATISTICS_FILE}"))
-    trainer.save_model(tmp_path / "final")
-    assert (tmp_path / "final" / STATISTICS_FILE).exists() == keeps
+    trainer.finish()
+    assert (tmp_path / STATISTICS_FILE).exists() == keeps
 
 
-def test_statistics_of_a_run_give_the_calibrated_head_that_it_saves(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=1)
+@pytest.mark.parametrize("frame", ["whitened", "means"])
+def test_statistics_of_a_run_give_the_calibrated_head_that_it_saves(tmp_path, frame):
+    trainer = make_trainer(tmp_path, num_train_epochs=1, frame=frame)
     trainer.train()
-    counts = torch.tensor(trainer.class_counts.tolist()).double()
-    trainer.model.set_calibration(3.0, (-0.4 * (counts / counts.sum()).log()).tolist())
-    trainer.save_model(tmp_path / "final")
-    found = load_statistics(tmp_path / "final")["classifier"]
-    assert found.prior_strength == pytest.approx(0.4, rel=1e-5)
-    assert follows(trainer.model.classifier, found)
+    trainer.finish()
+    found = load_statistics(tmp_path)["classifier"]
+    assert found.frame == frame and follows(trainer.model.classifier, found)
+    assert follows(ETFForImageClassification.from_pretrained(tmp_path).classifier, found)
 
 
 def test_stock_readers_pass_over_the_statistics(place, tmp_path, recwarn):

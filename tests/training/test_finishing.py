@@ -13,8 +13,13 @@ import torch
 from small_run import NoisyRows, make_model, make_trainer
 from transformers import ViTForImageClassification
 
+from etf_adapt import ETFForImageClassification
 from etf_adapt.errors import DataError
+from etf_adapt.geometry.penalty import PENALTIES
 from etf_adapt.heads.alignment import align_head
+from etf_adapt.inference.head_statistics import load_statistics
+from etf_adapt.inference.held_out import score_features
+from etf_adapt.metrics.calibration import fit_balanced
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CARD_FILES, read_facts
 from etf_adapt.training.finishing import is_adjusted
@@ -23,7 +28,7 @@ NAMES = {0: "ash", 1: "birch", 2: "cedar"}
 
 
 def trained(folder, **settings):
-    trainer = make_trainer(folder, model=make_model(id2label=NAMES), num_train_epochs=1, **settings)
+    trainer = make_trainer(folder, model=make_model(id2label=NAMES), **{"num_train_epochs": 1, **settings})
     trainer.train()
     return trainer
 
@@ -59,7 +64,7 @@ def test_a_run_in_python_leaves_what_the_recipe_leaves(tmp_path, monkeypatch, ca
     assert facts.label_names == list(NAMES.values()) and facts.class_counts == [60, 21, 7]
     assert facts.is_adjusted and facts.calibrated_rows == 21 and facts.scores["accuracy"] == results["test_accuracy"]
     card, said = (tmp_path / "run/README.md").read_text(), capsys.readouterr().out
-    assert "```sh" not in card and "calibrated: logits x" in said and "load it:" in said
+    assert "```sh" not in card and "calibrated on validation rows: logits x" in said and "load it:" in said
 
 
 def test_without_test_rows_the_validation_rows_are_reported(tmp_path):
@@ -125,6 +130,41 @@ def test_every_pass_of_a_run_says_what_it_does(tmp_path, monkeypatch, capsys):
         "choosing the penalty",
         *(f"{name}, batches" for name in batches),
     } <= said
+
+
+def test_the_last_penalty_is_the_one_by_which_validation_rows_are_likeliest(tmp_path):
+    trainer = trained(tmp_path / "a")
+    features, labels = (found := trainer.read(trainer.eval_dataset, "")).features, found.labels
+    trainer.finish()
+    (kept,) = load_statistics(tmp_path / "a").values()
+
+    def loss(penalty):
+        logits = score_features([kept.rows], features, [True])(penalty, torch.arange(len(labels)))
+        return fit_balanced(logits, labels, trainer.class_counts)[2]
+
+    assert kept.penalty == min(PENALTIES, key=lambda penalty: (loss(penalty), -penalty))
+    assert trainer.alignment["penalties"] == (kept.penalty,)
+    assert (kept.logit_scale, kept.prior_strength) != (1.0, 0.0)
+
+
+@pytest.mark.parametrize("settings", [{"frame_penalty": 0.37}, {"num_train_epochs": 0}])
+def test_a_penalty_that_is_given_or_chosen_by_features_that_never_saw_the_labels_stays(tmp_path, settings):
+    trainer = trained(tmp_path, **settings)
+    before = trainer.alignment["penalties"]
+    trainer.finish()
+    (kept,) = load_statistics(tmp_path).values()
+    assert (kept.penalty,) == before == trainer.alignment["penalties"]
+
+
+def test_the_head_is_set_from_the_features_of_the_best_weights(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=3, learning_rate=0.3, metric_for_best_model="loss")
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    trainer.finish()
+    (kept,) = load_statistics(tmp_path).values()
+    model = ETFForImageClassification.from_pretrained(tmp_path)
+    again = align_head(model, trainer.rows_loader(trainer.alignment_dataset), class_counts=trainer.class_counts)
+    assert torch.allclose(kept.rows.sums, again.statistics[0].sums, atol=1e-4)
 
 
 def test_what_cannot_be_finished_is_told_and_nothing_is_written(tmp_path):

@@ -81,14 +81,14 @@ def test_a_run_that_was_asked_to_stop_ends_as_the_uninterrupted_one(tmp_path, wh
 @pytest.mark.parametrize("aligned", [1, 3])
 def test_an_alignment_is_left_and_done_again(tmp_path, whole, aligned, capsys):
     trainer = make_trainer(tmp_path, **SETTINGS)
-    loader, passes = trainer._alignment_loader, iter(range(1, 9))
+    loader, passes = trainer.rows_loader, iter(range(1, 9))
 
-    def signalling():
+    def signalling(dataset):
         if next(passes) == aligned:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return loader()
+        return loader(dataset)
 
-    trainer._alignment_loader = signalling
+    trainer.rows_loader = signalling
     with pytest.raises(Stopped) as stop:
         trainer.train()
     assert stop.value.code == 128 + signal.SIGUSR1

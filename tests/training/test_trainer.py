@@ -540,7 +540,7 @@ def test_texts_are_batched_by_length_and_learned(tmp_path):
     padded = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
     assert len(set(padded)) > 5 and np.mean(padded) < 20
     evaluated = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
-    aligned = [batch["input_ids"].shape[1] for batch in trainer._alignment_loader()]
+    aligned = [batch["input_ids"].shape[1] for batch in trainer.rows_loader(trainer.alignment_dataset)]
     assert np.mean(evaluated) < 20 and np.mean(aligned) < 20
     trainer.train()
     assert trainer.state.best_metric > 0.7
