@@ -29,7 +29,7 @@ def evaluate(
     class_counts: Sequence[int] | None = None,
     shot_bounds: Sequence[int] = (20, 100),
     image_column: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     dataset_revision: str | None = None,
     processor: Any = None,
@@ -48,7 +48,7 @@ def evaluate(
             saved in the model's configuration, else those of the data set's train split.
         shot_bounds: Least and greatest count of a medium class.
         image_column: Column of images, where it is not found by itself.
-        text_column: Column of texts, likewise.
+        text_column: Column of texts, likewise; or the two columns of pairs, for a model that was trained on pairs.
         label_column: Column of classes, likewise.
         dataset_revision: Branch, tag or commit of a Hub data set.
         processor: Tokenizer or image processor; by default the one beside the model.

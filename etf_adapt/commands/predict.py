@@ -30,7 +30,7 @@ def predict(
     on_bad_input: str = "fail",
     split: str | None = None,
     image_column: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     dataset_revision: str | None = None,
     processor: Any = None,
     device: str | torch.device | None = None,
@@ -45,16 +45,16 @@ def predict(
 
     Args:
         model: Folder, Hub id or short name of a model; or the model itself.
-        inputs: Images (of PIL) or their paths, or texts, one after another; a ``datasets.Dataset``; or one string as on the
-            command line: a folder of images in any layout, one image, a csv, tsv, json, jsonl, parquet or txt file (one text a
-            line), any name that ``etf_adapt.load_data`` takes, or "-" for texts of the standard input.
+        inputs: Images (of PIL) or their paths, or texts or pairs of texts, one after another; a ``datasets.Dataset``; or one
+            string as on the command line: a folder of images in any layout, one image, a csv, tsv, json, jsonl, parquet or txt
+            file (one text a line), any name that ``etf_adapt.load_data`` takes, or "-" for texts of the standard input.
         top_k: Classes to name for each input, at least 1.
         probabilities: Whether to add the probability of every class.
         on_bad_input: "fail": an image that cannot be read or an empty text is an error; "skip": it is left out and named in
             the log.
         split: Of a data set with several; by default test, else validation, else train.
         image_column: Column of images, where it is not found by itself.
-        text_column: Column of texts, likewise.
+        text_column: Column of texts, likewise; or the two columns of pairs, for a model that was trained on pairs.
         dataset_revision: Branch, tag or commit of a Hub data set.
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
@@ -63,8 +63,9 @@ def predict(
             to (as many as tokenizer and model allow).
 
     Returns:
-        One dict for each input, in their order: "row", its number from 0; "file" or "text"; "label" and "probability"; with
-        ``top_k`` above 1 also "label_2", "probability_2", ...; with ``probabilities`` also "probability:<class>" of each.
+        One dict for each input, in their order: "row", its number from 0; "file" or "text", of pairs "text_pair" too; "label"
+        and "probability"; with ``top_k`` above 1 also "label_2", "probability_2", ...; with ``probabilities`` also
+        "probability:<class>" of each.
 
     Raises:
         DataError: A `ValueError`: an input cannot be read, there is none, or a column or split is not found.
@@ -101,6 +102,7 @@ def predict(
                 logger.warning("%s is left out: %s", item.describe(), found)
                 continue
             row: dict[str, Any] = {"row": item.row, "file" if task == "image" else "text": item.name}
+            row |= {} if item.pair is None else {"text_pair": item.pair}
             for place, index in enumerate((-found).argsort(kind="stable")[:top_k], start=1):
                 ending = "" if place == 1 else f"_{place}"
                 row |= {f"label{ending}": names[index], f"probability{ending}": float(found[index])}

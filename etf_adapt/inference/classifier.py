@@ -175,7 +175,7 @@ def evaluate_split(
     class_counts: Sequence[int] | None = None,
     shot_bounds: tuple[float, float] = SHOT_BOUNDS,
     revision: str | None = None,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Evaluation:
     """Score a classifier on a split of a data set, whose classes are matched by name; arguments as ``etf_adapt.evaluate``."""
@@ -198,7 +198,8 @@ def evaluate_split(
     kept = np.flatnonzero(labels >= 0)
     counts, counted = _training_counts(classifier, splits, found.label, class_counts)
     rows = splits[split] if len(kept) == len(labels) else splits[split].select(kept, keep_in_memory=True)
-    inputs = column_of(rows, classifier.task, column=found.input, folder=folder)
+    chosen = [name for name in (found.input, found.pair) if name is not None]
+    inputs = column_of(rows, classifier.task, column=chosen, folder=folder)
     targets, files = torch.from_numpy(labels[kept]), [""] * len(kept)
 
     def labelled() -> Iterator[dict[str, Tensor]]:

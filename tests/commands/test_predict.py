@@ -15,8 +15,17 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from small_models import NAMES, finished, processor, save_tokenizer, stock_bert, stock_llama, stock_vit
-from transformers import pipeline
+from small_models import (
+    NAMES,
+    finished,
+    pair_tokenizer,
+    processor,
+    save_tokenizer,
+    stock_bert,
+    stock_llama,
+    stock_vit,
+)
+from transformers import AutoModelForSequenceClassification, pipeline
 
 import etf_adapt
 from etf_adapt.commands import predict as command
@@ -74,7 +83,7 @@ def table(rows):
 
 
 def from_pipeline(kind, model, inputs, **options):
-    found = pipeline(kind, model=str(model), top_k=None, **options)(inputs)
+    found = pipeline(kind, model=str(model), top_k=None)(inputs, **options)
     return [{entry["label"]: entry["score"] for entry in entries} for entries in found]
 
 
@@ -165,6 +174,47 @@ def test_every_source_of_the_same_texts_gives_the_same_rows(bert, tmp_path):
     for name in ("t.txt", "t.csv", "t.tsv", "t.jsonl", "t.parquet"):
         assert rows_of(bert, str(tmp_path / name)) == expected, name
     assert rows_of(bert, Dataset.from_dict({"text": TEXTS, "label": [0] * 7})) == expected
+
+
+def test_pairs_have_the_probabilities_of_the_stock_pipeline_from_every_source(bert, tmp_path, capsys):
+    AutoModelForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    pair_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [*zip(TEXTS, reversed(TEXTS)), ("tree " * 20, "a " * 30)]  # of the last, the longer text is cut first
+    expected = rows_of(tmp_path / "model", pairs)
+    given = [{"text": first, "text_pair": second} for first, second in pairs]
+    longest = {"truncation": "longest_first", "max_length": 32}
+    assert_like(expected, from_pipeline("text-classification", tmp_path / "model", given, **longest))
+    assert [(row["text"], row["text_pair"]) for row in expected] == pairs
+    assert not np.allclose(table(expected), table(rows_of(tmp_path / "model", [" ".join(pair) for pair in pairs])))
+    columns = {"premise": [first for first, _ in pairs], "hypothesis": [second for _, second in pairs]}
+    rows = Dataset.from_dict({"hypothesis": columns["hypothesis"], "id": [*range(8)], "premise": columns["premise"]})
+    rows.to_parquet(tmp_path / "t.parquet")
+    rows.to_json(tmp_path / "t.jsonl")
+    rows.to_csv(tmp_path / "t.csv")
+    asked = {"text_column": ["premise", "hypothesis"], "batch_size": 3}
+    for source in (rows, *(str(tmp_path / f"t.{ending}") for ending in ("parquet", "jsonl", "csv"))):
+        found = rows_of(tmp_path / "model", source, **asked)
+        assert [(row["text"], row["text_pair"]) for row in found] == pairs, source
+        np.testing.assert_allclose(table(found), table(expected), atol=1e-6)
+    printed = run(capsys, tmp_path / "model", tmp_path / "t.csv", "--text_column", "premise", "hypothesis").out
+    read = [*csv.DictReader(io.StringIO(printed))]
+    assert [(row["text"], row["text_pair"], row["label"]) for row in read] == [
+        (row["text"], row["text_pair"], row["label"]) for row in expected
+    ]
+
+
+def test_pairs_that_are_none_are_refused(bert, tmp_path):
+    for empty in (("a", " "), (None, "a"), ("a", "a", "a"), ()):
+        with pytest.raises(DataError, match="Input 1 cannot be read: the text is empty"):
+            rows_of(bert, [("a", "tree"), empty])
+    with pytest.raises(DataError, match="`inputs` mix single texts and pairs of texts"):
+        rows_of(bert, [("a", "tree"), "a"])
+    (tmp_path / "t.csv").write_text("a,b,c\nx,y,z\n")
+    with pytest.raises(DataError, match=r"`text_column` \(=\['a', 'b', 'c'\]\) must name one column, or the two"):
+        rows_of(bert, str(tmp_path / "t.csv"), text_column=["a", "b", "c"])
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"`text_column` \(=b\) names columns, and lines of text have none"):
+        rows_of(bert, str(tmp_path / "t.txt"), text_column="b")
 
 
 def test_a_data_set_has_splits_and_an_image_model_no_texts(vit, bert):

@@ -185,3 +185,17 @@ def test_the_command_says_what_was_done_in_one_line_each(place, tmp_path, capsys
         main([str(place / "model"), str(place / "nowhere"), "--output", str(tmp_path / "other")])
     assert ended.value.code == 2
     assert json.loads((tmp_path / "new" / "config.json").read_text())["etf_adapt"]["head"]["frame"] == "whitened"
+
+
+def test_pairs_of_columns_reach_the_model_as_pairs(place, tmp_path):
+    texts = small_texts.rows(EVEN, 3)
+    lines = "".join(f"{text},{other},{label}\n" for (text, label), (other, _) in zip(texts, small_texts.rows(EVEN, 4)))
+    (tmp_path / "t.csv").write_text(f"premise,hypothesis,label\n{lines}")
+    columns, data = ["premise", "hypothesis"], str(tmp_path / "t.csv")
+    alone = refit(str(place / "model"), data, text_column="premise", held_out="none", force=True).model
+    pairs = refit(str(place / "model"), data, text_column=columns, held_out="none", force=True).model
+    flags = ["--output", str(tmp_path / "out"), "--held_out", "none", "--force", "--text_column", *columns]
+    main([str(place / "model"), data, *flags])
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded.classifier.weight, pairs.classifier.weight)
+    assert not torch.allclose(loaded.classifier.weight, alone.classifier.weight)
