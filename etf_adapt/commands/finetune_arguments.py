@@ -26,6 +26,7 @@ class ModelArguments:
     """Which model, and what becomes of its head."""
 
     model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     head: Literal["etf", "linear", "cosine", "paper"] = field(
         default="etf", metadata={"help": "Classifier: fixed simplex frame, or one to compare with."}
     )
@@ -117,6 +118,7 @@ OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 # is done after training.
 FREE_ON_RESUME = (
     "model",
+    "model_revision",
     "pretrained",
     "checkpoint_path",
     "dataset",

@@ -65,6 +65,7 @@ def positive(text: str) -> int:
 def add_model_flags(parser: Parser) -> None:
     """Add the flags of how a model is run, common to all commands that run one."""
     group = parser.add_argument_group("model")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
     group.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
     group.add_argument("--device", help="such as cpu, cuda:1 or mps; by default an accelerator where there is one")
     group.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")

@@ -32,6 +32,7 @@ def predict(
     image_column: str | None = None,
     text_column: str | Sequence[str] | None = None,
     dataset_revision: str | None = None,
+    revision: str | None = None,
     processor: Any = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
@@ -56,6 +57,7 @@ def predict(
         image_column: Column of images, where it is not found by itself.
         text_column: Column of texts, likewise; or the two columns of pairs, for a model that was trained on pairs.
         dataset_revision: Branch, tag or commit of a Hub data set.
+        revision: Branch, tag or commit of a Hub model.
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
@@ -84,7 +86,7 @@ def predict(
     check_choice("on_bad_input", on_bad_input, ON_BAD_INPUT)
     if top_k < 1:
         raise ValueError(f"`top_k` (={top_k}) must be at least 1: it counts classes.")
-    classifier = load_classifier(model, processor=processor, device=device, bf16=bf16)
+    classifier = load_classifier(model, processor=processor, device=device, bf16=bf16, revision=revision)
     task, names = classifier.task, classifier.label_names
     own, other = (image_column, text_column) if task == "image" else (text_column, image_column)
     if other is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TimmWrapperConfig
 
 from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.load import ClassificationData
@@ -14,6 +15,7 @@ from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.folders import load_processor
 from etf_adapt.models.image_size import set_image_size
 from etf_adapt.models.positions import token_limit
+from etf_adapt.models.timm_layout import data_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ def prepare_rows(
     seed: int = 0,
 ) -> ModelRows:
     """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented."""
-    processor = load_processor(location, data.task) if model.processor is None else model.processor
+    processor = model.processor
+    if processor is None:
+        is_timm = isinstance(model.config, TimmWrapperConfig)
+        processor = data_config(model.config) if is_timm else load_processor(location, data.task)
     splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
     if data.task == "image":
         if image_size is not None:
