@@ -93,7 +93,8 @@ class DataArguments:
         default=None, metadata={"help": "Pixels a side, for models that allow another size."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
+        default=None,
+        metadata={"help": "Tokens to cut texts to, as the saved tokenizer will; by default its own, up to 512."},
     )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
     evaluate_test: bool = field(

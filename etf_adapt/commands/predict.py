@@ -62,7 +62,7 @@ def predict(
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
         options: ``batch_size`` (32), ``num_workers`` that decode images (0), and ``max_length``, the tokens that texts are cut
-            to (as many as tokenizer and model allow).
+            to: by default as many as tokenizer and model allow, which for a fine-tuned model is what training cut them to.
 
     Returns:
         One dict for each input, in their order: "row", its number from 0; "file" or "text", of pairs "text_pair" too; "label"

@@ -10,10 +10,11 @@ from transformers import TimmWrapperConfig
 
 from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.load import ClassificationData
-from etf_adapt.data.text import TextCollator, tokenize
+from etf_adapt.data.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.folders import load_processor
 from etf_adapt.models.image_size import set_image_size
+from etf_adapt.models.names import ENTRY
 from etf_adapt.models.positions import token_limit
 from etf_adapt.models.timm_layout import data_config
 
@@ -40,7 +41,11 @@ def prepare_rows(
     max_length: int | None = None,
     seed: int = 0,
 ) -> ModelRows:
-    """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented."""
+    """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented.
+
+    The tokenizer keeps the length that texts are cut to: ``max_length``, by default at most 512 tokens, or that of a model of
+    this library.
+    """
     processor = model.processor
     if processor is None:
         is_timm = isinstance(model.config, TimmWrapperConfig)
@@ -67,6 +72,9 @@ def prepare_rows(
         }
         return ModelRows(**images, collator=ImageCollator(), processor=processor)
     length = token_limit(model, processor, max_length)
+    if max_length is None and getattr(model.config, ENTRY, None) is None:
+        length = min(length, DEFAULT_MAX_LENGTH)
+    processor.model_max_length = length  # by which all that read the finished folder cut texts, stock pipelines too
     with PartialState().main_process_first():  # the others read what it leaves in the cache
         tokens = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}
     return ModelRows(**tokens, collator=TextCollator(processor), processor=processor)
