@@ -186,7 +186,13 @@ def _read_image(image: Any) -> PILImage.Image:
         return ImageOps.exif_transpose(image)
     if image is None:
         raise ValueError("there is no image")
-    return Image().decode_example(dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None})
+    item: dict[str, Any] = dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None}
+    if item["bytes"] is not None or "://" in (item["path"] or "://"):
+        return Image().decode_example(item)
+    with PILImage.open(
+        item["path"]
+    ) as opened:  # `datasets` leaves broken files open, and those of several frames (5.2)
+        return ImageOps.exif_transpose(opened)
 
 
 def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import subprocess
@@ -252,6 +253,19 @@ def test_a_bad_input_is_named_and_the_others_are_right(vit, photos, tmp_path, ca
     assert [row["row"] for row in rows] == [0, 1, 3, 4, 5]
     np.testing.assert_allclose(table(rows), table(whole), atol=1e-6)
     assert f"Input 2 (`{broken}`) is left out" in caplog.text and "2 of 7 inputs were left out" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_every_file_is_closed_whether_it_can_be_read_or_not(vit, photos, tmp_path):
+    for name in ("b.png", "a/deep/d.jpg"):
+        broken = tmp_path / Path(name).name
+        broken.write_bytes((photos / name).read_bytes()[:300])
+    (tmp_path / "none.png").write_text("no image")
+    picture(0).save(tmp_path / "moving.gif", save_all=True, append_images=[picture(1), picture(2)])
+    stored = Dataset.from_dict({"image": [str(tmp_path / "moving.gif")]})
+    assert [row["file"] for row in rows_of(vit, str(tmp_path), on_bad_input="skip")] == [str(tmp_path / "moving.gif")]
+    assert len(rows_of(vit, stored)) == 1
+    gc.collect()
 
 
 def test_empty_texts_are_bad_inputs_and_nothing_at_all_is_an_error(bert, caplog):
