@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from etf_adapt.data.digits import open_data_set
 from etf_adapt.errors import DataError, check_choice
-from etf_adapt.sources.columns import find_inputs
+from etf_adapt.sources.columns import Names, find_inputs
 from etf_adapt.sources.folders import BUILDERS, is_hidden, is_image
 from etf_adapt.sources.image_checks import as_images
 from etf_adapt.sources.opening import is_saved_data_set, logger
@@ -58,12 +58,7 @@ class Batch:
 
 
 def open_inputs(
-    source: Any,
-    *,
-    task: str,
-    split: str | None = None,
-    column: str | Sequence[str] | None = None,
-    revision: str | None = None,
+    source: Any, *, task: str, split: str | None = None, column: Names = None, revision: str | None = None
 ) -> Iterable[Any]:
     """Open what a model is to classify: images ("image") or texts ("text"); ``source`` as ``inputs`` of `predict`.
 
@@ -107,9 +102,7 @@ def choose_split(splits: Mapping[str, Dataset], asked: str | None, *, dataset: s
     return chosen
 
 
-def column_of(
-    dataset: Dataset, task: str, *, column: str | Sequence[str] | None, folder: Path | None = None
-) -> Iterable[Any]:
+def column_of(dataset: Dataset, task: str, *, column: Names, folder: Path | None = None) -> Iterable[Any]:
     """Return the images or texts of a data set, or its pairs of texts; relative paths of images start in ``folder``."""
     names = find_inputs(dataset, task, column=column)
     if task == "text":

@@ -202,8 +202,7 @@ def evaluate_split(
     kept = np.flatnonzero(labels >= 0)
     counts, counted = _training_counts(classifier, splits, found.label, class_counts)
     rows = splits[split] if len(kept) == len(labels) else splits[split].select(kept, keep_in_memory=True)
-    chosen = [name for name in (found.input, found.pair) if name is not None]
-    inputs = column_of(rows, classifier.task, column=chosen, folder=folder)
+    inputs = column_of(rows, classifier.task, column=tuple(filter(None, (found.input, found.pair))), folder=folder)
     targets, files = torch.from_numpy(labels[kept]), [""] * len(kept)
 
     def labelled() -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -48,9 +47,7 @@ class RowPredictions:
     kept: np.ndarray | None = None  # (rows, ...): what was asked to be kept of the logits
 
 
-def load_stock(
-    folder: str | Path, task: str, *, config: PreTrainedConfig | None = None, revision: str | None = None
-) -> PreTrainedModel:
+def load_stock(folder: str | Path, task: str, *, config: Any = None, revision: str | None = None) -> PreTrainedModel:
     """Load a saved folder of an ``"image"`` or ``"text"`` model without this library, as its users do.
 
     With a pooling of its own that is the encoder, its pooling and the linear layer beside it, as sentence-transformers would.

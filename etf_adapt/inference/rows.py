@@ -41,11 +41,7 @@ def prepare_rows(
     max_length: int | None = None,
     seed: int = 0,
 ) -> ModelRows:
-    """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented.
-
-    The tokenizer keeps the length that texts are cut to: ``max_length``, by default at most 512 tokens, or that of a model of
-    this library.
-    """
+    """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented."""
     processor = model.processor
     if processor is None:
         is_timm = isinstance(model.config, TimmWrapperConfig)
@@ -72,7 +68,7 @@ def prepare_rows(
         }
         return ModelRows(**images, collator=ImageCollator(), processor=processor)
     length = token_limit(model, processor, max_length)
-    if max_length is None and getattr(model.config, ENTRY, None) is None:
+    if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length
         length = min(length, DEFAULT_MAX_LENGTH)
     processor.model_max_length = length  # by which all that read the finished folder cut texts, stock pipelines too
     with PartialState().main_process_first():  # the others read what it leaves in the cache

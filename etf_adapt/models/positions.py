@@ -23,10 +23,7 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
-    """Return the length that texts are cut to: ``max_length``, by default the most that tokenizer and model allow.
-
-    A tokenizer that knows no limit allows 512 tokens.
-    """
+    """Return the length that texts are cut to: by default what tokenizer (512 where it knows no limit) and model allow."""
     positions = max_positions(model)
     if max_length is not None and positions is not None and max_length > positions:
         raise ValueError(f"`max_length` (={max_length}) must be at most {positions}: the model has no more.")

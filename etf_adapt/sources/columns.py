@@ -26,6 +26,7 @@ TEXT_NAMES = (
 _SIDE_NAME = re.compile(
     r"(.*[ _-])?(id|idx|index|guid|uid|uuid|number)|unnamed: \d+|source|split|url|date|timestamp", re.I
 )
+Names = str | Sequence[str] | None  # of one column, or of the two of pairs of texts
 _SAMPLE = 10_000  # rows that tell a column of classes from one of texts
 
 
@@ -45,7 +46,7 @@ def find_columns(
     dataset: Dataset,
     *,
     image_column: str | None = None,
-    text_column: str | Sequence[str] | None = None,
+    text_column: Names = None,
     label_column: str | None = None,
 ) -> Columns:
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
@@ -180,7 +181,7 @@ def _looks_like_classes(dataset: Dataset, name: str) -> bool:
     return values.null_count == 0 and 2 * pc.count_distinct(values).as_py() <= len(values)
 
 
-def find_inputs(dataset: Dataset, task: str, *, column: str | Sequence[str] | None = None) -> list[str]:
+def find_inputs(dataset: Dataset, task: str, *, column: Names = None) -> list[str]:
     """Find the column of images or texts ("image" or "text") of rows that need no label, or both of pairs of texts."""
     found: list[Any] = _asked_names(column)
     for name in found:
@@ -202,7 +203,7 @@ def find_inputs(dataset: Dataset, task: str, *, column: str | Sequence[str] | No
     return found
 
 
-def _asked_names(column: str | Sequence[str] | None) -> list[str]:
+def _asked_names(column: Names) -> list[str]:
     """Return the names of one column, or of the two of pairs; none where none is asked for."""
     names = [column] if isinstance(column, str) else list(column or ())
     if len(names) > 2 or len(set(names)) < len(names):
