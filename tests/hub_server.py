@@ -340,14 +340,14 @@ _ID = r"([^/]+/[^/]+?)"
 ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., Answer]], ...] = (
     (("POST",), "/api/repos/create", HubServer._create),
     (("POST",), "/api/validate-yaml", HubServer._validate_yaml),
-    (("GET",), f"/api/models/{_ID}", HubServer._info),
-    (("GET",), f"/api/models/{_ID}/revision/([^/]+)", HubServer._info),
-    (("GET",), f"/api/models/{_ID}/tree/([^/]+)(?:/(.+))?", HubServer._tree),
+    (("GET",), f"/api/(?:models|datasets)/{_ID}", HubServer._info),
+    (("GET",), f"/api/(?:models|datasets)/{_ID}/revision/([^/]+)", HubServer._info),
+    (("GET",), f"/api/(?:models|datasets)/{_ID}/tree/([^/]+)(?:/(.+))?", HubServer._tree),
     (("POST",), f"/api/models/{_ID}/preupload/([^/]+)", HubServer._preupload),
     (("POST",), f"/api/models/{_ID}/commit/([^/]+)", HubServer._commit),
     (("POST",), f"/api/models/{_ID}/branch/([^/]+)", HubServer._branch),
     (("POST",), f"/{_ID}\\.git/info/lfs/objects/batch", HubServer._lfs_batch),
-    (("GET", "HEAD"), f"/{_ID}/resolve/([^/]+)/(.+)", HubServer._resolve),
+    (("GET", "HEAD"), f"/(?:datasets/)?{_ID}/resolve/([^/]+)/(.+)", HubServer._resolve),
     (("PUT",), "/upload/([0-9a-f]{64})", HubServer._put),
 )
 

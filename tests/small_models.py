@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -92,6 +92,18 @@ def processor(name):
             tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=["input_ids"]
         )
     return None
+
+
+def pair_tokenizer():
+    """Make a tokenizer that tells the second text of a pair from the first, as BERT's does."""
+    words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "tree": 3, "[SEP]": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] $B:1 [SEP]:1", special_tokens=[("[SEP]", 4)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_input_names": ["input_ids", "token_type_ids"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def save_tokenizer(folder, **tokens):

@@ -29,9 +29,10 @@ def evaluate(
     class_counts: Sequence[int] | None = None,
     shot_bounds: Sequence[int] = (20, 100),
     image_column: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     dataset_revision: str | None = None,
+    revision: str | None = None,
     processor: Any = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
@@ -48,9 +49,10 @@ def evaluate(
             saved in the model's configuration, else those of the data set's train split.
         shot_bounds: Least and greatest count of a medium class.
         image_column: Column of images, where it is not found by itself.
-        text_column: Column of texts, likewise.
+        text_column: Column of texts, likewise; or the two columns of pairs, for a model that was trained on pairs.
         label_column: Column of classes, likewise.
         dataset_revision: Branch, tag or commit of a Hub data set.
+        revision: Branch, tag or commit of a Hub model.
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
@@ -76,7 +78,7 @@ def evaluate(
     from etf_adapt.inference.classifier import evaluate_split, load_classifier
 
     return evaluate_split(
-        load_classifier(model, processor=processor, device=device, bf16=bf16),
+        load_classifier(model, processor=processor, device=device, bf16=bf16, revision=revision),
         dataset,
         split=split,
         unknown_classes=unknown_classes,

@@ -93,7 +93,7 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
     model_args, data_args, output_args, training_flags = read_arguments(argv)
     location = resolve_model_name(model_args.model)
     if model_args.is_pretrained or not location.startswith("timm/"):
-        location = locate_model(location)
+        location = locate_model(location, model_args.model_revision)
     args = parse_training(training_flags)
     folder = str(args.output_dir)
 
@@ -121,7 +121,7 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
     if model_args.peft is not None and args.freeze == "backbone":
         raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
     if model_args.peft is not None:
-        check_adapters(location, model_args.peft)
+        check_adapters(location, model_args.peft, model_args.model_revision)
     settings = run_folder.recorded_arguments(model_args, data_args, args)
     goes_on = args.resume_from_checkpoint is not None
     if goes_on:
@@ -226,7 +226,7 @@ def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
     )
 
 
-def check_adapters(location: str, peft: str) -> None:
+def check_adapters(location: str, peft: str, revision: str | None = None) -> None:
     """Refuse adapters that a model cannot take, by its layers without their weights; before any data are read."""
     import torch
 
@@ -237,7 +237,7 @@ def check_adapters(location: str, peft: str) -> None:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all is told when the model is loaded
             try:
-                model = factory.from_pretrained(location, num_labels=2, pretrained=False)
+                model = factory.from_pretrained(location, num_labels=2, pretrained=False, revision=revision)
             except Exception:  # a model of the other task
                 continue
             add_adapters(model, peft)
@@ -273,6 +273,7 @@ def load_model(location: str, model_args: ModelArguments, data: ClassificationDa
         loss=loss,
         class_counts=data.class_counts.tolist(),
         seed=seed,
+        revision=model_args.model_revision,
     )
 
 

@@ -26,6 +26,7 @@ class ModelArguments:
     """Which model, and what becomes of its head."""
 
     model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     head: Literal["etf", "linear", "cosine", "paper"] = field(
         default="etf", metadata={"help": "Classifier: fixed simplex frame, or one to compare with."}
     )
@@ -92,7 +93,8 @@ class DataArguments:
         default=None, metadata={"help": "Pixels a side, for models that allow another size."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens to cut texts to; by default the model's own."}
+        default=None,
+        metadata={"help": "Tokens to cut texts to, as the saved tokenizer will; by default its own, up to 512."},
     )
     augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
     evaluate_test: bool = field(
@@ -117,6 +119,7 @@ OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 # is done after training.
 FREE_ON_RESUME = (
     "model",
+    "model_revision",
     "pretrained",
     "checkpoint_path",
     "dataset",

@@ -30,7 +30,8 @@ GROUPS: dict[str, str] = {
     "data": """dataset dataset_revision image_column image_root text_column label_column imbalance_factor imbalance_profile
         class_order validation_fraction validation_before_long_tail max_train_rows image_size max_length augment mixup cutmix
         sampler train_sampling_strategy dataloader_num_workers""",
-    "model": "model pretrained checkpoint_path pooling peft freeze batch_norm gradient_checkpointing torch_compile bf16",
+    "model": """model model_revision pretrained checkpoint_path pooling peft freeze batch_norm gradient_checkpointing
+        torch_compile bf16""",
     "head and loss": """head loss class_weights loss_options head_trainable head_path paper frame frame_penalty realign_epochs
         leave_one_out final_frame prior_adjustment label_smoothing""",
     "training": """num_train_epochs max_steps learning_rate head_learning_rate per_device_train_batch_size

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from etf_adapt.errors import check_choice, nearest_names
 
+TEXT_COLUMN = "column of the texts, if it is not found; two are read as pairs (after all words that are no flags)"
+
 
 class Parser(argparse.ArgumentParser):
     """Parser that takes ``--top-k`` for ``--top_k``, names the nearest of an unknown flag and raises its errors."""
@@ -63,6 +65,7 @@ def positive(text: str) -> int:
 def add_model_flags(parser: Parser) -> None:
     """Add the flags of how a model is run, common to all commands that run one."""
     group = parser.add_argument_group("model")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
     group.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
     group.add_argument("--device", help="such as cpu, cuda:1 or mps; by default an accelerator where there is one")
     group.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
@@ -75,7 +78,7 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument("--split", help="of a data set with several; by default test, else validation, else train")
     group.add_argument("--image_column", metavar="NAME", help="column of the images, if it is not found")
-    group.add_argument("--text_column", metavar="NAME", help="column of the texts, if it is not found")
+    group.add_argument("--text_column", nargs="+", metavar="NAME", help=TEXT_COLUMN)
     group.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
     return group
 

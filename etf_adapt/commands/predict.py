@@ -30,8 +30,9 @@ def predict(
     on_bad_input: str = "fail",
     split: str | None = None,
     image_column: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     dataset_revision: str | None = None,
+    revision: str | None = None,
     processor: Any = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
@@ -45,26 +46,28 @@ def predict(
 
     Args:
         model: Folder, Hub id or short name of a model; or the model itself.
-        inputs: Images (of PIL) or their paths, or texts, one after another; a ``datasets.Dataset``; or one string as on the
-            command line: a folder of images in any layout, one image, a csv, tsv, json, jsonl, parquet or txt file (one text a
-            line), any name that ``etf_adapt.load_data`` takes, or "-" for texts of the standard input.
+        inputs: Images (of PIL) or their paths, or texts or pairs of texts, one after another; a ``datasets.Dataset``; or one
+            string as on the command line: a folder of images in any layout, one image, a csv, tsv, json, jsonl, parquet or txt
+            file (one text a line), any name that ``etf_adapt.load_data`` takes, or "-" for texts of the standard input.
         top_k: Classes to name for each input, at least 1.
         probabilities: Whether to add the probability of every class.
         on_bad_input: "fail": an image that cannot be read or an empty text is an error; "skip": it is left out and named in
             the log.
         split: Of a data set with several; by default test, else validation, else train.
         image_column: Column of images, where it is not found by itself.
-        text_column: Column of texts, likewise.
+        text_column: Column of texts, likewise; or the two columns of pairs, for a model that was trained on pairs.
         dataset_revision: Branch, tag or commit of a Hub data set.
+        revision: Branch, tag or commit of a Hub model.
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
         options: ``batch_size`` (32), ``num_workers`` that decode images (0), and ``max_length``, the tokens that texts are cut
-            to (as many as tokenizer and model allow).
+            to: by default as many as tokenizer and model allow, which for a fine-tuned model is what training cut them to.
 
     Returns:
-        One dict for each input, in their order: "row", its number from 0; "file" or "text"; "label" and "probability"; with
-        ``top_k`` above 1 also "label_2", "probability_2", ...; with ``probabilities`` also "probability:<class>" of each.
+        One dict for each input, in their order: "row", its number from 0; "file" or "text", of pairs "text_pair" too; "label"
+        and "probability"; with ``top_k`` above 1 also "label_2", "probability_2", ...; with ``probabilities`` also
+        "probability:<class>" of each.
 
     Raises:
         DataError: A `ValueError`: an input cannot be read, there is none, or a column or split is not found.
@@ -83,7 +86,7 @@ def predict(
     check_choice("on_bad_input", on_bad_input, ON_BAD_INPUT)
     if top_k < 1:
         raise ValueError(f"`top_k` (={top_k}) must be at least 1: it counts classes.")
-    classifier = load_classifier(model, processor=processor, device=device, bf16=bf16)
+    classifier = load_classifier(model, processor=processor, device=device, bf16=bf16, revision=revision)
     task, names = classifier.task, classifier.label_names
     own, other = (image_column, text_column) if task == "image" else (text_column, image_column)
     if other is not None:
@@ -101,6 +104,7 @@ def predict(
                 logger.warning("%s is left out: %s", item.describe(), found)
                 continue
             row: dict[str, Any] = {"row": item.row, "file" if task == "image" else "text": item.name}
+            row |= {} if item.pair is None else {"text_pair": item.pair}
             for place, index in enumerate((-found).argsort(kind="stable")[:top_k], start=1):
                 ending = "" if place == 1 else f"_{place}"
                 row |= {f"label{ending}": names[index], f"probability{ending}": float(found[index])}

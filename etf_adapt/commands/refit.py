@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from etf_adapt.commands.parser import Parser, positive, prepare
+from etf_adapt.commands.parser import TEXT_COLUMN, Parser, positive, prepare
 from etf_adapt.errors import one_line_errors
 
 
@@ -63,7 +63,7 @@ def _parser() -> Parser:
 def add_row_flags(parser: Parser) -> None:
     """Add the flags of how rows are found and read."""
     parser.add_argument("--image_column", help="column of the images, if it is not found")
-    parser.add_argument("--text_column", help="column of the texts, if it is not found")
+    parser.add_argument("--text_column", nargs="+", metavar="NAME", help=TEXT_COLUMN)
     parser.add_argument("--label_column", help="column of the labels, if it is not found")
     parser.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
     parser.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")

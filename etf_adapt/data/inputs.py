@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from etf_adapt.data.digits import open_data_set
 from etf_adapt.errors import DataError, check_choice
-from etf_adapt.sources.columns import find_input
+from etf_adapt.sources.columns import Names, find_inputs
 from etf_adapt.sources.folders import BUILDERS, is_hidden, is_image
 from etf_adapt.sources.image_checks import as_images
 from etf_adapt.sources.opening import is_saved_data_set, logger
@@ -33,10 +33,11 @@ WINDOW_BATCHES = 32  # of texts that are read ahead, so that a batch holds texts
 
 @dataclass(frozen=True)
 class Input:
-    """One image or text: its number, from 0, and its name: of an image its file, of a text the text itself."""
+    """One image, text or pair: its number, from 0, and its name: of an image its file, of a text the text itself."""
 
     row: int
     name: str
+    pair: str | None = None  # the second text
 
     def describe(self) -> str:
         """Return which input this is, for a message."""
@@ -57,7 +58,7 @@ class Batch:
 
 
 def open_inputs(
-    source: Any, *, task: str, split: str | None = None, column: str | None = None, revision: str | None = None
+    source: Any, *, task: str, split: str | None = None, column: Names = None, revision: str | None = None
 ) -> Iterable[Any]:
     """Open what a model is to classify: images ("image") or texts ("text"); ``source`` as ``inputs`` of `predict`.
 
@@ -76,11 +77,13 @@ def open_inputs(
             return [path]
     elif split is None:
         if str(source) == "-" or (path.is_file() and path.suffix.lower() == ".txt"):
+            if column:
+                raise DataError(f"`text_column` (={column}) names columns, and lines of text have none: give a table.")
             return _lines(str(source))
         if path.is_file() and kind == "csv":
             head, rows = stream_table(path)
-            name = find_input(head, task, column=column)
-            return (row[name] for row in rows)
+            names = find_inputs(head, task, column=column)
+            return (tuple(row[name] for name in names) for row in rows)
     if str(source) == "-":
         raise DataError("`inputs` (='-') are texts of the standard input, without splits, and need a model of texts.")
     found = open_data_set(str(source), revision=revision, needs_train=False)
@@ -99,13 +102,13 @@ def choose_split(splits: Mapping[str, Dataset], asked: str | None, *, dataset: s
     return chosen
 
 
-def column_of(dataset: Dataset, task: str, *, column: str | None, folder: Path | None = None) -> Iterable[Any]:
-    """Return the images or texts of a data set; relative paths of images start in ``folder``."""
-    name = find_input(dataset, task, column=column)
-    rows = dataset.select_columns([name]).rename_columns({} if name == task else {name: task})
-    if task == "image":
-        rows = as_images(rows, folder=folder).cast_column("image", Image(decode=False))
-    return rows[task]  # read row by row
+def column_of(dataset: Dataset, task: str, *, column: Names, folder: Path | None = None) -> Iterable[Any]:
+    """Return the images or texts of a data set, or its pairs of texts; relative paths of images start in ``folder``."""
+    names = find_inputs(dataset, task, column=column)
+    if task == "text":
+        return zip(*(dataset[name] for name in names), strict=True)  # read row by row
+    rows = dataset.select_columns(names).rename_columns({} if names == [task] else {names[0]: task})
+    return as_images(rows, folder=folder).cast_column("image", Image(decode=False))["image"]  # likewise
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,13 @@ def _read_image(image: Any) -> PILImage.Image:
         return ImageOps.exif_transpose(image)
     if image is None:
         raise ValueError("there is no image")
-    return Image().decode_example(dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None})
+    item: dict[str, Any] = dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None}
+    if item["bytes"] is not None or "://" in (item["path"] or "://"):
+        return Image().decode_example(item)
+    with PILImage.open(
+        item["path"]
+    ) as opened:  # `datasets` leaves broken files open, and those of several frames (5.2)
+        return ImageOps.exif_transpose(opened)
 
 
 def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:
@@ -190,15 +199,18 @@ def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:
 def text_batches(
     texts: Iterable[Any], tokenizer: Any, *, batch_size: int, max_length: int, has_mask: bool = True
 ) -> Iterator[Batch]:
-    """Tokenize and batch texts; batches of similar length within a window of 32 batches.
+    """Tokenize and batch texts, or pairs as `tokenize` does; batches of similar length within a window of 32 batches.
 
     A model without an attention mask (``has_mask``), such as FNet, reads texts one by one: it would read padding as text.
     """
     batch_size = batch_size if has_mask else 1
     stream = enumerate(texts)
     while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
-        good = [(Input(row, text), text) for row, text in window if isinstance(text, str) and text.strip()]
-        encoded = tokenizer([text for _, text in good], truncation=True, max_length=max_length) if good else {}
+        good = [(Input(row, *parts), parts) for row, text in window if (parts := _parts(text))]
+        if len({len(parts) for _, parts in good}) > 1:
+            raise DataError("`inputs` mix single texts and pairs of texts: give them apart.")
+        columns = [list(texts) for texts in zip(*(parts for _, parts in good), strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length) if good else {}
         lengths = [len(tokens) for tokens in encoded.get("input_ids", ())]
         order = sorted((place for place, length in enumerate(lengths) if length), key=lengths.__getitem__)
         known = {good[place][0].row for place in order}
@@ -209,3 +221,9 @@ def text_batches(
             rows = [{name: encoded[name][place] for name in names} for place in part]
             padded = tokenizer.pad(rows, return_attention_mask=has_mask, return_tensors="pt")
             yield Batch([good[place][0] for place in part], dict(padded))
+
+
+def _parts(text: Any) -> tuple[str, ...]:
+    """Return a text, or the two of a pair, as a tuple; an empty one where one of them is empty."""
+    parts = tuple(text) if isinstance(text, (tuple, list)) else (text,)
+    return parts if len(parts) < 3 and all(isinstance(part, str) and part.strip() for part in parts) else ()

@@ -20,7 +20,7 @@ from etf_adapt.data.progress import ProgressLines
 from etf_adapt.data.sampler import ClassBalancedSampler
 
 DEFAULT_MAX_LENGTH = 512
-_REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
+REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
@@ -31,7 +31,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) ->
     """
     if max_length is None:
         own = tokenizer.model_max_length
-        max_length = own if own < _REAL_LENGTH else DEFAULT_MAX_LENGTH
+        max_length = own if own < REAL_LENGTH else DEFAULT_MAX_LENGTH
     if max_length < 1:
         raise ValueError(f"`max_length` (={max_length}) must be at least 1: it counts tokens.")
 

@@ -23,8 +23,8 @@ from etf_adapt.errors import DataError, check_choice, nearest_names
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_rows
 from etf_adapt.metrics.shots import SHOT_BOUNDS
-from etf_adapt.models.folders import load_config, load_processor, locate
-from etf_adapt.models.names import ENTRY
+from etf_adapt.models.folders import load_config, load_processor
+from etf_adapt.models.names import ENTRY, locate_model, resolve_model_name
 from etf_adapt.models.positions import token_limit
 from etf_adapt.models.timm_layout import data_config
 from etf_adapt.results.tables import UNADJUSTED
@@ -74,6 +74,7 @@ def load_classifier(
     processor: Any = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
+    revision: str | None = None,
 ) -> Classifier:
     """Load a folder or Hub id by stock classes, or take a model as it is with its own or the given processor."""
     if isinstance(model, nn.Module):
@@ -90,13 +91,16 @@ def load_classifier(
         place = next(network.parameters()).device if device is None else _usable(device)
         _require_classes(network.config, str(type(model).__name__))
     else:
-        location = locate(model, fetch=True)
-        config, _ = load_config(location, fetch=True)
+        location = locate_model(resolve_model_name(str(model)), revision)
+        config, _ = load_config(location, fetch=True, revision=revision)
         task = _task_of(config, location)
         _require_classes(config, location)
         place = PartialState().device if device is None else _usable(device)
-        processor = load_processor(location, task) if processor is None else processor
-        network = load_stock(location, task, config=config)
+        if processor is None and isinstance(config, TimmWrapperConfig):
+            processor = data_config(config)
+        elif processor is None:
+            processor = load_processor(location, task, revision=revision)
+        network = load_stock(location, task, config=config, revision=revision)
         missing = ["classifier"] if getattr(network, "lacks_layer", False) else network._new_weights
         if missing:
             raise ValueError(
@@ -176,7 +180,7 @@ def evaluate_split(
     class_counts: Sequence[int] | None = None,
     shot_bounds: tuple[float, float] = SHOT_BOUNDS,
     revision: str | None = None,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Evaluation:
     """Score a classifier on a split of a data set, whose classes are matched by name; arguments as ``etf_adapt.evaluate``."""
@@ -199,7 +203,7 @@ def evaluate_split(
     kept = np.flatnonzero(labels >= 0)
     counts, counted = _training_counts(classifier, splits, found.label, class_counts)
     rows = splits[split] if len(kept) == len(labels) else splits[split].select(kept, keep_in_memory=True)
-    inputs = column_of(rows, classifier.task, column=found.input, folder=folder)
+    inputs = column_of(rows, classifier.task, column=tuple(filter(None, (found.input, found.pair))), folder=folder)
     targets, files = torch.from_numpy(labels[kept]), [""] * len(kept)
 
     def labelled() -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -48,13 +47,13 @@ class RowPredictions:
     kept: np.ndarray | None = None  # (rows, ...): what was asked to be kept of the logits
 
 
-def load_stock(folder: str | Path, task: str, *, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def load_stock(folder: str | Path, task: str, *, config: Any = None, revision: str | None = None) -> PreTrainedModel:
     """Load a saved folder of an ``"image"`` or ``"text"`` model without this library, as its users do.
 
     With a pooling of its own that is the encoder, its pooling and the linear layer beside it, as sentence-transformers would.
-    ``config`` stands in for the folder's.
+    ``config`` stands in for the folder's; ``revision`` is of a Hub id.
     """
-    found = AutoConfig.from_pretrained(folder) if config is None else config
+    found = AutoConfig.from_pretrained(folder, revision=revision) if config is None else config
     saved = getattr(found, ENTRY, None) or {}
     if saved.get("adapters") or is_live(saved):
         raise ValueError(
@@ -62,9 +61,9 @@ def load_stock(folder: str | Path, task: str, *, config: PreTrainedConfig | None
             "not have: take the finished folder, or save the model once more to a folder that is no checkpoint."
         )
     if (pooling := saved.get("pooling", "stock")) != "stock":
-        return ENCODER_CLASSES[pooling].from_folder(folder, config=config)
+        return ENCODER_CLASSES[pooling].from_folder(folder, config=config, revision=revision)
     stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
-    return load_noting_new(stock, folder, config=found)
+    return load_noting_new(stock, folder, config=found, revision=revision)
 
 
 def predict_rows(

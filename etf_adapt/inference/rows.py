@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TimmWrapperConfig
 
 from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
 from etf_adapt.data.load import ClassificationData
-from etf_adapt.data.text import TextCollator, tokenize
+from etf_adapt.data.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.folders import load_processor
 from etf_adapt.models.image_size import set_image_size
+from etf_adapt.models.names import ENTRY
 from etf_adapt.models.positions import token_limit
+from etf_adapt.models.timm_layout import data_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ def prepare_rows(
     seed: int = 0,
 ) -> ModelRows:
     """Prepare the splits of a data set for a model that was loaded from ``location``; training images are augmented."""
-    processor = load_processor(location, data.task) if model.processor is None else model.processor
+    processor = model.processor
+    if processor is None:
+        is_timm = isinstance(model.config, TimmWrapperConfig)
+        processor = data_config(model.config) if is_timm else load_processor(location, data.task)
     splits = {"train": data.train, "alignment": data.train, "validation": data.validation, "test": data.test}
     if data.task == "image":
         if image_size is not None:
@@ -62,6 +68,9 @@ def prepare_rows(
         }
         return ModelRows(**images, collator=ImageCollator(), processor=processor)
     length = token_limit(model, processor, max_length)
+    if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length
+        length = min(length, DEFAULT_MAX_LENGTH)
+    processor.model_max_length = length  # by which all that read the finished folder cut texts, stock pipelines too
     with PartialState().main_process_first():  # the others read what it leaves in the cache
         tokens = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}
     return ModelRows(**tokens, collator=TextCollator(processor), processor=processor)

@@ -30,10 +30,10 @@ NOT_STOCK = f"no stock class has this classifier; load it with {ENTRY} or, where
 
 def locate(name_or_path: str | Path, *, fetch: bool, options: Mapping[str, Any] | None = None) -> str:
     """Turn any name of a model into a folder or Hub id; with ``fetch``, check within seconds that it can be had."""
-    location = _resolve(name_or_path, options)
-    # With a cache or revision of one's own the Hub is not asked beforehand.
-    has_own_options = any((options or {}).get(name) is not None for name in HUB_OPTIONS)
-    return locate_model(location) if fetch and not has_own_options else location
+    location, own = _resolve(name_or_path, options), hub_options(options or {})
+    # With a cache of one's own the Hub is not asked beforehand; of a folder stock classes pass over the revision.
+    is_known = any(own[name] is not None for name in own if name != "revision") or Path(location).is_dir()
+    return locate_model(location, own.get("revision")) if fetch and not is_known else location
 
 
 def _resolve(name_or_path: str | Path, options: Mapping[str, Any] | None = None) -> str:

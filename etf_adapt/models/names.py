@@ -51,8 +51,6 @@ TEXT_MODELS = {
 
 MODEL_NAMES = IMAGE_MODELS | TEXT_MODELS
 
-_PROBE_SECONDS = 5.0
-
 
 class UnavailableError(OSError):
     """The files of a model cannot be fetched and are not cached."""
@@ -128,59 +126,58 @@ def is_timm_elsewhere(location: str) -> bool:
     return config is not None and config.has_weights and config.hf_hub_id != location
 
 
-def locate_model(location: str) -> str:
+def locate_model(location: str, revision: str | None = None) -> str:
     """Check within seconds, by one HEAD request, that a model's files can be had; offline, return the cached folder."""
     # from_pretrained would find out too, but only after minutes of retries, and after the data were prepared.
     if Path(location).is_dir() or is_timm_elsewhere(location):
+        if revision is not None:
+            raise ValueError(f"`revision` (={revision!r}): {location!r} is read from no Hub repository: leave it out.")
         return location
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
-    error = _ask_hub(location)
+    error = _ask_hub(location, revision)
     if error is None:
         return location
-    if isinstance(error, GatedRepoError):
+    named = f"`model` (={location!r}{'' if revision is None else f', revision {revision!r}'})"
+    unknown = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    if isinstance(error, errors.GatedRepoError):
         reason = "its owner grants access on request, and your login has none (ask on its page, then `hf auth login`)"
-        raise UnavailableError(_no_model(location, reason)) from error
-    if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)):
+    elif isinstance(error, (*unknown, errors.HFValidationError)):
         near = nearest_names(location, MODEL_NAMES.values())
         hint = f" The nearest known are {', '.join(near)}." if near else ""
+        hint = " Give the revision apart (--model_revision of finetune, else --revision)." if "@" in location else hint
         raise ValueError(
-            f"`model` (={location!r}): the Hub has no such model with a config.json, or it is private and you are not "
-            f"logged in, and no folder has that name.{hint}"
+            f"{named}: the Hub has no such model with a config.json, or it is private and you are not logged in, and no "
+            f"folder has that name.{hint}"
         ) from error
-    cached = _cached_folder(location)
-    if cached is None:
-        # Without addresses.
+    elif cached := _cached_folder(location, revision):
+        return cached
+    else:  # without addresses
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]
-        raise UnavailableError(_no_model(location, f"the Hub cannot be reached ({reason})")) from error
-    return cached
+        reason = f"the Hub cannot be reached ({reason})"
+    raise UnavailableError(
+        f"{named} could not be fetched: {reason}, and it is not cached. Three ways on: a local folder (--model "
+        "path/to/folder), a model that is in the cache (hf cache ls), or the one inside this package (--model micro)."
+    ) from error
 
 
-def _ask_hub(location: str) -> Exception | None:
+def _ask_hub(location: str, revision: str | None = None) -> Exception | None:
     """Ask the Hub for a model's config.json by one HEAD request; return the error, None where it is found."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(location, "config.json"), timeout=_PROBE_SECONDS)
+        get_hf_file_metadata(hf_hub_url(location, "config.json", revision=revision), timeout=5.0)
     except Exception as error:  # the transport's errors have another base class in each major version of the client
         return error
     return None
 
 
-def _no_model(location: str, reason: str) -> str:
-    return (
-        f"`model` (={location!r}) could not be fetched: {reason}, and it is not cached. Three ways on: "
-        "a local folder (--model path/to/folder), a model that is in the cache (hf cache ls), "
-        "or the one inside this package (--model micro)."
-    )
-
-
-def _cached_folder(location: str) -> str | None:
+def _cached_folder(location: str, revision: str | None = None) -> str | None:
     """Return the newest cached snapshot that holds configuration and weights."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(location, local_files_only=True))
+        folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
     except OSError:
         return None
     weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]

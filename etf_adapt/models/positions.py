@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from etf_adapt.data.text import DEFAULT_MAX_LENGTH
+from etf_adapt.data.text import DEFAULT_MAX_LENGTH, REAL_LENGTH
 
 
 def max_positions(model: nn.Module) -> int | None:
@@ -23,8 +23,9 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def token_limit(model: nn.Module, tokenizer: Any, max_length: int | None = None) -> int:
-    """Return the length that texts are cut to: ``max_length``, by default the most that tokenizer and model allow."""
+    """Return the length that texts are cut to: by default what tokenizer (512 where it knows no limit) and model allow."""
     positions = max_positions(model)
     if max_length is not None and positions is not None and max_length > positions:
         raise ValueError(f"`max_length` (={max_length}) must be at most {positions}: the model has no more.")
-    return max_length or min(filter(None, (tokenizer.model_max_length, positions, DEFAULT_MAX_LENGTH)))
+    own = tokenizer.model_max_length if tokenizer.model_max_length < REAL_LENGTH else DEFAULT_MAX_LENGTH
+    return max_length or min(filter(None, (own, positions)))

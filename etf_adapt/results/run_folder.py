@@ -232,8 +232,8 @@ def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> st
     name = json.dumps(str(folder))
     if library == "sentence_transformers":
         return f"from sentence_transformers import SentenceTransformer\nscore = SentenceTransformer({name}).encode  # logits"
-    pipeline = "image-classification" if task == "image" else "text-classification"
-    return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={name})'
+    pipeline, cut = ("image-classification", "") if task == "image" else ("text-classification", ", truncation=True")
+    return f'from transformers import pipeline\nclassify = pipeline("{pipeline}", model={name}{cut})'
 
 
 def plain_value(value: Any) -> Any:

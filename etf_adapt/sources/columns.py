@@ -26,6 +26,7 @@ TEXT_NAMES = (
 _SIDE_NAME = re.compile(
     r"(.*[ _-])?(id|idx|index|guid|uid|uuid|number)|unnamed: \d+|source|split|url|date|timestamp", re.I
 )
+Names = str | Sequence[str] | None  # of one column, or of the two of pairs of texts
 _SAMPLE = 10_000  # rows that tell a column of classes from one of texts
 
 
@@ -45,7 +46,7 @@ def find_columns(
     dataset: Dataset,
     *,
     image_column: str | None = None,
-    text_column: str | Sequence[str] | None = None,
+    text_column: Names = None,
     label_column: str | None = None,
 ) -> Columns:
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
@@ -55,11 +56,9 @@ def find_columns(
     Row numbers and the like are neither. A name decides only against columns that look like something else (texts that are all
     different, classes that recur) or, for `text`, `label` and the like, that have no usual name: any other choice is asked for.
     """
-    texts = [text_column] if isinstance(text_column, str) else list(text_column or ())
+    texts = _asked_names(text_column)
     if image_column and texts:
         raise DataError(f"`image_column` (={image_column}) and `text_column` (={text_column}) exclude each other.")
-    if len(texts) > 2 or len(set(texts)) < len(texts):
-        raise DataError(f"`text_column` (={text_column}) must name one column, or the two columns of pairs of texts.")
     flags = [("image_column", image_column), *(("text_column", name) for name in texts), ("label_column", label_column)]
     for flag, name in flags:
         _require_column(dataset, name, flag)
@@ -182,24 +181,34 @@ def _looks_like_classes(dataset: Dataset, name: str) -> bool:
     return values.null_count == 0 and 2 * pc.count_distinct(values).as_py() <= len(values)
 
 
-def find_input(dataset: Dataset, task: str, *, column: str | None = None) -> str:
-    """Find the column of images or texts ("image" or "text") of rows that need no label, as `find_columns` does."""
-    _require_column(dataset, column, f"{task}_column")
-    _require_header(dataset, asked=(column,))
+def find_inputs(dataset: Dataset, task: str, *, column: Names = None) -> list[str]:
+    """Find the column of images or texts ("image" or "text") of rows that need no label, or both of pairs of texts."""
+    found: list[Any] = _asked_names(column)
+    for name in found:
+        _require_column(dataset, name, f"{task}_column")
+    _require_header(dataset, asked=found)
     fits, usual = (_holds_images, IMAGE_NAMES) if task == "image" else (is_string, TEXT_NAMES)
     free = [name for name in dataset.column_names if name not in LABEL_NAMES]
     free = [name for name in free if not isinstance(dataset.features[name], ClassLabel)]
-    if column is None and task == "image":
-        column = _find_images(dataset, free)
-    elif column is None and len(dataset.column_names) > 1:
-        column = _find_text(dataset, free, None)
-    elif column is None:  # without a line of names the first text would be lost to the name
-        column = next((name for name in free if name in usual), None)
-    if column is None or not (fits(dataset, column) or (task == "image" and is_string(dataset, column))):
+    if not found and task == "image":
+        found = [_find_images(dataset, free)]
+    elif not found and len(dataset.column_names) > 1:
+        found = [_find_text(dataset, free, None)]
+    elif not found:  # without a line of names the first text would be lost to the name
+        found = [next((name for name in free if name in usual), None)]
+    if not all(name and (fits(dataset, name) or (task == "image" and is_string(dataset, name))) for name in found):
         raise DataError(
             f"No column is known to hold {task}s: there are {describe_columns(dataset)}; name it with `{task}_column`."
         )
-    return column
+    return found
+
+
+def _asked_names(column: Names) -> list[str]:
+    """Return the names of one column, or of the two of pairs; none where none is asked for."""
+    names = [column] if isinstance(column, str) else list(column or ())
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise DataError(f"`text_column` (={column}) must name one column, or the two columns of pairs of texts.")
+    return names
 
 
 def _require_column(dataset: Dataset, name: str | None, flag: str) -> None:

@@ -6,14 +6,15 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image
+from huggingface_hub import snapshot_download
 
 from etf_adapt.errors import DataError, nearest_names, quoted
 from etf_adapt.sources.folders import BUILDERS, SPLIT_WORDS, class_folders, list_files, require_one_set, split_of
@@ -23,6 +24,13 @@ from etf_adapt.sources.tables import read_tables
 logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls a table of images
+_LAYOUT = (
+    "name",
+    "version",
+    "data_dir",
+    "data_files",
+    "description",
+)  # of a configuration: which files, not what is in them
 
 
 @dataclass(frozen=True)
@@ -189,8 +197,7 @@ def _open_hub(dataset: str, revision: str | None, image_root: Path | None) -> So
     if revision and not reachable:
         logger.warning("`revision` (=%s) is not asked for: offline, the newest cached one is read.", revision)
     try:
-        with _offline(not reachable):
-            loaded = datasets.load_dataset(match["repository"], match["configuration"], revision=revision)
+        loaded = _load_hub(match["repository"], match["configuration"], revision, offline=not reachable)
     except Exception as error:  # every reader, network and file-system error of `datasets` ends here
         if reachable:
             raise DataError(f"`dataset` (={dataset}) cannot be loaded from the Hub: {_first_line(error)}.") from error
@@ -199,6 +206,38 @@ def _open_hub(dataset: str, revision: str | None, image_root: Path | None) -> So
             "be reached: give a local folder or file, load it once while online, or use `digits`."
         ) from error
     return Source("Hub", _by_split(loaded), image_root)
+
+
+def _load_hub(repository: str, name: str | None, revision: str | None, *, offline: bool) -> Mapping[str, Dataset]:
+    """Load the splits of a Hub data set, without the types that the Hub's viewer guesses; offline, what was fetched before."""
+    config = datasets.config
+    before = config.HF_HUB_OFFLINE, config.USE_PARQUET_EXPORT
+    config.HF_HUB_OFFLINE, config.USE_PARQUET_EXPORT = before[0] or offline, False
+    try:
+        if offline:
+            with suppress(Exception):  # where no tables were fetched, `datasets` may have kept the rows
+                folder = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+                if tables := _plain_tables(datasets.load_dataset_builder(folder, name)):
+                    return tables
+        builder = datasets.load_dataset_builder(repository, name, revision=revision)
+        if tables := _plain_tables(builder):
+            return tables
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    finally:
+        config.HF_HUB_OFFLINE, config.USE_PARQUET_EXPORT = before
+
+
+def _plain_tables(builder: Any) -> dict[str, Dataset]:
+    """Read a Hub data set's csv and json files as local ones; nothing where it has others, or declares their types or form."""
+    plain, files = vars(type(builder.config)()), builder.config.data_files or {}
+    stated = {key for key, value in vars(builder.config).items() if key not in _LAYOUT and value != plain[key]}
+    suffixes = {Path(file).suffix.lower() for group in files.values() for file in group}
+    stated -= {"sep"} if suffixes == {".tsv"} else set()
+    if stated or builder.info.features or not suffixes <= BUILDERS.keys() - {".parquet"}:
+        return {}
+    fetch = datasets.DownloadManager().download
+    return {str(split): read_tables([Path(file) for file in fetch(list(files[split]))]) for split in files}
 
 
 def _hub_is_reachable(timeout: float = 3.0) -> bool:
@@ -214,18 +253,7 @@ def _hub_is_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-@contextmanager
-def _offline(offline: bool) -> Iterator[None]:
-    """Let `datasets` read its cache alone."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _by_split(loaded: Dataset | DatasetDict) -> dict[str, Dataset]:
+def _by_split(loaded: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Name the splits as we do; a lone split of another name is train."""
     if isinstance(loaded, Dataset):
         return {"train": loaded}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
-from small_models import NAMES, finished, processor, stock_bert
+from small_models import NAMES, finished, pair_tokenizer, processor, stock_bert
+from transformers import AutoModelForSequenceClassification
 
 import etf_adapt
 from etf_adapt.commands.evaluate import main
@@ -114,6 +115,24 @@ def test_a_finished_model_scores_without_its_adjustment_too(tmp_path):
         np.mean([names[guess] == name for guess, label in zip(before, LABELS) if label == name]) for name in names
     ]
     assert found.scores["balanced_accuracy_unadjusted"] == pytest.approx(np.mean(recalls))
+
+
+def test_pairs_are_scored_as_they_are_predicted(bert, tmp_path, capsys):
+    AutoModelForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    pair_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [*zip(TEXTS, reversed(TEXTS))]
+    lines = "".join(f"{first},{second},{label}\n" for (first, second), label in zip(pairs, LABELS))
+    (tmp_path / "t.csv").write_text(f"premise,hypothesis,label\n{lines}")
+    columns, model = ["premise", "hypothesis"], str(tmp_path / "model")
+    found = etf_adapt.evaluate(model, str(tmp_path / "t.csv"), text_column=columns)
+    rows = [*etf_adapt.predict(model, pairs)]
+    assert [found.label_names[label] for label in found.rows.predictions] == [row["label"] for row in rows]
+    np.testing.assert_allclose(found.rows.confidences, [row["probability"] for row in rows], atol=1e-6)
+    alone = etf_adapt.evaluate(model, str(tmp_path / "t.csv"), text_column="premise")
+    assert not np.allclose(alone.rows.confidences, found.rows.confidences)
+    main([model, str(tmp_path / "t.csv"), "--text_column", *columns, "--output_dir", str(tmp_path / "scores")])
+    results = json.loads((tmp_path / "scores" / "all_results.json").read_text())
+    assert results["test_loss"] == found.scores["loss"]
 
 
 def test_a_bad_row_is_named(bert):

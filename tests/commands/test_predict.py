@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import subprocess
@@ -15,8 +16,17 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from small_models import NAMES, finished, processor, save_tokenizer, stock_bert, stock_llama, stock_vit
-from transformers import pipeline
+from small_models import (
+    NAMES,
+    finished,
+    pair_tokenizer,
+    processor,
+    save_tokenizer,
+    stock_bert,
+    stock_llama,
+    stock_vit,
+)
+from transformers import AutoModelForSequenceClassification, pipeline
 
 import etf_adapt
 from etf_adapt.commands import predict as command
@@ -74,7 +84,7 @@ def table(rows):
 
 
 def from_pipeline(kind, model, inputs, **options):
-    found = pipeline(kind, model=str(model), top_k=None, **options)(inputs)
+    found = pipeline(kind, model=str(model), top_k=None)(inputs, **options)
     return [{entry["label"]: entry["score"] for entry in entries} for entries in found]
 
 
@@ -167,6 +177,47 @@ def test_every_source_of_the_same_texts_gives_the_same_rows(bert, tmp_path):
     assert rows_of(bert, Dataset.from_dict({"text": TEXTS, "label": [0] * 7})) == expected
 
 
+def test_pairs_have_the_probabilities_of_the_stock_pipeline_from_every_source(bert, tmp_path, capsys):
+    AutoModelForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path / "model")
+    pair_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [*zip(TEXTS, reversed(TEXTS)), ("tree " * 20, "a " * 30)]  # of the last, the longer text is cut first
+    expected = rows_of(tmp_path / "model", pairs)
+    given = [{"text": first, "text_pair": second} for first, second in pairs]
+    longest = {"truncation": "longest_first", "max_length": 32}
+    assert_like(expected, from_pipeline("text-classification", tmp_path / "model", given, **longest))
+    assert [(row["text"], row["text_pair"]) for row in expected] == pairs
+    assert not np.allclose(table(expected), table(rows_of(tmp_path / "model", [" ".join(pair) for pair in pairs])))
+    columns = {"premise": [first for first, _ in pairs], "hypothesis": [second for _, second in pairs]}
+    rows = Dataset.from_dict({"hypothesis": columns["hypothesis"], "id": [*range(8)], "premise": columns["premise"]})
+    rows.to_parquet(tmp_path / "t.parquet")
+    rows.to_json(tmp_path / "t.jsonl")
+    rows.to_csv(tmp_path / "t.csv")
+    asked = {"text_column": ["premise", "hypothesis"], "batch_size": 3}
+    for source in (rows, *(str(tmp_path / f"t.{ending}") for ending in ("parquet", "jsonl", "csv"))):
+        found = rows_of(tmp_path / "model", source, **asked)
+        assert [(row["text"], row["text_pair"]) for row in found] == pairs, source
+        np.testing.assert_allclose(table(found), table(expected), atol=1e-6)
+    printed = run(capsys, tmp_path / "model", tmp_path / "t.csv", "--text_column", "premise", "hypothesis").out
+    read = [*csv.DictReader(io.StringIO(printed))]
+    assert [(row["text"], row["text_pair"], row["label"]) for row in read] == [
+        (row["text"], row["text_pair"], row["label"]) for row in expected
+    ]
+
+
+def test_pairs_that_are_none_are_refused(bert, tmp_path):
+    for empty in (("a", " "), (None, "a"), ("a", "a", "a"), ()):
+        with pytest.raises(DataError, match="Input 1 cannot be read: the text is empty"):
+            rows_of(bert, [("a", "tree"), empty])
+    with pytest.raises(DataError, match="`inputs` mix single texts and pairs of texts"):
+        rows_of(bert, [("a", "tree"), "a"])
+    (tmp_path / "t.csv").write_text("a,b,c\nx,y,z\n")
+    with pytest.raises(DataError, match=r"`text_column` \(=\['a', 'b', 'c'\]\) must name one column, or the two"):
+        rows_of(bert, str(tmp_path / "t.csv"), text_column=["a", "b", "c"])
+    (tmp_path / "t.txt").write_text("a\n")
+    with pytest.raises(DataError, match=r"`text_column` \(=b\) names columns, and lines of text have none"):
+        rows_of(bert, str(tmp_path / "t.txt"), text_column="b")
+
+
 def test_a_data_set_has_splits_and_an_image_model_no_texts(vit, bert):
     assert len(rows_of(vit, "digits")) == 599 and len(rows_of(vit, "digits", split="train")) == 1198
     with pytest.raises(ValueError, match=r"`split` \(='tests'\) must be one of 'train', 'test'; did you mean 'test'"):
@@ -202,6 +253,19 @@ def test_a_bad_input_is_named_and_the_others_are_right(vit, photos, tmp_path, ca
     assert [row["row"] for row in rows] == [0, 1, 3, 4, 5]
     np.testing.assert_allclose(table(rows), table(whole), atol=1e-6)
     assert f"Input 2 (`{broken}`) is left out" in caplog.text and "2 of 7 inputs were left out" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_every_file_is_closed_whether_it_can_be_read_or_not(vit, photos, tmp_path):
+    for name in ("b.png", "a/deep/d.jpg"):
+        broken = tmp_path / Path(name).name
+        broken.write_bytes((photos / name).read_bytes()[:300])
+    (tmp_path / "none.png").write_text("no image")
+    picture(0).save(tmp_path / "moving.gif", save_all=True, append_images=[picture(1), picture(2)])
+    stored = Dataset.from_dict({"image": [str(tmp_path / "moving.gif")]})
+    assert [row["file"] for row in rows_of(vit, str(tmp_path), on_bad_input="skip")] == [str(tmp_path / "moving.gif")]
+    assert len(rows_of(vit, stored)) == 1
+    gc.collect()
 
 
 def test_empty_texts_are_bad_inputs_and_nothing_at_all_is_an_error(bert, caplog):

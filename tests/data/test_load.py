@@ -464,13 +464,13 @@ def test_files_whose_names_are_of_no_split_are_said_to_be_left_out(tmp_path, cap
 def test_a_hub_that_cannot_be_reached_is_one_message_at_once(monkeypatch, name):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
-    load_dataset, offline = datasets.load_dataset, []
+    load_builder, offline = datasets.load_dataset_builder, []
 
     def watched(*arguments, **options):
         offline.append(datasets.config.HF_HUB_OFFLINE)
-        return load_dataset(*arguments, **options)
+        return load_builder(*arguments, **options)
 
-    monkeypatch.setattr(datasets, "load_dataset", watched)
+    monkeypatch.setattr(datasets, "load_dataset_builder", watched)
     start = time.monotonic()
     with pytest.raises(DataError, match=f"`dataset` .={name}. .*cannot be reached.*local folder.*digits") as caught:
         load_data(name)

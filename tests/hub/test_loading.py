@@ -1,4 +1,4 @@
-"""Models of every kind come back from a Hub by their names, here and in stock libraries, and again offline.
+"""Models of every kind and tables come back from a Hub by their names, models in stock libraries too, and again offline.
 
 The models have random weights, that under the name ``timm/test_vit.r160_in1k`` too.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from hub_loads import describe
 from hub_server import HubServer
 from small_models import save_tokenizer, stock_vit
@@ -105,3 +106,62 @@ def test_what_was_loaded_once_is_loaded_offline_without_a_request(stocked, loade
     before = len(hub.requests)
     offline = load(hub, home, HF_HUB_OFFLINE="1")
     assert offline == loaded and len(hub.requests) == before
+
+
+CONFIGS = """---
+configs:
+- {config_name: one, data_files: [{split: train, path: a/x.jsonl}, {split: dev, path: a/y.jsonl}]}
+- {config_name: two, data_files: b.jsonl}
+---
+"""
+FORM = """---
+configs:
+- {config_name: default, data_files: c.csv, sep: "|"}
+---
+"""
+TYPES = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {"0": ash, "1": birch}}}}
+---
+"""
+READ = """
+import json, sys
+from etf_adapt.sources.opening import open_source
+splits = {name: open_source(name).splits for name in sys.argv[1:]}
+print(json.dumps({name: {split: rows.to_dict() for split, rows in found.items()} for name, found in splits.items()}))
+"""
+
+
+def test_tables_of_the_hub_are_read_as_local_ones_unless_their_types_or_form_are_stated(tmp_path):
+    Dataset.from_dict({"text": ["a"], "label": [7]}).to_parquet(tmp_path / "train.parquet")
+    with HubServer() as hub:
+        hub.seed("me/rows", {"train.csv": b"text,label\na,001\n", "test.csv": b"text,label\nb,01\n"})
+        lines = {"a/x.jsonl": b'{"text": "a", "label": "007"}\n', "a/y.jsonl": b'{"text": "b", "label": "07"}\n'}
+        hub.seed("me/many", {"README.md": CONFIGS.encode(), "b.jsonl": b'{"text": "c", "label": "1"}\n', **lines})
+        hub.seed("me/tabs", {"train.tsv": b'text\tlabel\n"a\t1.10\n'})
+        hub.seed("me/bars", {"README.md": FORM.encode(), "c.csv": b"text|label\na|001\n"})
+        hub.seed("me/typed", {"README.md": TYPES.encode(), "train.csv": b"text,label\na,1\n"})
+        hub.seed("me/parquet", {"train.parquet": (tmp_path / "train.parquet").read_bytes()})
+        names = ["me/rows", "me/many:one", "me/many:two", "me/tabs", "me/bars", "me/typed", "me/parquet"]
+
+        def read(**changes):
+            environment = hub.environment(tmp_path / "home", **changes)
+            command = [sys.executable, "-c", READ, *names]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout.splitlines()[-1])
+
+        found = read()
+        assert found == {
+            "me/rows": {"train": {"text": ["a"], "label": ["001"]}, "test": {"text": ["b"], "label": ["01"]}},
+            "me/many:one": {"train": {"text": ["a"], "label": ["007"]}, "validation": {"text": ["b"], "label": ["07"]}},
+            "me/many:two": {"train": {"text": ["c"], "label": ["1"]}},
+            "me/tabs": {"train": {"text": ['"a'], "label": ["1.10"]}},
+            "me/bars": {"train": {"text": ["a"], "label": [1]}},
+            "me/typed": {"train": {"text": ["a"], "label": [1]}},
+            "me/parquet": {"train": {"text": ["a"], "label": [7]}},
+        }
+        before = len(hub.requests)
+        assert read(HF_HUB_OFFLINE="1") == found and len(hub.requests) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -9,15 +10,23 @@ import pytest
 import small_texts
 import torch
 from small_card import card_facts
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    pipeline,
+)
 
-from etf_adapt import refit
+from etf_adapt import ETFForSequenceClassification, evaluate, finetune, predict, refit
 from etf_adapt.commands.refit import main
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DataError, OutputFolderError
 from etf_adapt.hub.check import check_folder
 from etf_adapt.inference.head_statistics import follows, load_statistics
 from etf_adapt.inference.refit import SEEN_PENALTY
+from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.results.card import FACTS_FILE
 from etf_adapt.results.run_folder import ARGUMENTS_FILE, STATISTICS_FILE, write_json
 
@@ -185,3 +194,52 @@ def test_the_command_says_what_was_done_in_one_line_each(place, tmp_path, capsys
         main([str(place / "model"), str(place / "nowhere"), "--output", str(tmp_path / "other")])
     assert ended.value.code == 2
     assert json.loads((tmp_path / "new" / "config.json").read_text())["etf_adapt"]["head"]["frame"] == "whitened"
+
+
+def test_pairs_of_columns_reach_the_model_as_pairs(place, tmp_path):
+    texts = small_texts.rows(EVEN, 3)
+    lines = "".join(f"{text},{other},{label}\n" for (text, label), (other, _) in zip(texts, small_texts.rows(EVEN, 4)))
+    (tmp_path / "t.csv").write_text(f"premise,hypothesis,label\n{lines}")
+    columns, data = ["premise", "hypothesis"], str(tmp_path / "t.csv")
+    alone = refit(str(place / "model"), data, text_column="premise", held_out="none", force=True).model
+    pairs = refit(str(place / "model"), data, text_column=columns, held_out="none", force=True).model
+    flags = ["--output", str(tmp_path / "out"), "--held_out", "none", "--force", "--text_column", *columns]
+    main([str(place / "model"), data, *flags])
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded.classifier.weight, pairs.classifier.weight)
+    assert not torch.allclose(loaded.classifier.weight, alone.classifier.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean"}])
+def test_the_length_that_texts_were_cut_to_holds_wherever_the_folder_is_read(place, tmp_path, options):
+    first, second, data = str(tmp_path / "run"), str(tmp_path / "refitted"), str(place / "own")
+    made = finetune(str(place / "model"), data, output_dir=first, max_length=3, num_train_epochs=0, **options)
+    texts = load_data(data).test["text"][:]
+    with open(tmp_path / "run" / "predictions.csv", newline="") as stream:
+        expected = [float(row["confidence"]) for row in csv.DictReader(stream)]
+    whole = [row["probability"] for row in predict(first, texts, max_length=6)]
+    assert not np.allclose(whole, expected, atol=1e-4)
+    np.testing.assert_allclose([row["probability"] for row in predict(first, texts)], expected, atol=1e-5)
+    assert evaluate(first, data).scores["loss"] == pytest.approx(made.scores["test_loss"], abs=1e-5)
+    if not options:
+        stock = pipeline("text-classification", model=first)(list(texts), truncation=True)
+        np.testing.assert_allclose([row["score"] for row in stock], expected, atol=1e-5)
+    refit(first, data, output=second, force=True)
+    assert AutoTokenizer.from_pretrained(second).model_max_length == 3
+
+
+def test_long_texts_are_cut_to_512_tokens_unless_more_is_asked_for_and_kept(place, tmp_path):
+    config = BertConfig.from_pretrained(place / "model", max_position_embeddings=2048)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "long")
+    AutoTokenizer.from_pretrained(place / "model", model_max_length=2048).save_pretrained(tmp_path / "long")
+    small_texts.write(tmp_path / "data", train=[("w1 " * count, name) for name in COUNTS for count in (2000, 1, 1, 1)])
+    data, lengths = load_data(str(tmp_path / "data")), []
+    folder = str(tmp_path / "long")
+    for asked in (None, 1024, None):  # the last time of a folder that this library wrote
+        model = ETFForSequenceClassification.from_pretrained(folder, id2label=data.id2label)
+        rows = prepare_rows(model, folder, data, max_length=asked)
+        lengths.append((max(rows.train["length"]), rows.processor.model_max_length))
+        if asked:
+            folder = str(tmp_path / "ours")
+            model.save_pretrained(folder)
+    assert lengths == [(512, 512), (1024, 1024), (1024, 1024)]

@@ -24,7 +24,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from etf_adapt import finetune, load_data, predict
 from etf_adapt.heads.in_model import head_modules
+from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.folders import load_processor, locate
 from etf_adapt.models.swap import restore_head
@@ -122,6 +124,75 @@ def test_random_weights_are_drawn_as_timm_draws_them_and_by_the_seed():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     spread = timm.create_model("test_resnet").conv1[0].weight.detach().std()
     assert float(weights[0].std()) == pytest.approx(float(spread), rel=0.3)  # transformers' wrapper would make it 0.02
+
+
+@pytest.fixture
+def two_revisions(hub, online, tmp_path, monkeypatch):
+    """A model and a timm model on the Hub, each with other weights and, of the latter, another mean on the branch v2."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folders = {}
+    for branch in ("main", "v2"):
+        torch.manual_seed(len(folders))
+        folders["me/vit", branch], folders[TIMM, branch] = tmp_path / f"vit-{branch}", tmp_path / f"timm-{branch}"
+        stock_vit().save_pretrained(folders["me/vit", branch])
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folders["me/vit", branch])
+        net = timm.create_model("test_resnet", num_classes=3)
+        net.pretrained_cfg["mean"] = (0.5, 0.5, 0.1 if branch == "v2" else 0.9)
+        save_for_hf(net, str(folders[TIMM, branch]), safe_serialization=True)
+    for (name, branch), folder in sorted(folders.items()):
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        if branch == "main":
+            hub.seed(name, files)
+        else:
+            second = hub.seed("other", files).at("main")
+            hub.repositories[name].add(branch, "other weights", second.files, second.changed)
+    return folders
+
+
+@pytest.mark.parametrize("name", ["me/vit", TIMM])
+def test_a_revision_of_a_model_is_the_one_that_is_read_also_offline(hub, two_revisions, name, monkeypatch):
+    images = load_data("digits").test["image"][:3]
+    for revision in (None, "v2"):
+        expected = [*predict(two_revisions[name, revision or "main"], images, probabilities=True)]
+        assert [*predict(name, images, probabilities=True, revision=revision)] == expected
+        model = ETFForImageClassification.from_pretrained(name, num_labels=10, revision=revision)
+        other = ETFForImageClassification.from_pretrained(two_revisions[name, revision or "main"], num_labels=10)
+        torch.testing.assert_close(model.state_dict(), other.state_dict(), atol=0, rtol=0)
+        rows = [prepare_rows(made, name, load_data("digits")).test[0]["pixel_values"] for made in (model, other)]
+        assert torch.equal(*rows)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert [*predict(name, images, probabilities=True, revision="v2")] == expected and len(hub.requests) == before
+
+
+def test_a_run_begins_from_the_revision(two_revisions, tmp_path):
+    settings = {"num_train_epochs": 0, "max_train_rows": 60, "evaluate_test": False}
+    made = finetune("me/vit", model_revision="v2", output_dir=str(tmp_path / "run"), **settings).model
+    expected = AutoModelForImageClassification.from_pretrained(two_revisions["me/vit", "v2"]).vit.state_dict()
+    torch.testing.assert_close(made.vit.state_dict(), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        ("me/vit", "v9", r"`model` \(='me/vit', revision 'v9'\): the Hub has no such model"),
+        ("me/vit@v2", None, "Give the revision apart"),
+        (f"{TIMM}@v2", None, "Give the revision apart"),
+        ("cspnext_tiny", "v2", r"`revision` \(='v2'\): 'timm/cspnext_tiny.rsb_a1_in1k' is read from no Hub repository"),
+    ],
+)
+def test_a_revision_that_is_not_there_is_refused_in_one_message(two_revisions, name, revision, words):
+    with pytest.raises(ValueError, match=words):
+        predict(name, [], revision=revision)
+    with pytest.raises(ValueError, match=words):
+        ETFForImageClassification.from_pretrained(name, num_labels=3, revision=revision)
+    with pytest.raises(ValueError, match=words):
+        finetune(name, model_revision=revision)
+
+
+def test_a_folder_has_no_revision():
+    with pytest.raises(ValueError, match=r"`revision` \(='v2'\): .*micro' is read from no Hub repository"):
+        predict("micro", [], revision="v2")
 
 
 # timm's folders

@@ -48,5 +48,7 @@ def test_texts_are_cut_to_what_tokenizer_and_model_allow():
     tokenizer = SimpleNamespace(model_max_length=10**30)
     assert token_limit(stock_bert(), tokenizer) == 32 and token_limit(stock_bert(), tokenizer, 8) == 8
     assert token_limit(stock_bert(), SimpleNamespace(model_max_length=16)) == 16
+    far = build("bert", max_position_embeddings=4096)
+    assert token_limit(far, SimpleNamespace(model_max_length=2048)) == 2048 and token_limit(far, tokenizer) == 512
     with pytest.raises(ValueError, match=r"`max_length` \(=33\) must be at most 32"):
         token_limit(stock_bert(), tokenizer, 33)
