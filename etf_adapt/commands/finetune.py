@@ -5,35 +5,21 @@ The steps, in the order in which they happen: arguments, data, model, rows, trai
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from etf_adapt.commands.finetune_arguments import (
-    DataArguments,
-    ModelArguments,
-    check_resumed,
-    parse_training,
-    read_arguments,
-)
+from etf_adapt.commands.finetune_arguments import check_resumed, parse_training, read_arguments
 from etf_adapt.commands.flags import flags_of
 from etf_adapt.commands.help import help_text
 from etf_adapt.commands.output_folder import claim_output_dir, resume_command, resume_value
+from etf_adapt.commands.publish import publish_run
 from etf_adapt.errors import DataError
 from etf_adapt.models.names import locate_model, model_task, resolve_model_name
 from etf_adapt.results import claim, run_folder
-
-if TYPE_CHECKING:
-    from etf_adapt.data.load import ClassificationData
-    from etf_adapt.training.arguments import ETFTrainingArguments
-
-ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: unscaled they reach about one
 
 
 @dataclass(frozen=True)
@@ -101,13 +87,16 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
     import transformers
     from accelerate.state import PartialState
 
+    from etf_adapt.data.load import load_data
     from etf_adapt.data.overview import describe_data
     from etf_adapt.data.progress import announced, use_bars
     from etf_adapt.inference.launch import first_process_decides, keep_freed_memory, set_threads
     from etf_adapt.inference.rows import prepare_rows
     from etf_adapt.models.adapters import add_adapters
+    from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
     from etf_adapt.training.dry_run import dry_run
     from etf_adapt.training.finishing import is_adjusted
+    from etf_adapt.training.parameters import check_adapters
     from etf_adapt.training.trainer import ETFTrainer
 
     state = PartialState()
@@ -118,10 +107,8 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
 
-    if model_args.peft is not None and args.freeze == "backbone":
-        raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
     if model_args.peft is not None:
-        check_adapters(location, model_args.peft, model_args.model_revision)
+        check_adapters(location, model_args.peft, model_args.model_revision, freeze=args.freeze)
     settings = run_folder.recorded_arguments(model_args, data_args, args)
     goes_on = args.resume_from_checkpoint is not None
     if goes_on:
@@ -129,7 +116,10 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
 
     # Data: the splits, long-tailed if asked for.
     with announced("reading the data"):
-        data = open_data(data_args, seed=args.seed if args.data_seed is None else args.data_seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        data = load_data(data_args.dataset, seed=seed, **data_args.load_options())
+    if (known := model_task(model_args.model)) not in (None, data.task):
+        raise ValueError(f"`model` (={model_args.model!r}) reads {known}s, and the data set holds {data.task}s.")
     if state.is_main_process:
         print(describe_data(data.description), flush=True)
     if args.device.type == "cpu" and data.task == "image":
@@ -137,19 +127,19 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
 
     # Model: the pretrained backbone under a new head; and the rows as it reads them.
     with announced("loading the model"):
-        model = load_model(location, model_args, data, seed=args.seed)
+        model = (ETFForImageClassification if data.task == "image" else ETFForSequenceClassification).from_pretrained(
+            location,
+            num_labels=len(data.label_names),
+            id2label=data.id2label,
+            class_counts=data.class_counts.tolist(),
+            seed=args.seed,
+            **model_args.load_options(),
+        )
     # Refuses now what cannot be at the end.
     is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     with announced("preparing the rows"):
-        rows = prepare_rows(
-            model,
-            location,
-            data,
-            image_size=data_args.image_size,
-            augment=data_args.augment,
-            max_length=data_args.max_length,
-            seed=args.seed,
-        )
+        options = {name: getattr(data_args, name) for name in ("image_size", "augment", "max_length")}
+        rows = prepare_rows(model, location, data, seed=args.seed, **options)
     if model_args.peft is not None:
         add_adapters(model, model_args.peft, seed=args.seed)
     if data.validation is None:
@@ -192,7 +182,7 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
         rows.test if data_args.evaluate_test else None,
         prior_adjustment=model_args.prior_adjustment,
         dataset=data.description,
-        base_model=name_base(model_args, location),
+        base_model=model_args.origin_of_weights(location),
         command=run_folder.public_command(argv),
     )
 
@@ -203,98 +193,3 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
         if is_main:
             publish_run(args)
     return FinetuneResult(model, scores, folder)
-
-
-def open_data(data_args: DataArguments, *, seed: int) -> ClassificationData:
-    """Load the data set; make it long-tailed if asked for."""
-    from etf_adapt.data.load import load_data
-
-    return load_data(
-        data_args.dataset,
-        revision=data_args.dataset_revision,
-        image_root=data_args.image_root,
-        image_column=data_args.image_column,
-        text_column=data_args.text_column,
-        label_column=data_args.label_column,
-        imbalance_factor=data_args.imbalance_factor,
-        imbalance_profile=data_args.imbalance_profile,
-        class_order=data_args.class_order,
-        validation_fraction=data_args.validation_fraction,
-        validation_before_long_tail=data_args.validation_before_long_tail,
-        max_train_rows=data_args.max_train_rows,
-        seed=seed,
-    )
-
-
-def check_adapters(location: str, peft: str, revision: str | None = None) -> None:
-    """Refuse adapters that a model cannot take, by its layers without their weights; before any data are read."""
-    import torch
-
-    from etf_adapt.models.adapters import add_adapters
-    from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
-
-    for factory in (ETFForImageClassification, ETFForSequenceClassification):
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all is told when the model is loaded
-            try:
-                model = factory.from_pretrained(location, num_labels=2, pretrained=False, revision=revision)
-            except Exception:  # a model of the other task
-                continue
-            add_adapters(model, peft)
-
-
-def load_model(location: str, model_args: ModelArguments, data: ClassificationData, *, seed: int) -> Any:
-    """Load the pretrained model with a new head and its loss."""
-    from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
-    from etf_adapt.models.etf_model import DEFAULT_LOSSES
-
-    known = model_task(model_args.model)
-    if known is not None and known != data.task:
-        raise ValueError(f"`model` (={model_args.model!r}) reads {known}s, and the data set holds {data.task}s.")
-    factory = ETFForImageClassification if data.task == "image" else ETFForSequenceClassification
-    name = model_args.loss or {"cosine": "logit_adjusted"}.get(model_args.head)
-    loss: dict[str, Any] | None = {"name": name} if name else None  # None is the head's own
-    if loss is not None and "dot_regression" not in loss["name"] and model_args.head == "etf":
-        loss["scale"] = ETF_SCALE
-    options = {"class_weights": "balanced"} if model_args.class_weights == "balanced" else {}
-    options |= json.loads(model_args.loss_options or "{}")
-    if options:
-        loss = {**(loss or DEFAULT_LOSSES[model_args.head]), **options}
-    return factory.from_pretrained(
-        location,
-        num_labels=len(data.label_names),
-        id2label=data.id2label,
-        head=model_args.head,
-        trainable=True if model_args.head_trainable else None,
-        head_path=model_args.head_path,
-        pooling=model_args.pooling,
-        pretrained=model_args.pretrained,
-        checkpoint_path=model_args.checkpoint_path,
-        loss=loss,
-        class_counts=data.class_counts.tolist(),
-        seed=seed,
-        revision=model_args.model_revision,
-    )
-
-
-def name_base(model_args: ModelArguments, location: str) -> str | None:
-    """Return the origin of the weights for the card, where the model's own configuration does not tell it."""
-    if model_args.is_pretrained:
-        return None if Path(location).is_dir() else location
-    origin = "random weights" if model_args.checkpoint_path is None else "a file of weights"
-    return f"{run_folder.public_value(model_args.model)} from {origin}"
-
-
-def publish_run(args: ETFTrainingArguments) -> None:
-    """Publish the finished folder; exit code 3 where it cannot be."""
-    from etf_adapt.data.progress import announced
-    from etf_adapt.hub.publish import publish
-    from etf_adapt.hub.send import HubError
-
-    options: dict[str, Any] = {"private": args.hub_private_repo, "revision": args.hub_revision}
-    try:
-        with announced("publishing"):
-            print(f"published: {publish(str(args.output_dir), str(args.hub_model_id), **options)}")
-    except HubError as error:
-        print(f"trained and saved, but not published: {error}", file=sys.stderr)
-        raise SystemExit(3) from error

@@ -20,6 +20,8 @@ from etf_adapt.results import run_folder
 if TYPE_CHECKING:
     from etf_adapt.training.arguments import ETFTrainingArguments
 
+ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: unscaled they reach about one
+
 
 @dataclass
 class ModelArguments:
@@ -62,6 +64,34 @@ class ModelArguments:
         """Whether the run starts from the weights that the model's name stands for."""
         return self.pretrained and self.checkpoint_path is None
 
+    def load_options(self) -> dict[str, Any]:
+        """Return the arguments of ``ETFFor....from_pretrained``."""
+        same = ("head", "head_path", "pooling", "pretrained", "checkpoint_path")
+        options = {name: getattr(self, name) for name in same}
+        trainable = True if self.head_trainable else None
+        return {**options, "trainable": trainable, "loss": self._loss(), "revision": self.model_revision}
+
+    def _loss(self) -> dict[str, Any] | None:
+        """Return the loss with its options; None for the head's own."""
+        name = self.loss or {"cosine": "logit_adjusted"}.get(self.head)
+        loss: dict[str, Any] | None = {"name": name} if name else None
+        if loss is not None and "dot_regression" not in loss["name"] and self.head == "etf":
+            loss["scale"] = ETF_SCALE
+        options = {"class_weights": "balanced"} if self.class_weights == "balanced" else {}
+        options |= json.loads(self.loss_options or "{}")
+        if not options:
+            return loss
+        from etf_adapt.models.etf_model import DEFAULT_LOSSES
+
+        return {**(loss or DEFAULT_LOSSES[self.head]), **options}
+
+    def origin_of_weights(self, location: str) -> str | None:
+        """Return where the weights come from, for the card, if the model's own configuration does not tell it."""
+        if self.is_pretrained:
+            return None if Path(location).is_dir() else location
+        origin = "random weights" if self.checkpoint_path is None else "a file of weights"
+        return f"{run_folder.public_value(self.model)} from {origin}"
+
 
 @dataclass
 class DataArguments:
@@ -100,6 +130,12 @@ class DataArguments:
     evaluate_test: bool = field(
         default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
     )
+
+    def load_options(self) -> dict[str, Any]:
+        """Return the arguments of ``load_data``."""
+        others = ("dataset", "dataset_revision", "image_size", "max_length", "augment", "evaluate_test")
+        options = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in others}
+        return {**options, "revision": self.dataset_revision}
 
 
 @dataclass

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from etf_adapt.commands.parser import Parser
 from etf_adapt.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from etf_adapt.training.arguments import ETFTrainingArguments
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,3 +34,18 @@ def main(argv: Sequence[str]) -> None:
         from etf_adapt.hub.publish import publish
 
         print(publish(options.pop("folder"), options.pop("repo_id"), **options))
+
+
+def publish_run(args: ETFTrainingArguments) -> None:
+    """Publish the finished folder; exit code 3 where it cannot be."""
+    from etf_adapt.data.progress import announced
+    from etf_adapt.hub.publish import publish
+    from etf_adapt.hub.send import HubError
+
+    options: dict[str, Any] = {"private": args.hub_private_repo, "revision": args.hub_revision}
+    try:
+        with announced("publishing"):
+            print(f"published: {publish(str(args.output_dir), str(args.hub_model_id), **options)}")
+    except HubError as error:
+        print(f"trained and saved, but not published: {error}", file=sys.stderr)
+        raise SystemExit(3) from error

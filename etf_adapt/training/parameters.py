@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, cast
@@ -11,7 +12,8 @@ from torch import nn
 
 from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ClassifierHead
-from etf_adapt.models.adapters import has_adapters
+from etf_adapt.models.adapters import add_adapters, has_adapters
+from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.weights import new_weights
 from etf_adapt.training.arguments import ETFTrainingArguments
@@ -128,3 +130,17 @@ def resolve_batch_norm(model: nn.Module, head: ClassifierHead, args: ETFTraining
             "to 'frozen', or make the head trainable."
         )
     return args.batch_norm or ("frozen" if is_aligned or args.freeze == "backbone" else "train")
+
+
+def check_adapters(location: str, peft: str, revision: str | None, *, freeze: str) -> None:
+    """Refuse adapters that a model cannot take, by its layers without their weights; before any data are read."""
+    if freeze == "backbone":
+        raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
+    for factory in (ETFForImageClassification, ETFForSequenceClassification):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all is told when the model is loaded
+            try:
+                model = factory.from_pretrained(location, num_labels=2, pretrained=False, revision=revision)
+            except Exception:  # a model of the other task
+                continue
+            add_adapters(model, peft)
