@@ -135,11 +135,10 @@ def write_short_card(
 
 
 def read_facts(folder: str | os.PathLike[str]) -> CardFacts | None:
-    """Return the facts that ``write_card`` left in a folder; None where there are none, or too few for this version."""
-    known = {entry.name for entry in dataclasses.fields(CardFacts)}
+    """Return the facts that ``write_card`` left in a folder; None where there are none."""
     try:
-        return CardFacts(**{name: value for name, value in _read_state(folder)["facts"].items() if name in known})
-    except (TypeError, KeyError, AttributeError):
+        return CardFacts(**_read_state(folder)["facts"])
+    except (TypeError, KeyError):
         return None
 
 
@@ -161,8 +160,6 @@ def is_edited(card: Path) -> bool:
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8", errors="replace")
-    if _digest(text) == _read_state(card.parent).get("card_sha256"):  # written with section marks, as once
-        return False
     body = text.rstrip().rpartition("\n")[0] + "\n"
     return text.rstrip() != with_digest(body).rstrip()
 

@@ -52,10 +52,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
-    """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written.
-
-    Checkpoints of earlier versions note no hashes.
-    """
+    """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -63,31 +60,24 @@ def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
         mark = _read_mark(folder)
         if mark["complete"] is False:
             return UNFINISHED
-        is_sound = mark["complete"] is True and "state" in mark
-        if "hash" in mark or "run" in mark:
-            is_sound &= mark.pop("hash") == _hash_of_mark(mark)
-        files = [
-            (name, *(noted if isinstance(noted, list) else [noted, None])) for name, noted in mark["files"].items()
-        ]
+        is_sound = mark.pop("hash") == _hash_of_mark(mark)
     except FileNotFoundError:
         return UNFINISHED if _is_own(folder) else f"{STATE_NAME} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        is_sound, files = False, []
+        is_sound = False
     if not is_sound:
         return f"{STATE_NAME} is damaged"
-    for name, size, noted_hash in files:
+    for name, (size, noted_hash) in mark["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if (folder / name).stat().st_size != size:
-            return f"{name} is cut off or was changed"
-        if hashes and noted_hash is not None and _hash(folder / name) != noted_hash:
+        if (folder / name).stat().st_size != size or (hashes and _hash(folder / name) != noted_hash):
             return f"{name} is damaged or was changed"
     return None
 
 
 def read_run_of(folder: str | Path | None) -> str | None:
-    """Return the identity of the run that wrote a complete checkpoint, None for one of an earlier version."""
-    return None if folder is None else _read_mark(Path(folder)).get("run")
+    """Return the identity of the run that wrote a complete checkpoint; None without a checkpoint."""
+    return None if folder is None else _read_mark(Path(folder))["run"]
 
 
 def find_flaw(folder: str | Path, run: str | None) -> str | None:

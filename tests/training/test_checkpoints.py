@@ -77,17 +77,6 @@ def test_each_flipped_bit_is_noticed_and_the_file_named(tmp_path, file):
         (folder / file).write_bytes(sound)
 
 
-def test_a_checkpoint_without_hashes_of_an_earlier_version_is_taken(tmp_path):
-    folder = write(tmp_path, 5, complete=False)
-    sizes = {"model.safetensors": 7, "shards/0": 5}
-    (folder / STATE_NAME).write_text(json.dumps({"complete": True, "files": sizes, "state": {"step": 5}}))
-    claim(tmp_path)
-    assert resolve_checkpoint(tmp_path, True) == folder and find_damage(folder) is None
-    (folder / "shards" / "0").write_bytes(b"s")
-    assert "shards/0" in find_damage(folder)
-    release(tmp_path)
-
-
 def test_what_is_damaged_is_passed_over_by_name(tmp_path):
     said = []
     for step in (5, 10, 15, 20, 25):
