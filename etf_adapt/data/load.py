@@ -34,15 +34,13 @@ from etf_adapt.sources.opening import Source, logger
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A data set ready to train on: each split has the columns `input_column` and `label_column`, and "text_pair" for pairs."""
+    """A data set ready to train on: each split has the columns `task`, "text_pair" for pairs of texts, and "label"."""
 
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-    task: str  # "image" or "text"
-    input_column: str  # "image" (a `datasets.Image`) or "text" (a string)
-    label_column: str  # "label", a `ClassLabel` with `label_names`, the same in every split
-    label_names: list[str]  # their positions are the labels
+    task: str  # "image" (a `datasets.Image`) or "text" (a string)
+    label_names: list[str]  # of the `ClassLabel` in every split: their positions are the labels
     class_counts: np.ndarray  # (num_classes,) int64, training rows, all at least 1
     allow_flip: bool = True  # whether a mirrored image still shows its class
     description: dict[str, Any] = field(default_factory=dict)  # of the rows' origin and choice, ready for JSON
@@ -189,8 +187,6 @@ def load_data(
         validation=chosen.get("validation"),
         test=chosen.get("test"),
         task=columns.task,
-        input_column=columns.task,
-        label_column="label",
         label_names=names,
         class_counts=counts,
         allow_flip=source.allow_flip,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
+from torch.utils.data import default_collate
 
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import ClassificationData
 from etf_adapt.data.text import TextCollator, tokenize
 from etf_adapt.data.transforms import image_transforms
@@ -60,7 +61,7 @@ def prepare_rows(
             )
             for name, split in splits.items()
         }
-        return ModelRows(**images, collator=ImageCollator(), processor=processor)
+        return ModelRows(**images, collator=default_collate, processor=processor)
     length = token_limit(model, processor, max_length)
     with PartialState().main_process_first():  # the others read what it leaves in the cache
         tokens = {name: None if split is None else tokenize(split, processor, length) for name, split in splits.items()}

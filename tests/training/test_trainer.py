@@ -26,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DiskFullError
 from etf_adapt.heads.in_model import batch_norms
@@ -490,9 +490,7 @@ def test_workers_change_nothing(tmp_path):
             eval_strategy="no", save_strategy="no", dataloader_num_workers=workers,
             torch_threads=1,
         )  # fmt: skip
-        trainer = ETFTrainer(
-            model, args, train_dataset=ImageDataset(data.train, noisy, seed=0), data_collator=ImageCollator()
-        )
+        trainer = ETFTrainer(model, args, train_dataset=ImageDataset(data.train, noisy, seed=0))
         trainer.train()
         trained.append(weights(trainer))
     assert same(*trained)
