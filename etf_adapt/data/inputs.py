@@ -8,7 +8,7 @@ from __future__ import annotations
 import mimetypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -139,29 +139,35 @@ def image_batches(
     images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], *, batch_size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
     """Read, transform and batch images in their order."""
-    rows = _DecodedImages(images, transform, batch_size)
-    return iter(DataLoader(rows, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images))
+    return iter(DataLoader(_ImageBatches(images, transform, batch_size), batch_size=None, num_workers=num_workers))
 
 
-class _DecodedImages(IterableDataset[tuple[Input, Any]]):
-    """Pairs of an input and its tensor, or the reason why there is none."""
-
+class _ImageBatches(IterableDataset[Batch]):
     def __init__(self, images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], batch_size: int) -> None:
         self._images, self._transform, self._batch_size = images, transform, batch_size
 
-    def __iter__(self) -> Iterator[tuple[Input, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         # Workers hand over their batches in turn: the n-th batch is that of worker n modulo their number.
         worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for row, image in enumerate(self._images):
-            if row // self._batch_size % count == number:
-                yield Input(row, _file_name(image)), self._decode(image)
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return map(self._read, islice(_windows(self._images, self._batch_size), first, None, step))
 
-    def _decode(self, image: Any) -> Tensor | str:
-        try:
-            return self._transform(_read_image(image))
-        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+    def _read(self, window: list[tuple[int, Any]]) -> Batch:
+        inputs, pixels, bad = [], [], []
+        for row, image in window:
+            item = Input(row, _file_name(image))
+            try:
+                pixels.append(self._transform(_read_image(image)))
+                inputs.append(item)
+            except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+                bad.append((item, " ".join(str(error).split()) or type(error).__name__))
+        return Batch(inputs, {"pixel_values": stack(pixels)} if pixels else {}, bad)
+
+
+def _windows(values: Iterable[Any], size: int) -> Iterator[list[tuple[int, Any]]]:
+    """Yield so many values at once, each with its number."""
+    stream = enumerate(values)
+    return iter(lambda: list(islice(stream, size)), [])
 
 
 def _file_name(image: Any) -> str:
@@ -179,14 +185,6 @@ def _read_image(image: Any) -> PILImage.Image:
     return Image().decode_example(dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None})
 
 
-def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:
-    good = [(item, pixels) for item, pixels in rows if isinstance(pixels, Tensor)]
-    bad = [(item, reason) for item, reason in rows if isinstance(reason, str)]
-    return Batch(
-        [item for item, _ in good], {"pixel_values": stack([pixels for _, pixels in good])} if good else {}, bad
-    )
-
-
 def text_batches(
     texts: Iterable[Any], tokenizer: Any, *, batch_size: int, max_length: int, has_mask: bool = True
 ) -> Iterator[Batch]:
@@ -195,8 +193,7 @@ def text_batches(
     A model without an attention mask (``has_mask``), such as FNet, reads texts one by one: it would read padding as text.
     """
     batch_size = batch_size if has_mask else 1
-    stream = enumerate(texts)
-    while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
+    for window in _windows(texts, WINDOW_BATCHES * batch_size):
         good = [(Input(row, text), text) for row, text in window if isinstance(text, str) and text.strip()]
         encoded = tokenizer([text for _, text in good], truncation=True, max_length=max_length) if good else {}
         lengths = [len(tokens) for tokens in encoded.get("input_ids", ())]
