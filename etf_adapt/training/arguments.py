@@ -71,19 +71,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "local_rank": "launchers set LOCAL_RANK",
 }
 
-# Fields that mean here what they say by another way, and which.
-MAPPED: dict[str, str] = {
-    "data_seed": "seeds our sampler",
-    "disable_tqdm": "None is no bar but in a terminal",
-    "do_eval": "follows `eval_strategy`",
-    "greater_is_better": "None is what the metric asks for, and the opposite is refused",
-    "label_smoothing_factor": "becomes `label_smoothing`: soft labels for the model's own loss, no cross-entropy",
-    "load_best_model_at_end": "off where `eval_strategy` is no",
-    "lr_scheduler_kwargs": "`mode` of reduce_lr_on_plateau and greedy follows the metric unless given",
-    "train_sampling_strategy": "group_by_length batches rows of similar length within our sampler's draw",
-    "use_cpu": "on where there is no device",
-}
-
 # Settings by which a run goes on as it began. Of the length alone a resumed run may have another: the schedule follows it.
 FIXED_ON_RESUME = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",

@@ -94,15 +94,13 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write our tensors into a checkpoint; no file where there are none."""
-    if tensors:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, Path(folder, TENSORS_NAME))
+    """Write our tensors into a checkpoint."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, Path(folder, TENSORS_NAME))
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """Return what ``write_tensors`` was given."""
-    file = Path(folder, TENSORS_NAME)
-    return load_file(file) if file.is_file() else {}
+    return load_file(Path(folder, TENSORS_NAME))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

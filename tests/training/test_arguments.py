@@ -15,7 +15,6 @@ from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.training.arguments import (
     FIXED_ON_RESUME,
     LENGTH,
-    MAPPED,
     REFUSED,
     REFUSED_ACCELERATOR,
     WITHOUT_EFFECT,
@@ -33,6 +32,19 @@ def parse(*words):
 def other(value):
     return {False: True, True: False, None: True, "end": "every_save"}.get(value, ["loss"]) if value != [] else ["loss"]
 
+
+# Fields that mean here what they say by another way, and which.
+MAPPED: dict[str, str] = {
+    "data_seed": "seeds our sampler",
+    "disable_tqdm": "None is no bar but in a terminal",
+    "do_eval": "follows `eval_strategy`",
+    "greater_is_better": "None is what the metric asks for, and the opposite is refused",
+    "label_smoothing_factor": "becomes `label_smoothing`: soft labels for the model's own loss, no cross-entropy",
+    "load_best_model_at_end": "off where `eval_strategy` is no",
+    "lr_scheduler_kwargs": "`mode` of reduce_lr_on_plateau and greedy follows the metric unless given",
+    "train_sampling_strategy": "group_by_length batches rows of similar length within our sampler's draw",
+    "use_cpu": "on where there is no device",
+}
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": False}
 # Every field that works as transformers' documentation has it, with a value other than its default.
