@@ -1,12 +1,11 @@
 """Images or texts to classify, of any source and without labels, as a stream; and their batches.
 
-Nothing here holds more than one batch of images or one window of texts, whatever the number of inputs.
+Nothing here holds more than one batch of images, beside their names, or one window of texts, whatever the number of inputs.
 """
 
 from __future__ import annotations
 
 import mimetypes
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from etf_adapt.data.digits import open_data_set
 from etf_adapt.errors import DataError, check_choice
 from etf_adapt.sources.columns import find_input
-from etf_adapt.sources.folders import BUILDERS, is_hidden, is_image
+from etf_adapt.sources.folders import BUILDERS, list_files
 from etf_adapt.sources.image_checks import as_images
 from etf_adapt.sources.opening import is_saved_data_set, logger
 from etf_adapt.sources.tables import stream_table
@@ -70,8 +69,8 @@ def open_inputs(
     path = Path(source).expanduser()
     kind = BUILDERS.get(path.suffix.lower())
     if split is None and task == "image":
-        if path.is_dir() and not is_saved_data_set(path) and next(iter(ImageFolder(path)), None) is not None:
-            return ImageFolder(path)
+        if path.is_dir() and not is_saved_data_set(path) and (files := image_files(path)):
+            return files
         if path.is_file() and kind is None:
             return [path]
     elif split is None:
@@ -108,18 +107,12 @@ def column_of(dataset: Dataset, task: str, *, column: str | None, folder: Path |
     return rows[task]  # read row by row
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The image files below a folder; one that looks like an image and cannot be read is an error later, not left out."""
-
-    folder: Path
-
-    def __iter__(self) -> Iterator[Path]:
-        for folder, folders, names in os.walk(self.folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            for file in (Path(folder, name) for name in sorted(names) if not is_hidden(name)):
-                if is_image(str(file)) or (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
-                    yield file
+def image_files(folder: Path) -> list[Path]:
+    """List the images below a folder; a file that looks like one and cannot be read is an error later, not left out."""
+    found = list_files(folder)
+    kinds = {suffix: mimetypes.guess_type(f"x{suffix}")[0] or "" for suffix in found.passed}
+    unread = [file for suffix, files in found.passed.items() if kinds[suffix].startswith("image/") for file in files]
+    return sorted([*found.images, *unread])
 
 
 def _lines(source: str) -> Iterator[str]:
