@@ -81,6 +81,11 @@ FIXED_ON_RESUME = (
 )  # fmt: skip
 LENGTH = ("num_train_epochs", "max_steps")
 
+LEAST = {
+    **dict.fromkeys(("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"), 0),
+    **dict.fromkeys(("early_stopping_patience", "torch_threads", "min_validation_rows"), 1),
+}
+
 
 @dataclass
 class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore[misc]  # fewer sampling strategies
@@ -175,12 +180,9 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
             for literal in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
                 if value is not None or literal is hint:
                     check_choice(name, value, get_args(literal))
-        for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must not be negative.")
-        for name in ("early_stopping_patience", "torch_threads", "min_validation_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
         optim = str(getattr(self.optim, "value", self.optim))
         if optim.startswith(("schedule_free", "lomo", "adalomo")) or optim.endswith("layerwise"):
             raise ValueError(

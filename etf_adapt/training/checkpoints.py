@@ -46,13 +46,11 @@ def complete_checkpoint(folder: str | Path, state: Mapping[str, Any], *, run: st
     write_json(folder / STATE_NAME, mark | {"hash": _hash_of_mark(mark)})
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Return whether a folder is marked as complete and every file has the size noted in the mark."""
-    return find_damage(folder, hashes=False) is None
-
-
 def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
-    """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written."""
+    """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written.
+
+    Without ``hashes`` only the sizes of the files are looked at.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -110,8 +108,9 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, if there is one."""
-    return next((path for path in reversed(list_checkpoints(output_dir)) if is_complete(path)), None)
+    """Return the newest complete checkpoint of a run, if there is one, by the sizes of its files."""
+    newest_first = reversed(list_checkpoints(output_dir))
+    return next((path for path in newest_first if find_damage(path, hashes=False) is None), None)
 
 
 def resolve_checkpoint(
@@ -125,11 +124,9 @@ def resolve_checkpoint(
     existing = list_checkpoints(output_dir)
     if not resume:
         if existing:
-            last = find_last_complete_checkpoint(output_dir)
-            remedy = "go on from it with resume_from_checkpoint=True" if last else "it is half written: remove it"
             raise ValueError(
-                f"`output_dir` (={output_dir}) holds {(last or existing[-1]).name} of an earlier run: {remedy}, or choose "
-                "another output_dir."
+                f"`output_dir` (={output_dir}) holds {existing[-1].name} of an earlier run: go on with it by "
+                "resume_from_checkpoint=True, or choose another output_dir."
             )
         return None
     run, last, flaws = read_run(output_dir), None, {}
@@ -149,15 +146,10 @@ def resolve_checkpoint(
     for path, flaw in flaws.items():
         tell(f"{path.name} is passed over: {flaw}{_set_aside(path, flaw)}.")
     if last is None:
-        if run is None and not flaws:
+        if set(flaws.values()) - {UNFINISHED} or (run is None and not flaws):
             raise FileNotFoundError(
-                f"`output_dir` (={output_dir}) holds no complete checkpoint to resume from: start without "
-                "resume_from_checkpoint, or name the checkpoint's folder."
-            )
-        if set(flaws.values()) - {UNFINISHED}:
-            raise FileNotFoundError(
-                f"`output_dir` (={output_dir}) holds no sound checkpoint to resume from: begin anew in another output_dir, or "
-                "replace this run (--overwrite_output_dir)."
+                f"`output_dir` (={output_dir}) holds no sound checkpoint to resume from: name the folder of one, begin anew "
+                "in another output_dir, or replace this run (--overwrite_output_dir)."
             )
         tell(f"the run in {output_dir} ended before it finished a checkpoint: it starts anew.")
     return last

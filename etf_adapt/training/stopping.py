@@ -38,6 +38,7 @@ class StoppableTrainer(Trainer):
     _saved_step: int | None = None  # None where a stop has nothing to save: before the first step, and after the last
     _is_saved = False  # whether the step that ends was saved
     _steps_in_epoch = 1
+    _train_sampler: Any
     _trial: Any = None  # of a search for settings
     _random: RandomStates | None = None
     _signals: StopSignals | None = None
@@ -109,6 +110,9 @@ class StoppableTrainer(Trainer):
             self._saved_step = self.state.global_step if is_here else -1
         self._finish_step(loop["resume_from_checkpoint"], loop)
         if not self.control.should_training_stop:
+            # After a stop in mid-epoch `accelerate.skip_first_batches` wraps the sampler so deep, with two processes, that the
+            # loader's `set_epoch` no longer reaches it, and the epoch is resumed with the first epoch's rows (accelerate 1.15).
+            self._train_sampler.set_epoch(loop["epoch"])
             self._next = "step"
             super()._run_epoch(**loop)
 

@@ -205,7 +205,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mixup", "-1"], r"`mixup` \(=-1.0\) must not be negative"),
+        (["--mixup", "-1"], r"`mixup` \(=-1.0\) must be at least 0"),
         (["--label_smoothing", "1"], r"`label_smoothing` \(=1.0\) must lie in \[0, 1\)"),
         (["--label_smoothing", "0.1", "--label_smoothing_factor", "0.2"], "are one setting"),
         (["--mixup", "0.2", "--per_device_train_batch_size", "7"], "must be even with mixup"),
@@ -214,7 +214,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
         (["--early_stopping_patience", "2", "--eval_strategy", "no", "--save_strategy", "no"], "needs evaluations"),
         (["--realign_epochs", "2", "--frame", "random"], "needs a `frame` that is made from features"),
         (["--shot_bounds", "100", "20"], "in rising order"),
-        (["--seed", "-1"], "must not be negative"),
+        (["--seed", "-1"], "must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(words, message):
