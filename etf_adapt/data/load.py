@@ -123,32 +123,29 @@ def load_data(
     labels, names = _read_all_labels(splits, columns, min_classes=min_classes)
     rows = {split: np.arange(len(values)) for split, values in labels.items()}
 
-    def keep_train(chosen: np.ndarray) -> None:
-        rows["train"] = rows["train"][chosen]
+    options: dict[str, Any] = {"num_classes": len(names), "seed": seed}
 
-    def cut_validation(*, balanced: bool) -> None:
-        train_labels = labels["train"][rows["train"]]
-        cut = validation_rows(
-            train_labels, num_classes=len(names), fraction=validation_fraction, balanced=balanced, seed=seed
-        )
-        rows["validation"] = rows["train"][cut]
-        keep_train(np.delete(np.arange(len(train_labels)), cut))
+    def train_labels() -> np.ndarray:
+        return labels["train"][rows["train"]]
+
+    def cut_validation(origin: str, *, balanced: bool) -> str:
+        cut = validation_rows(train_labels(), fraction=validation_fraction, balanced=balanced, **options)
+        rows["validation"], rows["train"] = rows["train"][cut], np.delete(rows["train"], cut)
+        return origin
 
     origin = "its own split" if "validation" in splits else "none"
     cuts = "validation" not in splits and validation_fraction > 0
     if cuts and validation_before_long_tail:
-        cut_validation(balanced=True)
-        origin = "cut from train before the long tail, balanced"
+        origin = cut_validation("cut from train before the long tail, balanced", balanced=True)
     if imbalance_factor is None:
         imbalance_factor = source.imbalance_factor
     if imbalance_factor is not None:
-        keep_train(long_tailed_indices(labels["train"][rows["train"]], imbalance_factor=imbalance_factor, **tail))
+        kept = long_tailed_indices(train_labels(), imbalance_factor=imbalance_factor, **tail)
+        rows["train"] = rows["train"][kept]
     if cuts and not validation_before_long_tail:
-        cut_validation(balanced=False)
-        origin = "cut from train after the long tail, stratified"
+        origin = cut_validation("cut from train after the long tail, stratified", balanced=False)
     if max_train_rows is not None:
-        train_labels = labels["train"][rows["train"]]
-        keep_train(fewer_rows(train_labels, num_classes=len(names), max_rows=max_train_rows, seed=seed))
+        rows["train"] = rows["train"][fewer_rows(train_labels(), max_rows=max_train_rows, **options)]
 
     chosen = {}
     for split, ids in rows.items():

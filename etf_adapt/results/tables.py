@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 
+GROUPS = ("many", "medium", "few", "head_third", "middle_third", "tail_third")
 UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
 # In all_results.json with the prefix `eval_` (validation) and with `test_`; `_unadjusted` is before the prior adjustment.
 SCORES = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
-    "many",
-    "medium",
-    "few",
-    "head_third",
-    "middle_third",
-    "tail_third",
+    *GROUPS,
     "ece",
     "loss",
     *(f"{name}_unadjusted" for name in UNADJUSTED),

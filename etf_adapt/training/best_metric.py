@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from etf_adapt.errors import nearest_names
 from etf_adapt.metrics.shots import class_groups
+from etf_adapt.results.tables import GROUPS
 
-GROUPS = ("many", "medium", "few", "head_third", "middle_third", "tail_third")
 ERRORS = ("loss", "ece")
 SCORES = ("balanced_accuracy_pooled", "balanced_accuracy", "accuracy", "macro_f1", *GROUPS, *ERRORS)
 MEASURES = ("nc1", "nc2", "nc3", "nc4")

@@ -49,16 +49,9 @@ class RunLog(TrainerCallback):
         self._start = time.monotonic()
         self._write(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Add what was logged."""
-        logs = logs or {}
+        logs: Mapping[str, Any] = kwargs["logs"]
         self._write(state)
         if "loss" in logs:
             self._train = logs
