@@ -248,8 +248,7 @@ def _in_one_form(
     """Reduce a split to the columns "image", or "text" (and "text_pair"), and "label", the latter with train's names."""
     new_names = {columns.input: columns.task} | ({columns.pair: "text_pair"} if columns.pair else {})
     dataset = dataset.select_columns(list(new_names))
-    if any(old != new for old, new in new_names.items()):
-        dataset = dataset.rename_columns(new_names)
+    dataset = dataset.rename_columns({old: new for old, new in new_names.items() if old != new})
     if columns.task == "image":
         dataset = as_images(dataset, folder=folder)
     return dataset.add_column("label", labels, feature=ClassLabel(names=names))

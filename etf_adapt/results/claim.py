@@ -39,11 +39,6 @@ def claim(folder: str | os.PathLike[str], *, resume: bool = False, run: str | No
     return identity
 
 
-def is_claimed(folder: str | os.PathLike[str]) -> bool:
-    """Return whether this process holds a folder."""
-    return Path(folder).resolve() in _held
-
-
 def release(folder: str | os.PathLike[str]) -> None:
     """Let other processes have a folder; its identity stays."""
     if (path := Path(folder).resolve()) in _held:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from etf_adapt.inference.launch import first_process_decides
-from etf_adapt.results.claim import claim, is_claimed, release
+from etf_adapt.results.claim import claim, released
 from etf_adapt.training.checkpoints import find_last_complete_checkpoint, read_run_of, resolve_checkpoint
 from etf_adapt.training.signals import RandomStates, Stopped, StopSignals
 
@@ -52,21 +52,17 @@ class StoppableTrainer(Trainer):
     def running(self, resume: str | bool | None, trial: Any = None) -> Iterator[Path | None]:
         """Hold the output folder and watch for signals; give the checkpoint to resume from."""
         self._trial = trial
-        folder = self.run_dir
-        was_claimed = is_claimed(folder)
         self._saved_step = self._next_of_checkpoint = self._random = None
-        try:
-            checkpoint = first_process_decides(partial(self._claim, folder, resume))
+        with released():
+            checkpoint = first_process_decides(partial(self._claim, self.run_dir, resume))
             with StopSignals() as self._signals:
                 try:
                     yield checkpoint
                 except Stopped as stop:
                     self._save_and_tell(stop)
                     raise
-        finally:
-            self._signals = None
-            if not was_claimed:
-                release(folder)
+                finally:
+                    self._signals = None
 
     def _claim(self, folder: str, resume: str | bool | None) -> Path | None:
         checkpoint = resolve_checkpoint(folder, resume, tell=self.print)

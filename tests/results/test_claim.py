@@ -12,7 +12,7 @@ import pytest
 
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.results import claim as claims
-from etf_adapt.results.claim import CLAIM_FILE, check_claim, claim, is_claimed, read_run, release
+from etf_adapt.results.claim import CLAIM_FILE, check_claim, claim, read_run, release
 
 HOLD = "import sys, time; from etf_adapt.results.claim import claim; claim(sys.argv[1]); print('held', flush=True); {}"
 
@@ -64,7 +64,7 @@ def test_a_new_run_is_another_and_a_resumed_one_the_same(tmp_path):
     assert read_run(tmp_path) == first == claim(tmp_path, resume=True, run="other")
     assert claim(tmp_path) != first
     release(tmp_path)
-    assert not is_claimed(tmp_path)
+    assert tmp_path not in claims._held
     (tmp_path / CLAIM_FILE).write_text("{")
     assert read_run(tmp_path) is None and claim(tmp_path, resume=True, run="theirs") == "theirs"
     release(tmp_path)

@@ -32,7 +32,8 @@ from etf_adapt.errors import DiskFullError
 from etf_adapt.heads.in_model import batch_norms
 from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.auto import adapt
-from etf_adapt.results.claim import is_claimed, read_run
+from etf_adapt.results import claim as claims
+from etf_adapt.results.claim import read_run
 from etf_adapt.training import resumable
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.checkpoints import (
@@ -248,11 +249,11 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_whole(tmp_path, mon
 def test_a_trainer_holds_its_folder_while_it_trains(tmp_path):
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            held.append(is_claimed(tmp_path / "run"))
+            held.append(tmp_path / "run" in claims._held)
 
     held = []
     make_trainer(tmp_path / "run", num_train_epochs=1, callbacks=(Watch(),)).train()
-    assert set(held) == {True} and not is_claimed(tmp_path / "run")
+    assert set(held) == {True} and tmp_path / "run" not in claims._held
     assert read_run_of(tmp_path / "run" / "checkpoint-6") == read_run(tmp_path / "run")
 
 
