@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
 
 from etf_adapt import ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.auto import adapt
 
@@ -54,9 +54,7 @@ with tempfile.TemporaryDirectory() as output_dir:
         load_best_model_at_end=False,  # or the best checkpoint would replace the average
     )
     average = AveragedWeights(model, decay=0.95)
-    trainer = ETFTrainer(
-        model, args, train_dataset=train, eval_dataset=test, data_collator=ImageCollator(), callbacks=[average]
-    )
+    trainer = ETFTrainer(model, args, train_dataset=train, eval_dataset=test, callbacks=[average])
     trainer.optimizer = create_optimizer_v2(model.timm_model, opt="adamw", lr=args.learning_rate, layer_decay=0.75)
     for group in trainer.optimizer.param_groups:  # as timm's schedulers do at each step, and transformers' do not
         group["lr"] *= group["lr_scale"]

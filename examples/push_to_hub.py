@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.transforms import image_transforms
 
 if len(sys.argv) != 2:
@@ -24,7 +24,7 @@ repo_id = sys.argv[1]
 data = load_data("digits", imbalance_factor=20)
 model = ETFForImageClassification.from_pretrained("micro", id2label=dict(enumerate(data.label_names)))
 rows = ImageDataset(data.train, image_transforms(model.config.pretrained_cfg, train=False))
-align_head(model, DataLoader(rows, batch_size=64, collate_fn=ImageCollator()))
+align_head(model, DataLoader(rows, batch_size=64))
 
 # 2. One commit, here in timm's layout, which transformers and timm read without this library.
 print("published:", model.push_to_hub(repo_id, private=True, commit_message="Digits, aligned"))

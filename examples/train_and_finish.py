@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from etf_adapt import ETFForImageClassification, ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.models.folders import load_processor
 from etf_adapt.models.names import micro_folder
@@ -30,7 +30,6 @@ with tempfile.TemporaryDirectory() as output_dir:
         train_dataset=ImageDataset(data.train, augmented),
         alignment_dataset=train,
         eval_dataset=validation,
-        data_collator=ImageCollator(),
     )
     trainer.train()
     results = trainer.finish(test, dataset=data.description)

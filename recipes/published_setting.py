@@ -86,7 +86,7 @@ def run(args: Arguments) -> None:
     import torch
     import transformers
 
-    from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+    from etf_adapt.data.image_dataset import ImageDataset
     from etf_adapt.data.load import load_data
     from etf_adapt.models.auto import ETFForImageClassification
     from etf_adapt.training.arguments import ETFTrainingArguments
@@ -134,9 +134,7 @@ def run(args: Arguments) -> None:
     )
     run_folder.write_json(Path(args.output_dir, run_folder.ARGUMENTS_FILE), run_folder.public_arguments(args))
     rows = ImageDataset(data.train, train, seed=args.seed)
-    trainer = trainer_class()(
-        model, settings, train_dataset=rows, data_collator=ImageCollator(), labels=data.train["label"]
-    )
+    trainer = trainer_class()(model, settings, train_dataset=rows, labels=data.train["label"])
     outcome = trainer.train(resume_from_checkpoint=args.resume or None)
     scores = trainer.predict(ImageDataset(data.test, plain), metric_key_prefix="test").metrics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,6 @@ from etf_adapt.errors import DataError
 
 _ROWS = 64  # of a batch that is made here
 _BESIDE = ("label", "labels", "row_id")  # columns that are no input of a model
-
-
-class Batch(NamedTuple):
-    """The parts of a batch."""
-
-    inputs: Any  # keyword arguments of the model, or its first argument
-    labels: Tensor  # (batch,), on the CPU
-    row_ids: Tensor | None  # (batch,), on the CPU
 
 
 def as_batches(data: Any, inputs: Collection[str], collator: Callable[[list[Any]], Any] | None = None) -> Iterable[Any]:
@@ -55,8 +47,11 @@ def _collate(rows: list[Any], inputs: Collection[str]) -> Any:
         ) from error
 
 
-def split_batch(batch: Any) -> Batch:
-    """Split a mapping with ``labels`` or ``label``, and maybe ``row_id``, or a pair (inputs, labels)."""
+def split_batch(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
+    """Split a mapping with ``labels`` or ``label``, and maybe ``row_id``, or a pair (inputs, labels).
+
+    Returns the model's keyword arguments, or its first one; the labels and the row ids (batch,), both on the CPU.
+    """
     inputs, labels, row_ids = batch, None, None
     if isinstance(batch, Mapping):
         inputs = dict(batch)
@@ -72,7 +67,7 @@ def split_batch(batch: Any) -> Batch:
             f"A batch of `data` has {has}: it must be a mapping with `labels`, or a pair (inputs, labels), with a class "
             "index for each row (batch,). Of rows give a data set, or a `collator`."
         )
-    return Batch(inputs, labels, None if row_ids is None else torch.as_tensor(row_ids).cpu())
+    return inputs, labels, None if row_ids is None else torch.as_tensor(row_ids).cpu()
 
 
 def read_counts(class_counts: Any, num_classes: int) -> NDArray[np.int64]:

@@ -4,15 +4,14 @@ Augmentation is a function of the seed and of the draw: epoch, place in the epoc
 of workers or processes, on the batch, or on where a run was stopped and resumed. For this the sampler's rows carry their
 draw with them, into whatever process reads them:
 
-    RowDraws(sampler)  ->  RowDraw(row), an int with epoch and place  ->  ImageDataset[RowDraw]  ->  ImageCollator
+    RowDraws(sampler)  ->  RowDraw(row), an int with epoch and place  ->  ImageDataset[RowDraw]
 
 A class-balanced epoch draws a rare row many times; each draw has a place of its own and so a crop of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,8 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
     What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
-    the same draw); the generator itself is left as it was. `keep` keeps the tensors of plain ints in memory.
+    the same draw); the generator itself is left as it was. `keep` keeps the tensors of plain ints in memory. Rows become
+    batches by the collators that torch and `Trainer` use by default.
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
             values = self.dataset[row]
         except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
             raise RowError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
-        with _seeded(self.seed, draw.epoch, draw.place, row):
+        key = np.random.SeedSequence((self.seed, draw.epoch, draw.place, row)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(int(key[0]))  # `torch.manual_seed` would seed every GPU as well
             pixel_values = self.transform(values["image"])
         found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
         # For rows that are read again without augmentation. What a worker keeps is gone with it, after one pass.
@@ -105,26 +107,3 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
     def _where(self, row: int) -> str:
         stored = self.dataset.cast_column("image", Image(decode=False))[row]["image"]
         return f"The image of row {row}" + (f" (`{stored['path']}`)" if stored["path"] else "")
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed torch's CPU generator by a key for a while; `torch.manual_seed` would seed every GPU as well."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-class ImageCollator:
-    """Makes a batch of rows of `ImageDataset`: "pixel_values" (batch, 3, height, width), "labels" and "row_id" (batch,)."""
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch of these rows."""
-        return {
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-            "labels": torch.tensor([row["labels"] for row in rows]),
-            "row_id": torch.tensor([row["row_id"] for row in rows]),
-        }

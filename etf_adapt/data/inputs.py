@@ -1,14 +1,13 @@
 """Images or texts to classify, of any source and without labels, as a stream; and their batches.
 
-Nothing here holds more than one batch of images or one window of texts, whatever the number of inputs.
+Nothing here holds more than one batch of images, beside their names, or one window of texts, whatever the number of inputs.
 """
 
 from __future__ import annotations
 
 import mimetypes
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from etf_adapt.data.digits import open_data_set
 from etf_adapt.errors import DataError, check_choice
 from etf_adapt.sources.columns import Names, find_inputs
-from etf_adapt.sources.folders import BUILDERS, is_hidden, is_image
+from etf_adapt.sources.folders import BUILDERS, list_files
 from etf_adapt.sources.image_checks import as_images
 from etf_adapt.sources.opening import is_saved_data_set, logger
 from etf_adapt.sources.tables import stream_table
@@ -71,8 +70,8 @@ def open_inputs(
     path = Path(source).expanduser()
     kind = BUILDERS.get(path.suffix.lower())
     if split is None and task == "image":
-        if path.is_dir() and not is_saved_data_set(path) and next(iter(ImageFolder(path)), None) is not None:
-            return ImageFolder(path)
+        if path.is_dir() and not is_saved_data_set(path) and (files := image_files(path)):
+            return files
         if path.is_file() and kind is None:
             return [path]
     elif split is None:
@@ -111,18 +110,12 @@ def column_of(dataset: Dataset, task: str, *, column: Names, folder: Path | None
     return as_images(rows, folder=folder).cast_column("image", Image(decode=False))["image"]  # likewise
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The image files below a folder; one that looks like an image and cannot be read is an error later, not left out."""
-
-    folder: Path
-
-    def __iter__(self) -> Iterator[Path]:
-        for folder, folders, names in os.walk(self.folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            for file in (Path(folder, name) for name in sorted(names) if not is_hidden(name)):
-                if is_image(str(file)) or (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
-                    yield file
+def image_files(folder: Path) -> list[Path]:
+    """List the images below a folder; a file that looks like one and cannot be read is an error later, not left out."""
+    found = list_files(folder)
+    kinds = {suffix: mimetypes.guess_type(f"x{suffix}")[0] or "" for suffix in found.passed}
+    unread = [file for suffix, files in found.passed.items() if kinds[suffix].startswith("image/") for file in files]
+    return sorted([*found.images, *unread])
 
 
 def _lines(source: str) -> Iterator[str]:
@@ -142,29 +135,35 @@ def image_batches(
     images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], *, batch_size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
     """Read, transform and batch images in their order."""
-    rows = _DecodedImages(images, transform, batch_size)
-    return iter(DataLoader(rows, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images))
+    return iter(DataLoader(_ImageBatches(images, transform, batch_size), batch_size=None, num_workers=num_workers))
 
 
-class _DecodedImages(IterableDataset[tuple[Input, Any]]):
-    """Pairs of an input and its tensor, or the reason why there is none."""
-
+class _ImageBatches(IterableDataset[Batch]):
     def __init__(self, images: Iterable[Any], transform: Callable[[PILImage.Image], Tensor], batch_size: int) -> None:
         self._images, self._transform, self._batch_size = images, transform, batch_size
 
-    def __iter__(self) -> Iterator[tuple[Input, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         # Workers hand over their batches in turn: the n-th batch is that of worker n modulo their number.
         worker = get_worker_info()
-        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for row, image in enumerate(self._images):
-            if row // self._batch_size % count == number:
-                yield Input(row, _file_name(image)), self._decode(image)
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return map(self._read, islice(_windows(self._images, self._batch_size), first, None, step))
 
-    def _decode(self, image: Any) -> Tensor | str:
-        try:
-            return self._transform(_read_image(image))
-        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+    def _read(self, window: list[tuple[int, Any]]) -> Batch:
+        inputs, pixels, bad = [], [], []
+        for row, image in window:
+            item = Input(row, _file_name(image))
+            try:
+                pixels.append(self._transform(_read_image(image)))
+                inputs.append(item)
+            except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+                bad.append((item, " ".join(str(error).split()) or type(error).__name__))
+        return Batch(inputs, {"pixel_values": stack(pixels)} if pixels else {}, bad)
+
+
+def _windows(values: Iterable[Any], size: int) -> Iterator[list[tuple[int, Any]]]:
+    """Yield so many values at once, each with its number."""
+    stream = enumerate(values)
+    return iter(lambda: list(islice(stream, size)), [])
 
 
 def _file_name(image: Any) -> str:
@@ -188,14 +187,6 @@ def _read_image(image: Any) -> PILImage.Image:
         return ImageOps.exif_transpose(opened)
 
 
-def _collate_images(rows: Sequence[tuple[Input, Any]]) -> Batch:
-    good = [(item, pixels) for item, pixels in rows if isinstance(pixels, Tensor)]
-    bad = [(item, reason) for item, reason in rows if isinstance(reason, str)]
-    return Batch(
-        [item for item, _ in good], {"pixel_values": stack([pixels for _, pixels in good])} if good else {}, bad
-    )
-
-
 def text_batches(
     texts: Iterable[Any], tokenizer: Any, *, batch_size: int, max_length: int, has_mask: bool = True
 ) -> Iterator[Batch]:
@@ -204,8 +195,7 @@ def text_batches(
     A model without an attention mask (``has_mask``), such as FNet, reads texts one by one: it would read padding as text.
     """
     batch_size = batch_size if has_mask else 1
-    stream = enumerate(texts)
-    while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
+    for window in _windows(texts, WINDOW_BATCHES * batch_size):
         good = [(Input(row, *parts), parts) for row, text in window if (parts := _parts(text))]
         if len({len(parts) for _, parts in good}) > 1:
             raise DataError("`inputs` mix single texts and pairs of texts: give them apart.")

@@ -34,15 +34,13 @@ from etf_adapt.sources.opening import Source, logger
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """A data set ready to train on: each split has the columns `input_column` and `label_column`, and "text_pair" for pairs."""
+    """A data set ready to train on: each split has the columns `task`, "text_pair" for pairs of texts, and "label"."""
 
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-    task: str  # "image" or "text"
-    input_column: str  # "image" (a `datasets.Image`) or "text" (a string)
-    label_column: str  # "label", a `ClassLabel` with `label_names`, the same in every split
-    label_names: list[str]  # their positions are the labels
+    task: str  # "image" (a `datasets.Image`) or "text" (a string)
+    label_names: list[str]  # of the `ClassLabel` in every split: their positions are the labels
     class_counts: np.ndarray  # (num_classes,) int64, training rows, all at least 1
     allow_flip: bool = True  # whether a mirrored image still shows its class
     description: dict[str, Any] = field(default_factory=dict)  # of the rows' origin and choice, ready for JSON
@@ -125,32 +123,29 @@ def load_data(
     labels, names = _read_all_labels(splits, columns, min_classes=min_classes)
     rows = {split: np.arange(len(values)) for split, values in labels.items()}
 
-    def keep_train(chosen: np.ndarray) -> None:
-        rows["train"] = rows["train"][chosen]
+    options: dict[str, Any] = {"num_classes": len(names), "seed": seed}
 
-    def cut_validation(*, balanced: bool) -> None:
-        train_labels = labels["train"][rows["train"]]
-        cut = validation_rows(
-            train_labels, num_classes=len(names), fraction=validation_fraction, balanced=balanced, seed=seed
-        )
-        rows["validation"] = rows["train"][cut]
-        keep_train(np.delete(np.arange(len(train_labels)), cut))
+    def train_labels() -> np.ndarray:
+        return labels["train"][rows["train"]]
+
+    def cut_validation(origin: str, *, balanced: bool) -> str:
+        cut = validation_rows(train_labels(), fraction=validation_fraction, balanced=balanced, **options)
+        rows["validation"], rows["train"] = rows["train"][cut], np.delete(rows["train"], cut)
+        return origin
 
     origin = "its own split" if "validation" in splits else "none"
     cuts = "validation" not in splits and validation_fraction > 0
     if cuts and validation_before_long_tail:
-        cut_validation(balanced=True)
-        origin = "cut from train before the long tail, balanced"
+        origin = cut_validation("cut from train before the long tail, balanced", balanced=True)
     if imbalance_factor is None:
         imbalance_factor = source.imbalance_factor
     if imbalance_factor is not None:
-        keep_train(long_tailed_indices(labels["train"][rows["train"]], imbalance_factor=imbalance_factor, **tail))
+        kept = long_tailed_indices(train_labels(), imbalance_factor=imbalance_factor, **tail)
+        rows["train"] = rows["train"][kept]
     if cuts and not validation_before_long_tail:
-        cut_validation(balanced=False)
-        origin = "cut from train after the long tail, stratified"
+        origin = cut_validation("cut from train after the long tail, stratified", balanced=False)
     if max_train_rows is not None:
-        train_labels = labels["train"][rows["train"]]
-        keep_train(fewer_rows(train_labels, num_classes=len(names), max_rows=max_train_rows, seed=seed))
+        rows["train"] = rows["train"][fewer_rows(train_labels(), max_rows=max_train_rows, **options)]
 
     chosen = {}
     for split, ids in rows.items():
@@ -189,8 +184,6 @@ def load_data(
         validation=chosen.get("validation"),
         test=chosen.get("test"),
         task=columns.task,
-        input_column=columns.task,
-        label_column="label",
         label_names=names,
         class_counts=counts,
         allow_flip=source.allow_flip,
@@ -255,8 +248,7 @@ def _in_one_form(
     """Reduce a split to the columns "image", or "text" (and "text_pair"), and "label", the latter with train's names."""
     new_names = {columns.input: columns.task} | ({columns.pair: "text_pair"} if columns.pair else {})
     dataset = dataset.select_columns(list(new_names))
-    if any(old != new for old, new in new_names.items()):
-        dataset = dataset.rename_columns(new_names)
+    dataset = dataset.rename_columns({old: new for old, new in new_names.items() if old != new})
     if columns.task == "image":
         dataset = as_images(dataset, folder=folder)
     return dataset.add_column("label", labels, feature=ClassLabel(names=names))

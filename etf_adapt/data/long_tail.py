@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Column, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
-from etf_adapt.errors import check_choice
+from etf_adapt.errors import check_choice, quoted
 from etf_adapt.sources.columns import arrow_column
 
 PROFILES = ("exponential", "step")
@@ -30,7 +29,6 @@ class Labels(NamedTuple):
 
     ids: NDArray[np.int64]  # (rows,), in 0 .. num_classes - 1
     num_classes: int
-    names: list[str] | None  # None where the source has none
 
 
 def class_counts(data: Any, *, num_classes: int | None = None, label_column: str = "label") -> NDArray[np.int64]:
@@ -121,7 +119,6 @@ def long_tailed_indices(
     profile: str = "exponential",
     class_order: str = "label",
     seed: int = 0,
-    num_classes: int | None = None,
     label_column: str = "label",
 ) -> NDArray[np.int64]:
     """Choose the rows of a long-tailed subset, ascending; arguments as `make_long_tailed`, data as `class_counts`."""
@@ -132,22 +129,30 @@ def long_tailed_indices(
             f"`imbalance_factor` (={imbalance_factor!r}) must be a finite number of at least 1: it is the largest "
             "class count over the smallest (100, not 0.01)."
         )
-    labels = read_labels(data, num_classes=num_classes, label_column=label_column)
-    counts = np.bincount(labels.ids, minlength=labels.num_classes)
-    _check_filled(counts, labels.names)
+    ids, num_classes = read_labels(data, label_column=label_column)
+    counts = np.bincount(ids, minlength=num_classes)
+    if num_classes < 2:
+        raise ValueError(
+            f"The number of classes (={num_classes}) must be at least 2 for a long tail: check the label column."
+        )
+    if not counts.all():
+        empty = quoted(np.flatnonzero(counts == 0).tolist())
+        raise ValueError(f"Of {num_classes} classes these have no rows: {empty}. Drop them from the names or add rows.")
 
-    by_rank = np.arange(labels.num_classes)
+    by_rank = np.arange(num_classes)
     if class_order == "permuted":
         by_rank = seeded_generator(seed, _ORDER_STREAM).permutation(by_rank)
     kept = np.empty_like(counts)
     kept[by_rank] = _kept_counts(counts[by_rank], float(imbalance_factor), profile)
-    return draw_per_class(labels, kept, seeded_generator(seed, _ROW_STREAM))
+    return draw_per_class(ids, kept, seeded_generator(seed, _ROW_STREAM))
 
 
-def draw_per_class(labels: Labels, counts: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+def draw_per_class(
+    ids: NDArray[np.int64], counts: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.int64]:
     """Choose so many random rows of each class, none above the rows that it has; ascending."""
-    rows, starts = rows_by_class(labels, generator)
-    classes = labels.ids[rows]
+    rows, starts = rows_by_class(ids, len(counts), generator)
+    classes = ids[rows]
     place_in_class = np.arange(len(rows)) - starts[classes]
     return np.sort(rows[place_in_class < counts[classes]])
 
@@ -166,20 +171,16 @@ def read_labels(data: Any, *, num_classes: int | None = None, label_column: str 
     if isinstance(data, Column) and isinstance(data.source, Dataset):
         data, label_column = data.source, data.column_name
 
-    names = None
+    name = "labels"
     if isinstance(data, Dataset):
-        ids = _read_column(data, label_column)
-        feature = data.features[label_column]
-        if isinstance(feature, ClassLabel):
-            names = list(feature.names)
-            num_classes = feature.num_classes if num_classes is None else num_classes
-        ids = check_labels(ids, name=label_column, num_classes=num_classes)
-    else:
-        data = labels_of(data) if isinstance(data, torch.utils.data.Dataset) else data
-        ids = check_labels(data, num_classes=num_classes)
-    if num_classes is None:
-        num_classes = int(ids.max(initial=-1)) + 1
-    return Labels(ids, int(num_classes), names)
+        name, feature = label_column, data.features.get(label_column)
+        data = _read_column(data, label_column)
+        if isinstance(feature, ClassLabel) and num_classes is None:
+            num_classes = feature.num_classes
+    elif isinstance(data, torch.utils.data.Dataset):
+        data = labels_of(data)
+    ids = check_labels(data, name=name, num_classes=num_classes)
+    return Labels(ids, int(ids.max(initial=-1)) + 1 if num_classes is None else int(num_classes))
 
 
 def check_labels(values: Any, *, name: str = "labels", num_classes: int | None = None) -> NDArray[np.int64]:
@@ -214,13 +215,15 @@ def check_labels(values: Any, *, name: str = "labels", num_classes: int | None =
     return ids
 
 
-def rows_by_class(labels: Labels, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def rows_by_class(
+    ids: NDArray[np.int64], num_classes: int, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return row ids (rows,), class after class and shuffled within each, and the start of each class in them."""
-    shuffled = generator.permutation(len(labels.ids))
+    shuffled = generator.permutation(len(ids))
     # numpy sorts 16-bit integers by radix, eight times as fast as wider ones.
-    sortable = labels.ids.astype(np.uint16) if labels.num_classes <= 2**16 else labels.ids
+    sortable = ids.astype(np.uint16) if num_classes <= 2**16 else ids
     rows = shuffled[np.argsort(sortable[shuffled], kind="stable")]
-    counts = np.bincount(labels.ids, minlength=labels.num_classes)
+    counts = np.bincount(ids, minlength=num_classes)
     return rows, np.cumsum(counts) - counts
 
 
@@ -237,26 +240,19 @@ def check_integer(name: str, value: Any, *, least: int) -> int:
     return int(value)
 
 
-def _read_column(dataset: Dataset, name: str) -> NDArray[Any]:
+def _read_column(dataset: Dataset, name: str) -> NDArray[Any] | list[Any]:
+    """Read a column of labels, as Python values where some are missing."""
     if name not in dataset.column_names:
         raise ValueError(
             f"`label_column` (={name!r}) is not a column of the data set, which has {dataset.column_names}."
         )
     dtype = dataset.data.column(name).type
-    if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
-        raise ValueError(
-            f"`{name}` holds text, but labels must be class ids: cast it with `dataset.class_encode_column({name!r})`."
-        )
     if not (pa.types.is_integer(dtype) or pa.types.is_boolean(dtype)):
         raise ValueError(
-            f"`{name}` holds {dtype}, but labels must be class ids: cast it with "
-            f"`dataset.cast_column({name!r}, Value('int64'))`."
+            f"`{name}` holds {dtype}, but labels must be class ids: cast it with `dataset.class_encode_column({name!r})`."
         )
     column = arrow_column(dataset, name)
-    if column.null_count:
-        row = pc.index(column.is_null(), True).as_py()
-        raise ValueError(f"`{name}` (=None at row {row}) must be a class id: drop rows that have no label.")
-    return column.to_numpy()
+    return column.to_pylist() if column.null_count else column.to_numpy()
 
 
 def _kept_counts(counts: NDArray[np.int64], imbalance_factor: float, profile: str) -> NDArray[np.int64]:
@@ -272,22 +268,6 @@ def _kept_counts(counts: NDArray[np.int64], imbalance_factor: float, profile: st
     return np.minimum(counts, np.maximum(1, wanted))
 
 
-def _check_filled(counts: NDArray[np.int64], names: list[str] | None) -> None:
-    if len(counts) < 2:
-        raise ValueError(
-            f"The number of classes (={len(counts)}) must be at least 2 for a long tail: check the label column."
-        )
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
-        first = int(empty[0])
-        called = f" ({names[first]!r})" if names is not None and first < len(names) else ""
-        others = f" (nor have {len(empty) - 1} others)" if len(empty) > 1 else ""
-        raise ValueError(
-            f"Class {first}{called} has no rows{others}: every class needs at least one; drop the class from the "
-            "label names or add rows."
-        )
-
-
 def labels_of(dataset: Any) -> NDArray[np.int64]:
     """Read the label of each row of a data set as it is indexed, without reading the rows.
 
@@ -298,6 +278,7 @@ def labels_of(dataset: Any) -> NDArray[np.int64]:
         return labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
         return np.concatenate([labels_of(part) for part in dataset.datasets])
+    why = "it has no column `label` and no `targets`"
     if isinstance(dataset, Dataset):
         column = next((name for name in ("label", "labels") if name in dataset.column_names), None)
         if column is not None:
@@ -305,22 +286,15 @@ def labels_of(dataset: Any) -> NDArray[np.int64]:
             _require_untransformed(dataset, ids)
             return ids
     elif getattr(dataset, "target_transform", None) is not None:
-        raise ValueError(
-            f"The labels of a {type(dataset).__name__} with a `target_transform` are unknown. Pass `labels`, the label of each "
-            "row."
-        )
+        why = "its `target_transform` may change them"
     elif getattr(dataset, "targets", None) is not None and len(dataset.targets) == len(dataset):
         return check_labels(dataset.targets, name="targets")
     elif (inner := getattr(dataset, "dataset", None)) is not None:
         if len(inner) == len(dataset):
             return labels_of(inner)
-        raise ValueError(
-            f"The labels of a {type(dataset).__name__} of {len(dataset)} rows are unknown: it holds a data set of {len(inner)} "
-            "rows, and which of them are its own is not. Pass `labels`, the label of each row."
-        )
+        why = f"of the {len(inner)} rows of its `dataset` it has {len(dataset)}"
     raise ValueError(
-        f"The labels of a {type(dataset).__name__} are unknown: it has no column `label` and no `targets`. Pass `labels`, the "
-        "label of each row."
+        f"The labels of a {type(dataset).__name__} are unknown: {why}. Pass `labels`, the label of each row."
     )
 
 

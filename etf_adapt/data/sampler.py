@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -62,16 +61,6 @@ class ClassBalancedSampler(Sampler[int]):
         (100, 50)
     """
 
-    epoch: int
-    seed: int
-    _length: int
-    _counts: NDArray[np.int64]
-    _rows: NDArray[np.int64]
-    _starts: NDArray[np.int64]
-    _whole: NDArray[np.int64]
-    _line: NDArray[np.int64]
-    _edges: NDArray[np.int64]
-
     def __init__(
         self,
         labels: Any,
@@ -82,26 +71,25 @@ class ClassBalancedSampler(Sampler[int]):
         num_samples: int | None = None,
         label_column: str = "label",
     ) -> None:
-        if not isinstance(power, Real) or not 0 <= power <= 1:
+        if not isinstance(power, (int, float)) or not 0 <= power <= 1:
             raise ValueError(f"`power` (={power!r}) must lie in 0..1: 1 draws all classes equally often, 0 all rows.")
-        checked = read_labels(labels, label_column=label_column)
-        rows = len(checked.ids)
-        if rows == 0:
+        ids, num_classes = read_labels(labels, label_column=label_column)
+        if not len(ids):
             raise ValueError("`labels` holds no rows: there is nothing to draw.")
         batch = check_integer("batch_size", batch_size, least=1)
-        wanted = rows if num_samples is None else check_integer("num_samples", num_samples, least=1)
+        wanted = len(ids) if num_samples is None else check_integer("num_samples", num_samples, least=1)
 
         self.seed = seed
         self.epoch = 0
         self._length = -(-wanted // batch) * batch
-        self._counts = np.bincount(checked.ids, minlength=checked.num_classes)
-        self._rows, self._starts = rows_by_class(checked, seeded_generator(seed, _WALK_STREAM))
+        self._counts = np.bincount(ids, minlength=num_classes)
+        self._rows, self._starts = rows_by_class(ids, num_classes, seeded_generator(seed, _WALK_STREAM))
 
         weights = np.where(self._counts > 0, self._counts.astype(np.float64) ** (1.0 - float(power)), 0.0)
         targets = self._length * weights / weights.sum()
         self._whole = np.floor(targets).astype(np.int64)
         # The fractions that remain, end to end on a line in random order of classes. Their sum is an integer.
-        self._line = seeded_generator(seed, _LINE_STREAM).permutation(checked.num_classes)
+        self._line = seeded_generator(seed, _LINE_STREAM).permutation(num_classes)
         fractions = np.rint((targets - self._whole)[self._line] * 2**_UNIT_BITS).astype(np.int64)
         end = (self._length - int(self._whole.sum())) << _UNIT_BITS
         self._edges = np.minimum(np.concatenate([[0], np.cumsum(fractions)]), end)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from etf_adapt.data.long_tail import Labels, draw_per_class, seeded_generator
+from etf_adapt.data.long_tail import draw_per_class, seeded_generator
 
 _SPLIT_STREAM = 21
 
 
 def take_per_class(labels: np.ndarray, counts: np.ndarray, *, seed: int) -> np.ndarray:
     """Choose ``counts[c]`` random rows of each class c from ``labels`` (rows,); row ids, ascending."""
-    return draw_per_class(Labels(labels, len(counts), None), counts, seeded_generator(seed, _SPLIT_STREAM))
+    return draw_per_class(labels, counts, seeded_generator(seed, _SPLIT_STREAM))
 
 
 def validation_rows(

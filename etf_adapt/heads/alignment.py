@@ -178,7 +178,7 @@ class TrainingRows:
 def _count_classes(data: Iterable[Any], num_classes: int) -> np.ndarray:
     counts = np.zeros(num_classes, np.int64)
     for batch in progress(data, "counting classes, batches"):
-        labels = check_labels(split_batch(batch).labels, num_classes=num_classes)
+        labels = check_labels(split_batch(batch)[1], num_classes=num_classes)
         counts += np.bincount(labels, minlength=num_classes)
     return counts
 

@@ -100,18 +100,14 @@ class TrainingLogits:
         self.left_out.clear()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that it holds, for a file: ``left_out/PATH/NAME``."""
+        """Return all that it holds, for a file: ``PATH/NAME``."""
         held = self.left_out.items()
-        return {f"left_out/{path}/{name}": value for path, rows in held for name, value in vars(rows).items()}
+        return {f"{path}/{name}": value for path, rows in held for name, value in vars(rows).items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take up what ``tensors`` returned."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            kind, path, name = key.split("/")
-            if kind != "left_out":  # such as the norms of features, of an earlier version
-                raise ValueError(
-                    f"The checkpoint holds {key!r}, which this version cannot go on from: start another run."
-                )
+            path, name = key.split("/")
             parts.setdefault(path, {})[name] = value
         self.left_out = {path: LeftOutRows(**part).to(device) for path, part in parts.items()}

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from etf_adapt.results.run_folder import STATISTICS_FILE
+from etf_adapt.results.run_folder import MODEL_FILES, RESULTS_FILE, STATISTICS_FILE
 
-# Files that are published if they exist, beside the pictures of the card; a star matches no slash.
-PUBLISHED = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "LICENSE*", "all_results.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "sentence_bert_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", "spm.model",
-    "sentencepiece*.model", "bpe.codes", "dict.txt", "entity_vocab.json", "chat_template*", "modules.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors",
-)  # fmt: skip
+PUBLISHED = (*MODEL_FILES, "README.md", "LICENSE*", RESULTS_FILE)  # where they exist, beside the pictures of the card
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*\bsrc=[\"']([^\"']+)")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")

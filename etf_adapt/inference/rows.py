@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
+from torch.utils.data import default_collate
 from transformers import TimmWrapperConfig
 
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import ClassificationData
 from etf_adapt.data.text import DEFAULT_MAX_LENGTH, TextCollator, tokenize
 from etf_adapt.data.transforms import image_transforms
@@ -66,7 +67,7 @@ def prepare_rows(
             )
             for name, split in splits.items()
         }
-        return ModelRows(**images, collator=ImageCollator(), processor=processor)
+        return ModelRows(**images, collator=default_collate, processor=processor)
     length = token_limit(model, processor, max_length)
     if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length
         length = min(length, DEFAULT_MAX_LENGTH)

@@ -33,10 +33,7 @@ def fit_prior_adjustment(logits: Tensor, labels: Tensor, class_counts: Tensor | 
     With s = t = 1 it is the adjustment of Menon et al. (2021, https://arxiv.org/abs/2007.07314) after cross-entropy; a loss or
     head that has seen the prior leaves less to do, so t is fitted. (1, 0) without rows.
     """
-    rows = torch.bincount(labels, minlength=logits.shape[1])
-    weights = len(labels) / ((rows > 0).sum() * rows.clamp_min(1).double())  # their sum over the rows is their number
-    prior = log_prior(class_counts, logits[:0].double())
-    return _fit(logits, labels, weights, prior, strengths=(0.0, math.inf))[:2]
+    return fit_balanced(logits, labels, class_counts, min_rows=1)[:2]
 
 
 def fit_balanced(
@@ -50,7 +47,7 @@ def fit_balanced(
     rows = torch.bincount(labels, minlength=logits.shape[1]).double()
     small = (rows > 0) & (rows < min_rows)
     rows[small] = rows[small].mean()
-    weights = len(labels) / ((rows > 0).sum() * rows.clamp_min(1e-9))
+    weights = len(labels) / ((rows > 0).sum() * rows.clamp_min(1e-9))  # their sum over the rows is their number
     prior = torch.zeros(logits.shape[1]).double()
     if class_counts is not None:
         prior = log_prior(class_counts, logits[:0].double())

@@ -179,36 +179,33 @@ def classification_scores(
     recalls, f1_scores = _recalls_and_f1(predictions, references, class_counts)
     correct = predictions == references
     counts = [] if class_counts is None else class_counts  # without counts all groups are empty
-    groups = shot_groups(counts, shot_bounds=shot_bounds)
-    groups |= {f"{name}_third": classes for name, classes in class_thirds(counts).items()}
     return {
         "accuracy": float(correct.mean()),
         "balanced_accuracy": _mean_recall(recalls),
         "macro_f1": float(np.nanmean(f1_scores)),
-        **{name: _mean_recall(recalls[classes]) for name, classes in groups.items()},
+        **{name: _mean_recall(recalls[classes]) for name, classes in class_groups(counts, shot_bounds).items()},
         "ece": None if confidences is None else _calibration_error(confidences, correct),
         "loss": None if losses is None else float(losses.mean()),
     }
 
 
-def shot_groups(class_counts: Counts, *, shot_bounds: tuple[float, float] = SHOT_BOUNDS) -> dict[str, Ids]:
-    """Return the class ids of ``many``, ``medium`` and ``few``: training count above the bounds, within them, below."""
-    counts, (least, greatest) = np.asarray(class_counts), shot_bounds
+def class_groups(class_counts: Counts, shot_bounds: Sequence[float] = SHOT_BOUNDS) -> dict[str, Ids]:
+    """Return the class ids of ``many``, ``medium`` and ``few``, by the bounds, and of thirds by falling training count.
+
+    Ties follow the class id. Head and tail third are equally large, the middle one differs by one class at most: of two classes
+    one is head, the other tail.
+    """
+    counts, (least, greatest) = np.asarray(class_counts, np.int64), shot_bounds
+    order = np.argsort(-counts, kind="stable")
+    size = (len(order) + 1) // 3
     return {
         "many": np.flatnonzero(counts > greatest),
         "medium": np.flatnonzero((counts >= least) & (counts <= greatest)),
         "few": np.flatnonzero(counts < least),
+        "head_third": order[:size],
+        "middle_third": order[size : len(order) - size],
+        "tail_third": order[len(order) - size :],
     }
-
-
-def class_thirds(class_counts: Counts) -> dict[str, Ids]:
-    """Return the class ids of ``head``, ``middle`` and ``tail``, by falling training count, ties by class id.
-
-    Head and tail are equally large, the middle differs by one class at most: of two classes one is head, the other tail.
-    """
-    order = np.argsort(-np.asarray(class_counts, np.int64), kind="stable")
-    size = (len(order) + 1) // 3
-    return {"head": order[:size], "middle": order[size : len(order) - size], "tail": order[len(order) - size :]}
 
 
 def pooled_balanced_accuracy(predictions: Ids, labels: Ids, *, min_rows: int = 5) -> float:

@@ -34,61 +34,37 @@ _DIGEST = "<!-- Written by etf_adapt, which does not overwrite it once it is edi
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card shows; class names, data set names and paths may contain anything.
+    """What a card shows; class names, data set names and paths may contain anything."""
 
-    Attributes:
-        model_id: Hub id or folder name that loads the model.
-        on_hub: Whether ``model_id`` is a Hub id.
-        task: ``"image"`` or ``"text"``.
-        library: ``"transformers"``, ``"timm"`` or ``"sentence_transformers"``: layout of the folder.
-        base_model: Hub id or another name.
-        dataset: Its ``name`` and what else the data loader reports.
-        label_names: Class names.
-        class_counts: Training rows of each class.
-        head: Settings of the head: ``kind``, ``frame``, ``trainable``.
-        loss: Settings of the loss, with its ``name``.
-        split: Split of the scores, ``"test"`` or ``"validation"``.
-        scores: Scores on that split, without prefix.
-        table: ``etf_adapt.results.tables.shot_table`` of that split.
-        is_adjusted: Whether the bias adjusts for the class frequencies.
-        calibrated_rows: Number of validation rows that calibrated the confidences.
-        command: Command line without private paths; empty where there is none.
-        seeds: Seeds by name.
-        environment: Versions and hardware.
-        recalls: Recall of each class on the split; None or NaN where it has no row. Empty without a split.
-        row_counts: Rows of each class in the split.
-        shot_bounds: Training rows (at least, at most) of a medium class.
-        logit_scale: Factor of the logits from calibration.
-        alignment: Fields of the last ``etf_adapt.heads.alignment.AlignmentResult``.
-        collapse: Measures of neural collapse by name.
-        inherited: Licence and languages from ``etf_adapt.results.card_metadata.read_base_card``.
-    """
-
-    model_id: str
-    on_hub: bool
-    task: str
-    library: str
-    base_model: str
-    dataset: Mapping[str, Any]
+    model_id: str  # Hub id or folder name that loads the model
+    on_hub: bool  # whether ``model_id`` is a Hub id
+    task: str  # "image" or "text"
+    library: str  # layout of the folder: "transformers", "timm" or "sentence_transformers"
+    base_model: str  # Hub id or another name
+    dataset: Mapping[str, Any]  # its ``name`` and what else the data loader reports
     label_names: Sequence[str]
-    class_counts: Sequence[int]
-    head: Mapping[str, Any]
-    loss: Mapping[str, Any]
-    split: str
-    scores: Mapping[str, Any]
-    table: Sequence[Sequence[Any]]
-    is_adjusted: bool
-    calibrated_rows: int
-    command: str
-    seeds: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    recalls: Sequence[float | None] = ()
-    row_counts: Sequence[int] = ()
-    shot_bounds: Sequence[int] = (20, 100)
-    logit_scale: float = 1.0
-    alignment: Mapping[str, Any] = field(default_factory=dict)
-    collapse: Mapping[str, Any] = field(default_factory=dict)
-    inherited: Mapping[str, Any] = field(default_factory=dict)
+    class_counts: Sequence[int]  # training rows of each class
+    head: Mapping[str, Any]  # settings: ``kind``, ``frame``, ``trainable``
+    loss: Mapping[str, Any]  # settings, with its ``name``
+    split: str  # of the scores: "test" or "validation"
+    scores: Mapping[str, Any]  # on that split, without prefix
+    table: Sequence[Sequence[Any]]  # ``etf_adapt.results.tables.shot_table`` of that split
+    is_adjusted: bool  # whether the bias adjusts for the class frequencies
+    calibrated_rows: int  # validation rows that calibrated the confidences
+    command: str  # without private paths; empty where there is none
+    seeds: Mapping[str, Any]  # by name
+    environment: Mapping[str, Any]  # versions and hardware
+    recalls: Sequence[
+        float | None
+    ] = ()  # of each class on the split; None or NaN where it has no row; empty without a split
+    row_counts: Sequence[int] = ()  # rows of each class in the split
+    shot_bounds: Sequence[int] = (20, 100)  # training rows (at least, at most) of a medium class
+    logit_scale: float = 1.0  # factor of the logits from calibration
+    alignment: Mapping[str, Any] = field(default_factory=dict)  # fields of the last ``AlignmentResult``
+    collapse: Mapping[str, Any] = field(default_factory=dict)  # measures of neural collapse by name
+    inherited: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # licence and languages from ``card_metadata.read_base_card``
 
 
 def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
@@ -135,11 +111,10 @@ def write_short_card(
 
 
 def read_facts(folder: str | os.PathLike[str]) -> CardFacts | None:
-    """Return the facts that ``write_card`` left in a folder; None where there are none, or too few for this version."""
-    known = {entry.name for entry in dataclasses.fields(CardFacts)}
+    """Return the facts that ``write_card`` left in a folder; None where there are none."""
     try:
-        return CardFacts(**{name: value for name, value in _read_state(folder)["facts"].items() if name in known})
-    except (TypeError, KeyError, AttributeError):
+        return CardFacts(**_read_state(folder)["facts"])
+    except (TypeError, KeyError):
         return None
 
 
@@ -161,8 +136,6 @@ def is_edited(card: Path) -> bool:
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8", errors="replace")
-    if _digest(text) == _read_state(card.parent).get("card_sha256"):  # written with section marks, as once
-        return False
     body = text.rstrip().rpartition("\n")[0] + "\n"
     return text.rstrip() != with_digest(body).rstrip()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,8 +24,6 @@ _METRICS = {
 }
 
 INHERITED = ("license", "license_name", "license_link")  # a fine-tuned model is bound by its base model's licence
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def metadata(facts: Any) -> ModelCardData:
@@ -88,7 +85,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except ValueError:
         return False
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return "/" in name and not Path(name).exists()
 
 
 def pipeline_of(task: str) -> str:

@@ -30,18 +30,13 @@ def claim(folder: str | os.PathLike[str], *, resume: bool = False, run: str | No
     """
     path = Path(folder).resolve()
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = _held[path][0] if path in _held else _lock(path / CLAIM_FILE, resume=resume)
+    descriptor = _held[path][0] if path in _held else _lock(path / CLAIM_FILE)
     identity = (resume and (read_run(path) or run)) or uuid4().hex
     mark = json.dumps({"run": identity, "claim": uuid4().hex, "process": os.getpid()}).ljust(_LENGTH).encode()
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.write(descriptor, mark)
     _held[path] = descriptor, mark
     return identity
-
-
-def is_claimed(folder: str | os.PathLike[str]) -> bool:
-    """Return whether this process holds a folder."""
-    return Path(folder).resolve() in _held
 
 
 def release(folder: str | os.PathLike[str]) -> None:
@@ -68,7 +63,7 @@ def read_run(folder: str | os.PathLike[str]) -> str | None:
 
 
 def check_claim(folder: str | os.PathLike[str]) -> None:
-    """Refuse to write on where the claimed folder was taken by another run: removed and made anew, or not lockable."""
+    """Refuse to write on where another run has the claimed folder: it was removed and made anew, or has no locks."""
     path = Path(folder).resolve()
     if path not in _held:
         return
@@ -82,12 +77,9 @@ def check_claim(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def _lock(file: Path, *, resume: bool) -> int:
+def _lock(file: Path) -> int:
     """Open and lock the file of a claim; make it if there is none."""
-    try:
-        descriptor, is_new = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
-    except FileExistsError:
-        descriptor, is_new = os.open(file, os.O_RDWR), False
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
 
@@ -99,13 +91,7 @@ def _lock(file: Path, *, resume: bool) -> int:
             f"{_read(file).get('process', 'unknown')}): wait for its end, or choose another folder (--output_dir)."
         ) from None
     except (ImportError, OSError):
-        # Windows, or a file system without locks: there who makes the file has the folder, and who resumes takes it over.
-        if not is_new and not resume:
-            os.close(descriptor)
-            raise OutputFolderError(
-                f"`output_dir` (={str(file.parent)!r}) belongs to another run, which may be running (its file system has no "
-                "locks to tell): choose another folder, or remove this one."
-            ) from None
+        pass  # Windows, or a file system without locks: the last claim holds, and ends the run before it at its next save
     return descriptor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import numpy as np
 COLOURS = {"many": "#2f6f9f", "medium": "#d08a2e", "few": "#b23a48"}
 
 
-def draw_class_counts(
-    file: str | os.PathLike[str], class_counts: Sequence[int], *, shot_bounds: Sequence[int] = (20, 100)
-) -> Path:
+def draw_class_counts(file: Path, class_counts: Sequence[int], *, shot_bounds: Sequence[int]) -> None:
     """Draw the training examples of each class, largest first, coloured by shot group."""
     counts = np.asarray(class_counts)
     order = np.argsort(-counts, kind="stable")
@@ -26,16 +23,12 @@ def draw_class_counts(
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.set(xlabel="classes, by training examples", ylabel="training examples")
-    return _save(figure, file)
+    _save(figure, file)
 
 
 def draw_recalls(
-    file: str | os.PathLike[str],
-    class_counts: Sequence[int],
-    recalls: Sequence[float | None],
-    *,
-    shot_bounds: Sequence[int] = (20, 100),
-) -> Path:
+    file: Path, class_counts: Sequence[int], recalls: Sequence[float | None], *, shot_bounds: Sequence[int]
+) -> None:
     """Draw the recall of each class over its training examples, with the mean of each shot group; None is left out."""
     counts = np.asarray(class_counts)
     shares = np.array(recalls, dtype=float)  # None becomes NaN
@@ -52,14 +45,14 @@ def draw_recalls(
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.set_ylim(-4, 104)
     axes.set(xlabel="training examples of the class", ylabel="recall (%)")
-    return _save(figure, file)
+    _save(figure, file)
 
 
 def _groups(counts: np.ndarray, shot_bounds: Sequence[int]) -> dict[str, Any]:
-    from etf_adapt.metrics.shots import shot_groups
+    from etf_adapt.metrics.shots import class_groups
 
-    low, high = shot_bounds
-    return {name: classes for name, classes in shot_groups(counts, shot_bounds=(low, high)).items() if len(classes)}
+    groups = class_groups(counts, shot_bounds)
+    return {name: groups[name] for name in COLOURS if len(groups[name])}
 
 
 def _axes() -> tuple[Any, Any]:
@@ -74,7 +67,6 @@ def _axes() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, file: str | os.PathLike[str]) -> Path:
+def _save(figure: Any, file: Path) -> None:
     figure.legend(frameon=False, fontsize="small", loc="outside right upper")
-    figure.savefig(file, metadata={"Software": None} if Path(file).suffix == ".png" else None)
-    return Path(file)
+    figure.savefig(file, metadata={"Software": None})

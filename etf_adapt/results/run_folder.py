@@ -29,10 +29,16 @@ PREDICTIONS_FILE = "predictions.csv"
 STATISTICS_FILE = "etf_statistics.safetensors"  # of the rows that the head was set from: models/head_statistics.py
 RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
 
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer*",
-                "vocab*", "merges.txt", "special_tokens_map.json",
-                "README.new.md", "card.json", "class_counts.png", "recalls.png",
-                "modules.json", "sentence_bert_config.json", "1_Pooling/*", "1_Dense/*", "2_Dense/*")  # fmt: skip
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "spiece.model", "spm.model", "sentencepiece*.model", "bpe.codes", "dict.txt", "entity_vocab.json", "chat_template*",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    "*_Dense/config.json", "*_Dense/model.safetensors",
+)  # fmt: skip
+"""Files of a model as stock libraries write them, where they exist; a star matches no slash."""
+
+_CARD_FILES = ("README.new.md", "card.json", "class_counts.png", "recalls.png")
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
 _STAGES = ("do_train", "do_eval", "do_predict")  # fields of TrainingArguments that choose nothing here
@@ -84,7 +90,7 @@ def remove_run_files(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if not (path / ARGUMENTS_FILE).is_file():
         return
-    for pattern in (*_MODEL_FILES, *RUN_FILES):
+    for pattern in (*MODEL_FILES, *_CARD_FILES, *RUN_FILES):
         for file in path.glob(pattern):
             if file.is_file():
                 file.unlink()

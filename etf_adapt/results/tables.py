@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 
+GROUPS = ("many", "medium", "few", "head_third", "middle_third", "tail_third")
 UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
 # In all_results.json with the prefix `eval_` (validation) and with `test_`; `_unadjusted` is before the prior adjustment.
 SCORES = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
-    "many",
-    "medium",
-    "few",
-    "head_third",
-    "middle_third",
-    "tail_third",
+    *GROUPS,
     "ece",
     "loss",
     *(f"{name}_unadjusted" for name in UNADJUSTED),
@@ -58,21 +54,16 @@ def shot_table(
         ('few', '< 20', 1, 10, 0.5)
     """
     # Here, because it imports torch, which a check of arguments must not wait for.
-    from etf_adapt.metrics.shots import class_thirds, shot_groups
+    from etf_adapt.metrics.shots import class_groups
 
-    counts, rows = np.asarray(class_counts), np.asarray(row_counts)
+    counts, rows, every = np.asarray(class_counts), np.asarray(row_counts), np.arange(len(class_counts))
     low, high = shot_bounds
-    groups = shot_groups(counts, shot_bounds=(low, high))
     bounds = {"many": f"> {high}", "medium": f"{low}..{high}", "few": f"< {low}"}
-    table = [
-        (name, bounds[name], len(classes), int(rows[classes].sum()), scores.get(name))
-        for name, classes in groups.items()
-    ]
-    thirds = {f"{name}_third": classes for name, classes in class_thirds(counts).items()}
-    every = {"balanced_accuracy": np.arange(len(counts)), "accuracy": np.arange(len(counts))}
     titles = {"balanced_accuracy": "mean of classes", "accuracy": "mean of rows"}
-    for name, classes in (thirds | every).items():
-        span = "..".join(str(count) for count in sorted({*_extremes(counts[classes])})) or "-"
+    table = []
+    for name, classes in (class_groups(counts, shot_bounds) | dict.fromkeys(titles, every)).items():
+        extremes = {int(counts[classes].min()), int(counts[classes].max())} if len(classes) else ()
+        span = bounds.get(name) or "..".join(map(str, sorted(extremes))) or "-"
         title = titles.get(name, name.replace("_", " "))
         table.append((title, span, len(classes), int(rows[classes].sum()), scores.get(name)))
     return table
@@ -94,7 +85,3 @@ def percent(share: float | None) -> str:
         ('12.3', '-')
     """
     return "-" if share is None or not math.isfinite(share) else f"{100.0 * share:.1f}"
-
-
-def _extremes(counts: np.ndarray) -> tuple[int, ...]:
-    return (int(counts.min()), int(counts.max())) if len(counts) else ()

@@ -71,19 +71,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "local_rank": "launchers set LOCAL_RANK",
 }
 
-# Fields that mean here what they say by another way, and which.
-MAPPED: dict[str, str] = {
-    "data_seed": "seeds our sampler",
-    "disable_tqdm": "None is no bar but in a terminal",
-    "do_eval": "follows `eval_strategy`",
-    "greater_is_better": "None is what the metric asks for, and the opposite is refused",
-    "label_smoothing_factor": "becomes `label_smoothing`: soft labels for the model's own loss, no cross-entropy",
-    "load_best_model_at_end": "off where `eval_strategy` is no",
-    "lr_scheduler_kwargs": "`mode` of reduce_lr_on_plateau and greedy follows the metric unless given",
-    "train_sampling_strategy": "group_by_length batches rows of similar length within our sampler's draw",
-    "use_cpu": "on where there is no device",
-}
-
 # Settings by which a run goes on as it began. Of the length alone a resumed run may have another: the schedule follows it.
 FIXED_ON_RESUME = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
@@ -93,6 +80,11 @@ FIXED_ON_RESUME = (
     "metric_for_best_model", "shot_bounds", "min_validation_rows",
 )  # fmt: skip
 LENGTH = ("num_train_epochs", "max_steps")
+
+LEAST = {
+    **dict.fromkeys(("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"), 0),
+    **dict.fromkeys(("early_stopping_patience", "torch_threads", "min_validation_rows"), 1),
+}
 
 
 @dataclass
@@ -188,12 +180,9 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
             for literal in (part for part in (hint, *get_args(hint)) if get_origin(part) is Literal):
                 if value is not None or literal is hint:
                     check_choice(name, value, get_args(literal))
-        for name in ("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must not be negative.")
-        for name in ("early_stopping_patience", "torch_threads", "min_validation_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 1.")
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least {least}.")
         optim = str(getattr(self.optim, "value", self.optim))
         if optim.startswith(("schedule_free", "lomo", "adalomo")) or optim.endswith("layerwise"):
             raise ValueError(

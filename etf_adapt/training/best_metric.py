@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etf_adapt.errors import nearest_names
-from etf_adapt.metrics.shots import class_thirds, shot_groups
+from etf_adapt.metrics.shots import class_groups
+from etf_adapt.results.tables import GROUPS
 
-GROUPS = ("many", "medium", "few", "head_third", "middle_third", "tail_third")
 ERRORS = ("loss", "ece")
 SCORES = ("balanced_accuracy_pooled", "balanced_accuracy", "accuracy", "macro_f1", *GROUPS, *ERRORS)
 MEASURES = ("nc1", "nc2", "nc3", "nc4")
@@ -59,9 +59,7 @@ def require_measurable(
     name = metric.removeprefix("eval_")
     least, greatest = shot_bounds
     if name in GROUPS:
-        groups = shot_groups(class_counts, shot_bounds=(least, greatest))
-        groups |= {f"{third}_third": classes for third, classes in class_thirds(class_counts).items()}
-        classes = groups[name]
+        classes = class_groups(class_counts, shot_bounds)[name]
         why = f"none of its {len(classes)} classes has a validation row"
         if not len(classes):
             why = (

@@ -1,4 +1,4 @@
-"""Callbacks around the steps of a run: the sampler's epoch, re-alignment, the log."""
+"""Callbacks around the steps of a run: re-alignment, the log."""
 
 from __future__ import annotations
 
@@ -13,21 +13,6 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState, Traini
 from etf_adapt.data.progress import ProgressLines
 from etf_adapt.results.run_folder import LOG_FILE, write_log
 from etf_adapt.results.tables import percent
-
-
-class EpochStart(TrainerCallback):
-    """Set the epoch of the sampler that ``sampler()`` returns, from the number of steps done."""
-
-    # After a stop in mid-epoch `accelerate.skip_first_batches` wraps the sampler so deep, with two processes, that the loader's
-    # `set_epoch` no longer reaches it, and the epoch is resumed with the first epoch's rows (accelerate 1.15).
-
-    def __init__(self, steps_in_epoch: Callable[[], int], sampler: Callable[[], Any]) -> None:
-        self.steps_in_epoch = steps_in_epoch
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        """Set the epoch."""
-        self.sampler().set_epoch(state.global_step // self.steps_in_epoch())
 
 
 class Realign(TrainerCallback):
@@ -64,16 +49,9 @@ class RunLog(TrainerCallback):
         self._start = time.monotonic()
         self._write(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """Add what was logged."""
-        logs = logs or {}
+        logs: Mapping[str, Any] = kwargs["logs"]
         self._write(state)
         if "loss" in logs:
             self._train = logs

@@ -46,15 +46,10 @@ def complete_checkpoint(folder: str | Path, state: Mapping[str, Any], *, run: st
     write_json(folder / STATE_NAME, mark | {"hash": _hash_of_mark(mark)})
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Return whether a folder is marked as complete and every file has the size noted in the mark."""
-    return find_damage(folder, hashes=False) is None
-
-
 def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
     """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written.
 
-    Checkpoints of earlier versions note no hashes.
+    Without ``hashes`` only the sizes of the files are looked at.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,31 +58,24 @@ def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
         mark = _read_mark(folder)
         if mark["complete"] is False:
             return UNFINISHED
-        is_sound = mark["complete"] is True and "state" in mark
-        if "hash" in mark or "run" in mark:
-            is_sound &= mark.pop("hash") == _hash_of_mark(mark)
-        files = [
-            (name, *(noted if isinstance(noted, list) else [noted, None])) for name, noted in mark["files"].items()
-        ]
+        is_sound = mark.pop("hash") == _hash_of_mark(mark)
     except FileNotFoundError:
         return UNFINISHED if _is_own(folder) else f"{STATE_NAME} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        is_sound, files = False, []
+        is_sound = False
     if not is_sound:
         return f"{STATE_NAME} is damaged"
-    for name, size, noted_hash in files:
+    for name, (size, noted_hash) in mark["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if (folder / name).stat().st_size != size:
-            return f"{name} is cut off or was changed"
-        if hashes and noted_hash is not None and _hash(folder / name) != noted_hash:
+        if (folder / name).stat().st_size != size or (hashes and _hash(folder / name) != noted_hash):
             return f"{name} is damaged or was changed"
     return None
 
 
 def read_run_of(folder: str | Path | None) -> str | None:
-    """Return the identity of the run that wrote a complete checkpoint, None for one of an earlier version."""
-    return None if folder is None else _read_mark(Path(folder)).get("run")
+    """Return the identity of the run that wrote a complete checkpoint; None without a checkpoint."""
+    return None if folder is None else _read_mark(Path(folder))["run"]
 
 
 def find_flaw(folder: str | Path, run: str | None) -> str | None:
@@ -104,15 +92,13 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write our tensors into a checkpoint; no file where there are none."""
-    if tensors:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, Path(folder, TENSORS_NAME))
+    """Write our tensors into a checkpoint."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, Path(folder, TENSORS_NAME))
 
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """Return what ``write_tensors`` was given."""
-    file = Path(folder, TENSORS_NAME)
-    return load_file(file) if file.is_file() else {}
+    return load_file(Path(folder, TENSORS_NAME))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -122,8 +108,9 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, if there is one."""
-    return next((path for path in reversed(list_checkpoints(output_dir)) if is_complete(path)), None)
+    """Return the newest complete checkpoint of a run, if there is one, by the sizes of its files."""
+    newest_first = reversed(list_checkpoints(output_dir))
+    return next((path for path in newest_first if find_damage(path, hashes=False) is None), None)
 
 
 def resolve_checkpoint(
@@ -137,11 +124,9 @@ def resolve_checkpoint(
     existing = list_checkpoints(output_dir)
     if not resume:
         if existing:
-            last = find_last_complete_checkpoint(output_dir)
-            remedy = "go on from it with resume_from_checkpoint=True" if last else "it is half written: remove it"
             raise ValueError(
-                f"`output_dir` (={output_dir}) holds {(last or existing[-1]).name} of an earlier run: {remedy}, or choose "
-                "another output_dir."
+                f"`output_dir` (={output_dir}) holds {existing[-1].name} of an earlier run: go on with it by "
+                "resume_from_checkpoint=True, or choose another output_dir."
             )
         return None
     run, last, flaws = read_run(output_dir), None, {}
@@ -161,15 +146,10 @@ def resolve_checkpoint(
     for path, flaw in flaws.items():
         tell(f"{path.name} is passed over: {flaw}{_set_aside(path, flaw)}.")
     if last is None:
-        if run is None and not flaws:
+        if set(flaws.values()) - {UNFINISHED} or (run is None and not flaws):
             raise FileNotFoundError(
-                f"`output_dir` (={output_dir}) holds no complete checkpoint to resume from: start without "
-                "resume_from_checkpoint, or name the checkpoint's folder."
-            )
-        if set(flaws.values()) - {UNFINISHED}:
-            raise FileNotFoundError(
-                f"`output_dir` (={output_dir}) holds no sound checkpoint to resume from: begin anew in another output_dir, or "
-                "replace this run (--overwrite_output_dir)."
+                f"`output_dir` (={output_dir}) holds no sound checkpoint to resume from: name the folder of one, begin anew "
+                "in another output_dir, or replace this run (--overwrite_output_dir)."
             )
         tell(f"the run in {output_dir} ended before it finished a checkpoint: it starts anew.")
     return last

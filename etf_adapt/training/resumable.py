@@ -97,19 +97,19 @@ class ResumableTrainer(StoppableTrainer):
         The part of transformers follows in ``train``.
         """
         state = read_state(checkpoint)
-        if state.get("save_only_model"):
+        if state["save_only_model"]:
             raise ValueError(
                 f"`{checkpoint}` was written with `save_only_model` and cannot be resumed: start another run."
             )
         for name, value in self.draw_settings().items():
-            if state["draw"].get(name, value) != value:
+            if (before := state["draw"].get(name)) != value:
                 raise ValueError(
-                    f"`{checkpoint}` was written with {name} {state['draw'][name]!r}, and this run has {value!r}: it would "
-                    "go on otherwise than it began. Resume with the same settings, or start another run."
+                    f"`{checkpoint}` was written with {name} {before!r}, and this run has {value!r}: it would go on "
+                    "otherwise than it began. Resume with the same settings, or start another run."
                 )
         self.misses = state["misses"]
         self.restore_own_state(state["own"], read_tensors(checkpoint))
-        lengths = {name: (before, getattr(self.args, name)) for name, before in state.get("length", {}).items()}
+        lengths = {name: (before, getattr(self.args, name)) for name, before in state["length"].items()}
         return [
             f"`{name}` was {before:g} and is {now:g}: the learning rate follows the schedule of the new length from here on"
             for name, (before, now) in lengths.items()
@@ -213,7 +213,7 @@ class ResumableTrainer(StoppableTrainer):
             self.misses = 0
             return epochs, batches
         self.state.compute_steps(self.args, max_steps)  # the checkpoint holds those of the earlier arguments
-        self._checkpoint, self._next_of_checkpoint = resume, read_state(resume).get("next")
+        self._checkpoint, self._next_of_checkpoint = resume, read_state(resume)["next"]
         # Once more: the weights were loaded in between, by which a head that changed counts as a new one.
         self.restore_own_state(read_state(resume)["own"], read_tensors(resume))
         # The stock class forgets the best checkpoint of a folder that was moved; the best step may have none of its own.

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from etf_adapt.inference.launch import first_process_decides
-from etf_adapt.results.claim import claim, is_claimed, release
+from etf_adapt.results.claim import claim, released
 from etf_adapt.training.checkpoints import find_last_complete_checkpoint, read_run_of, resolve_checkpoint
 from etf_adapt.training.signals import RandomStates, Stopped, StopSignals
 
@@ -38,6 +38,7 @@ class StoppableTrainer(Trainer):
     _saved_step: int | None = None  # None where a stop has nothing to save: before the first step, and after the last
     _is_saved = False  # whether the step that ends was saved
     _steps_in_epoch = 1
+    _train_sampler: Any
     _trial: Any = None  # of a search for settings
     _random: RandomStates | None = None
     _signals: StopSignals | None = None
@@ -51,21 +52,17 @@ class StoppableTrainer(Trainer):
     def running(self, resume: str | bool | None, trial: Any = None) -> Iterator[Path | None]:
         """Hold the output folder and watch for signals; give the checkpoint to resume from."""
         self._trial = trial
-        folder = self.run_dir
-        was_claimed = is_claimed(folder)
         self._saved_step = self._next_of_checkpoint = self._random = None
-        try:
-            checkpoint = first_process_decides(partial(self._claim, folder, resume))
+        with released():
+            checkpoint = first_process_decides(partial(self._claim, self.run_dir, resume))
             with StopSignals() as self._signals:
                 try:
                     yield checkpoint
                 except Stopped as stop:
                     self._save_and_tell(stop)
                     raise
-        finally:
-            self._signals = None
-            if not was_claimed:
-                release(folder)
+                finally:
+                    self._signals = None
 
     def _claim(self, folder: str, resume: str | bool | None) -> Path | None:
         checkpoint = resolve_checkpoint(folder, resume, tell=self.print)
@@ -109,6 +106,9 @@ class StoppableTrainer(Trainer):
             self._saved_step = self.state.global_step if is_here else -1
         self._finish_step(loop["resume_from_checkpoint"], loop)
         if not self.control.should_training_stop:
+            # After a stop in mid-epoch `accelerate.skip_first_batches` wraps the sampler so deep, with two processes, that the
+            # loader's `set_epoch` no longer reaches it, and the epoch is resumed with the first epoch's rows (accelerate 1.15).
+            self._train_sampler.set_epoch(loop["epoch"])
             self._next = "step"
             super()._run_epoch(**loop)
 

@@ -27,7 +27,7 @@ from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.training.aligning import AligningTrainer
 from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.training.best_metric import check_metric, require_measurable
-from etf_adapt.training.callbacks import EpochStart, ProgressBar, ProgressPrinter, Realign, RunLog
+from etf_adapt.training.callbacks import ProgressBar, ProgressPrinter, Realign, RunLog
 from etf_adapt.training.collapse_monitor import make_monitors
 from etf_adapt.training.finishing import finish
 from etf_adapt.training.messages import advise, describe_alignment, describe_run
@@ -139,7 +139,6 @@ class ETFTrainer(AligningTrainer):
         self._train_sampler: RowDraws | None = None
         self.given_optimizer = optimizers[0]
         ours: list[Any] = [
-            EpochStart(lambda: self._steps_in_epoch, lambda: self._train_sampler),
             Realign(lambda: self._steps_in_epoch, self.align, lambda: self.realign_epochs),
             RunLog(lambda: self.run_dir),
             ProgressPrinter() if args.disable_tqdm else ProgressBar(),

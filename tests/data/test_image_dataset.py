@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import BatchSampler, DataLoader
 
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset, RowDraw, RowDraws
+from etf_adapt.data.image_dataset import ImageDataset, RowDraw, RowDraws
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.errors import RowError
 
@@ -45,7 +45,7 @@ def draws(epoch, order=ORDER):
 
 
 def loader(rows, sampler, **options):
-    return DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=ImageCollator(), **options)
+    return DataLoader(rows, batch_size=2, sampler=sampler, **options)
 
 
 def drawn(batches):
@@ -83,14 +83,14 @@ def test_workers_change_nothing(rows, persistent):
 
 
 def test_batch_size_changes_nothing(rows):
-    assert drawn(DataLoader(rows, 5, sampler=draws(1), collate_fn=ImageCollator())) == drawn(loader(rows, draws(1)))
+    assert drawn(DataLoader(rows, 5, sampler=draws(1))) == drawn(loader(rows, draws(1)))
 
 
 def test_processes_change_nothing(rows):
     shares = []
     for process in (0, 1):
         shard = BatchSamplerShard(BatchSampler(draws(1), 2, drop_last=False), 2, process)
-        shares.append(DataLoader(rows, batch_sampler=shard, collate_fn=ImageCollator()))
+        shares.append(DataLoader(rows, batch_sampler=shard))
     together = [batch for step in zip(*shares, strict=True) for batch in step]
     assert drawn(together) == drawn(loader(rows, draws(1)))
 

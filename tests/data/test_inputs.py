@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from small_models import processor
 
-from etf_adapt.data.inputs import WINDOW_BATCHES, ImageFolder, image_batches, text_batches
+from etf_adapt.data.inputs import WINDOW_BATCHES, image_batches, image_files, text_batches
 from etf_adapt.data.transforms import image_transforms
 
 
@@ -17,10 +17,11 @@ def test_what_looks_like_an_image_is_read_or_a_named_error(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     for name in ("logo.svg", "table.csv", "a/notes.txt"):
         (tmp_path / name).write_text("<svg/>")
-    (batch,) = image_batches(ImageFolder(tmp_path), image_transforms(processor("vit"), train=False), batch_size=9)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (batch,) = image_batches(image_files(tmp_path), image_transforms(processor("vit"), train=False), batch_size=9)
     assert [(item.row, item.name) for item in batch.inputs] == [
-        (0, str(tmp_path / "b.png")),
-        (2, str(tmp_path / "a/c.JPG")),
+        (0, str(tmp_path / "a/c.JPG")),
+        (1, str(tmp_path / "b.png")),
     ]
     assert [item.name for item, _ in batch.bad] == [str(tmp_path / "logo.svg")]
 
@@ -56,5 +57,5 @@ def test_workers_read_each_image_once_and_keep_the_order(tmp_path):
     for number in range(7):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     transform = image_transforms(processor("vit"), train=False)
-    batches = image_batches(ImageFolder(tmp_path), transform, batch_size=2, num_workers=2)
+    batches = image_batches(image_files(tmp_path), transform, batch_size=2, num_workers=2)
     assert [[item.row for item in batch.inputs] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6]]

@@ -282,7 +282,7 @@ def test_a_pair_is_read_as_two_texts(tmp_path):
     assert data.train.column_names == data.validation.column_names == ["text", "text_pair", "label"]
     pairs = [(row["text"].split(), row["text_pair"].split()) for row in data.train]
     assert all((a, b, n) == ("answer", "question", m) for (a, n), (b, m) in pairs)
-    assert (data.task, data.input_column, data.description["columns"]["pair"]) == ("text", "text", "question")
+    assert (data.task, data.description["columns"]["pair"]) == ("text", "question")
     (tmp_path / "test.tsv").write_text("question\tsentence\tlabel\n \tx\ta\n")
     with pytest.raises(DataError, match="Row 0 of split test has an empty text pair"):
         load_data(str(tmp_path), text_column=["sentence", "question"])
@@ -307,7 +307,7 @@ def test_no_step_joins_the_texts_of_a_split(monkeypatch):
     assert data.train.num_rows == 500 and data.test.num_rows == rows.num_rows and len(data.label_names) == 4
     assert data.train[499]["text"].endswith("xx")
     shuffled = rows.shuffle(seed=0, keep_in_memory=True)
-    with pytest.raises(ValueError, match="`text` holds text"):
+    with pytest.raises(ValueError, match="`text` holds string"):
         class_counts(shuffled, label_column="text")
 
 

@@ -67,7 +67,7 @@ def test_number_of_classes_is_that_of_the_names_unless_given():
     assert (
         class_counts([True, False, True]).tolist() == class_counts(dataset([True, False, True], Value("bool"))).tolist()
     )
-    assert read_labels(dataset(LABELS)).names == NAMES
+    assert read_labels(dataset(LABELS)).num_classes == len(NAMES)
 
 
 def test_no_other_column_is_decoded():
@@ -89,8 +89,8 @@ def test_no_other_column_is_decoded():
         (lambda: [0, None, 1], r"`labels` \(=None at row 1\) must be class ids"),
         (lambda: dataset([0, 1, None, 1]).select([1, 3, 2]), r"`label` \(=None at row 2\)"),
         (lambda: ["cat", "dog"], r"`labels` \(='cat' at row 0\).*map names to ids"),
-        (lambda: dataset(["cat", "dog"], Value("string")), r"class_encode_column\('label'\)"),
-        (lambda: dataset([0.0, 1.0], Value("float32")), r"holds float, .*cast_column\('label'"),
+        (lambda: dataset(["cat", "dog"], Value("string")), r"holds string, .*class_encode_column\('label'\)"),
+        (lambda: dataset([0.0, 1.0], Value("float32")), r"holds float, .*class_encode_column\('label'\)"),
         (lambda: [0.5, 1.0], r"`labels` \(=0.5 at row 0\)"),
         (lambda: torch.eye(3), r"shape \(3, 3\).*one class id a row"),
         (lambda: [], r"holds no rows.*pass `num_classes`"),
@@ -205,9 +205,9 @@ def test_factor_below_one_is_refused(factor):
     ("options", "message"),
     [
         ({"data": [0, 0]}, r"number of classes \(=1\) must be at least 2"),
-        ({"data": dataset([0, 2, 3])}, r"Class 1 \('bee'\) has no rows: "),
-        ({"data": dataset([0, 2])}, r"Class 1 \('bee'\) has no rows \(nor have 1 others\)"),
-        ({"data": [0, 2]}, r"Class 1 has no rows"),
+        ({"data": dataset([0, 2, 3])}, r"Of 4 classes these have no rows: `1`\. "),
+        ({"data": dataset([0, 2])}, r"Of 4 classes these have no rows: `1`, `3`"),
+        ({"data": [0, 2]}, r"no rows: `1`\. Drop"),
         ({"profile": "pareto"}, r"`profile` \(='pareto'\) must be one of 'exponential', 'step'"),
         ({"class_order": "random"}, r"`class_order` \(='random'\)"),
         ({"seed": -1}, r"`seed` \(=-1\)"),
@@ -268,9 +268,9 @@ class TestLabelsOf:
         wrapped, longer = Half(), torchvision.datasets.FakeData(size=2)
         wrapped.target_transform, longer.targets = (lambda label: 0), changed.targets
         for dataset, words in (
-            (Half(), "of 3 rows are unknown: it holds a data set of 6 rows"),
-            (changed, "FakeData with a `target_transform` are unknown. Pass `labels`"),
-            (wrapped, "Half with a `target_transform`"),
+            (Half(), "Half are unknown: of the 6 rows of its `dataset` it has 3. Pass `labels`"),
+            (changed, "FakeData are unknown: its `target_transform` may change them. Pass `labels`"),
+            (wrapped, "Half are unknown: its `target_transform`"),
             (longer, "FakeData are unknown"),
             (self.rows.with_transform(lambda rows: {"labels": [1 - x for x in rows["label"]]}), "row 1: 0 to 1"),
             ([1, 2], "list are unknown"),

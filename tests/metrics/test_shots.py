@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from etf_adapt.metrics.shots import ShotAccuracy, class_thirds, pooled_balanced_accuracy, shot_groups
+from etf_adapt.metrics.shots import ShotAccuracy, class_groups, pooled_balanced_accuracy
 
 NUM_CLASSES = 12
 OVERALL = ["accuracy", "balanced_accuracy", "macro_f1"]
@@ -146,20 +146,20 @@ def test_what_is_not_known_is_none():
 
 
 def test_shot_groups_follow_the_bounds():
-    groups = shot_groups(TRAIN_COUNTS)
-    assert [len(groups[name]) for name in ("many", "medium", "few")] == [4, 4, 4]
-    assert shot_groups([1, 2, 3, 4], shot_bounds=(2, 3))["medium"].tolist() == [1, 2]
-    assert sorted(np.concatenate(list(groups.values()))) == list(range(NUM_CLASSES))
+    groups = [class_groups(TRAIN_COUNTS)[name] for name in ("many", "medium", "few")]
+    assert [len(classes) for classes in groups] == [4, 4, 4]
+    assert class_groups([1, 2, 3, 4], (2, 3))["medium"].tolist() == [1, 2]
+    assert sorted(np.concatenate(groups)) == list(range(NUM_CLASSES))
 
 
 def test_thirds_split_by_count():
     for num_classes in range(1, 14):
         counts = np.random.default_rng(num_classes).integers(0, 5, num_classes)
-        thirds = class_thirds(counts)
-        order = np.concatenate(list(thirds.values()))
+        thirds = [class_groups(counts)[f"{name}_third"] for name in ("head", "middle", "tail")]
+        order = np.concatenate(thirds)
         assert sorted(order) == list(range(num_classes))
         assert order.tolist() == sorted(range(num_classes), key=lambda label: (-counts[label], label))
-        sizes = [len(labels) for labels in thirds.values()]
+        sizes = [len(labels) for labels in thirds]
         assert sizes[0] == sizes[2] and abs(sizes[0] - sizes[1]) <= 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,6 @@ from small_card import HOSTILE_NAMES, card_facts
 
 from etf_adapt.results.card import CARD_FILES, escape_markdown, is_edited, make_card, read_facts, write_card
 from etf_adapt.results.card_metadata import is_hub_id, read_base_card
-from etf_adapt.results.run_folder import write_json
 
 
 def metadata_of(facts):
@@ -158,30 +156,19 @@ def test_an_edited_card_is_never_overwritten_and_the_new_one_stands_beside_it(tm
     )
 
 
-def test_an_unedited_card_of_an_earlier_version_is_replaced(tmp_path):
-    (tmp_path / "README.md").write_text("# old\n")
-    write_json(tmp_path / "card.json", {"facts": {}, "card_sha256": hashlib.sha256(b"# old\n").hexdigest()})
-    assert write_card(tmp_path, card_facts()).name == "README.md"
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "card.json", "class_counts.png"}
-
-
 def test_white_space_at_the_end_and_line_ends_are_no_edit(tmp_path):
     file = write_card(tmp_path, card_facts())
     file.write_bytes((file.read_text() + "\n\n").replace("\n", "\r\n").encode())
     assert not is_edited(file) and not is_edited(tmp_path / "missing")
 
 
-def test_facts_of_another_version_are_read_as_far_as_they_are_known(tmp_path):
+def test_facts_of_another_version_are_none(tmp_path):
     write_card(tmp_path, card_facts())
     written = json.loads((tmp_path / "card.json").read_text())
-    for change, is_known in (({"new": 1}, True), ({"split": None}, True)):
-        (tmp_path / "card.json").write_text(json.dumps(written | {"facts": written["facts"] | change}))
-        assert (read_facts(tmp_path) is not None) == is_known
-    del written["facts"]["split"]
-    (tmp_path / "card.json").write_text(json.dumps(written))
-    assert read_facts(tmp_path) is None
-    (tmp_path / "card.json").write_text("{")
-    assert read_facts(tmp_path) is None
+    without = {name: value for name, value in written["facts"].items() if name != "split"}
+    for content in ({"facts": written["facts"] | {"new": 1}}, {"facts": without}, {}, "{"):
+        (tmp_path / "card.json").write_text(content if content == "{" else json.dumps(content))
+        assert read_facts(tmp_path) is None
 
 
 def outside_code(text: str) -> str:

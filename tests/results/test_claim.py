@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.results import claim as claims
-from etf_adapt.results.claim import CLAIM_FILE, check_claim, claim, is_claimed, read_run, release
+from etf_adapt.results.claim import CLAIM_FILE, check_claim, claim, read_run, release
 
 HOLD = "import sys, time; from etf_adapt.results.claim import claim; claim(sys.argv[1]); print('held', flush=True); {}"
 
@@ -65,7 +64,7 @@ def test_a_new_run_is_another_and_a_resumed_one_the_same(tmp_path):
     assert read_run(tmp_path) == first == claim(tmp_path, resume=True, run="other")
     assert claim(tmp_path) != first
     release(tmp_path)
-    assert not is_claimed(tmp_path)
+    assert tmp_path not in claims._held
     (tmp_path / CLAIM_FILE).write_text("{")
     assert read_run(tmp_path) is None and claim(tmp_path, resume=True, run="theirs") == "theirs"
     release(tmp_path)
@@ -84,16 +83,19 @@ def test_a_folder_that_was_made_anew_under_a_run_is_not_written_to(tmp_path):
     release(tmp_path / "run")
 
 
-def test_without_locks_who_makes_the_file_has_the_folder(tmp_path, monkeypatch):
+def test_without_locks_the_last_claim_holds_and_ends_the_run_before_it(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     run = claim(tmp_path)
-    os.close(claims._held.pop(tmp_path)[0])  # as if by another process
-    with pytest.raises(OutputFolderError, match="may be running"):
-        claim(tmp_path)
+    check_claim(tmp_path)
+    first = claims._held.pop(tmp_path)  # as if by another process
     assert claim(tmp_path, resume=True) == run
+    release(tmp_path)
+    claims._held[tmp_path] = first
+    with pytest.raises(OutputFolderError, match="was taken by another run since"):
+        check_claim(tmp_path)
     release(tmp_path)
 
 

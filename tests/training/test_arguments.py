@@ -15,7 +15,6 @@ from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.training.arguments import (
     FIXED_ON_RESUME,
     LENGTH,
-    MAPPED,
     REFUSED,
     REFUSED_ACCELERATOR,
     WITHOUT_EFFECT,
@@ -33,6 +32,19 @@ def parse(*words):
 def other(value):
     return {False: True, True: False, None: True, "end": "every_save"}.get(value, ["loss"]) if value != [] else ["loss"]
 
+
+# Fields that mean here what they say by another way, and which.
+MAPPED: dict[str, str] = {
+    "data_seed": "seeds our sampler",
+    "disable_tqdm": "None is no bar but in a terminal",
+    "do_eval": "follows `eval_strategy`",
+    "greater_is_better": "None is what the metric asks for, and the opposite is refused",
+    "label_smoothing_factor": "becomes `label_smoothing`: soft labels for the model's own loss, no cross-entropy",
+    "load_best_model_at_end": "off where `eval_strategy` is no",
+    "lr_scheduler_kwargs": "`mode` of reduce_lr_on_plateau and greedy follows the metric unless given",
+    "train_sampling_strategy": "group_by_length batches rows of similar length within our sampler's draw",
+    "use_cpu": "on where there is no device",
+}
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": False}
 # Every field that works as transformers' documentation has it, with a value other than its default.
@@ -193,7 +205,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mixup", "-1"], r"`mixup` \(=-1.0\) must not be negative"),
+        (["--mixup", "-1"], r"`mixup` \(=-1.0\) must be at least 0"),
         (["--label_smoothing", "1"], r"`label_smoothing` \(=1.0\) must lie in \[0, 1\)"),
         (["--label_smoothing", "0.1", "--label_smoothing_factor", "0.2"], "are one setting"),
         (["--mixup", "0.2", "--per_device_train_batch_size", "7"], "must be even with mixup"),
@@ -202,7 +214,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
         (["--early_stopping_patience", "2", "--eval_strategy", "no", "--save_strategy", "no"], "needs evaluations"),
         (["--realign_epochs", "2", "--frame", "random"], "needs a `frame` that is made from features"),
         (["--shot_bounds", "100", "20"], "in rising order"),
-        (["--seed", "-1"], "must not be negative"),
+        (["--seed", "-1"], "must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(words, message):

@@ -1,16 +1,14 @@
-"""Laws of what is printed and when: epochs reach the sampler, threads are what the cores allow, unmet requests are named."""
+"""Laws of what is printed and when: threads are what the cores allow, unmet requests are named."""
 
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import make_trainer
 
 from etf_adapt.inference.launch import set_threads, unmet_requests
-from etf_adapt.training.callbacks import EpochStart
 from etf_adapt.training.messages import describe_run
 
 
@@ -54,15 +52,6 @@ def test_requests_that_are_not_met_are_printed(threads):
     assert unmet_requests("MULTI_CPU") == [
         "WARNING: FSDP was asked for, but Accelerate runs MULTI_CPU on this machine."
     ]
-
-
-def test_the_epoch_is_that_of_the_steps_done():
-    epochs = []
-    target = SimpleNamespace(set_epoch=epochs.append)
-    callback = EpochStart(lambda: 6, lambda: target)
-    for step in (0, 5, 6, 17, 18):
-        callback.on_epoch_begin(None, SimpleNamespace(global_step=step), None)
-    assert epochs == [0, 0, 1, 2, 3]
 
 
 def test_the_first_lines_describe_the_run(tmp_path):

@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from etf_adapt.models.adapters import add_adapters
 from etf_adapt.training.arguments import FIXED_ON_RESUME, LENGTH
 from etf_adapt.training.checkpoints import list_checkpoints
-from etf_adapt.training.resumable import ResumableTrainer
 
 OTHER = {
     "learning_rate": 1e-3, "head_learning_rate": 1e-3, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 1},
@@ -110,17 +109,3 @@ def test_steps_of_logging_evaluation_and_saving_are_those_of_the_arguments(begun
     assert [entry["step"] for entry in later if "eval_loss" in entry] == [9, 12]
     assert [entry["step"] for entry in later if "loss" in entry] == [10]
     assert [path.name for path in list_checkpoints(tmp_path / "run")][-2:] == ["checkpoint-9", "checkpoint-12"]
-
-
-def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, monkeypatch):
-    whole = make_trainer(tmp_path / "whole", num_train_epochs=2, lr_scheduler_type="constant")
-    whole.train()
-    old = ("trained parameters", "sampler", "train_sampling_strategy", "batch size", "seed", "rows")
-    settings = ResumableTrainer.draw_settings
-    with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "draw_settings", lambda trainer: {key: settings(trainer)[key] for key in old})
-        patch.setattr("etf_adapt.training.resumable.LENGTH", ())
-        make_trainer(tmp_path / "run", num_train_epochs=1, lr_scheduler_type="constant").train()
-    resumed = make_trainer(tmp_path / "run", num_train_epochs=2, lr_scheduler_type="constant")
-    resumed.train(resume_from_checkpoint=True)
-    assert same(weights(whole), weights(resumed))

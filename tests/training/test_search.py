@@ -176,7 +176,7 @@ def test_callbacks_see_the_whole_life_of_the_trainer(tmp_path):
     trainer.train()
     assert Watch.seen == ["init", "step", "step", "step"]
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert names == ["DefaultFlowCallback", "EpochStart", "Realign", "RunLog", "ProgressPrinter", "Watch"]
+    assert names == ["DefaultFlowCallback", "Realign", "RunLog", "ProgressPrinter", "Watch"]
     bars = make_trainer(tmp_path / "bars", disable_tqdm=False).callback_handler.callbacks
     assert [type(callback).__name__ for callback in bars][-1] == "ProgressBar"
 

@@ -26,19 +26,19 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from etf_adapt.data.image_dataset import ImageCollator, ImageDataset
+from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DiskFullError
 from etf_adapt.heads.in_model import batch_norms
 from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.auto import adapt
-from etf_adapt.results.claim import is_claimed, read_run
+from etf_adapt.results import claim as claims
+from etf_adapt.results.claim import read_run
 from etf_adapt.training import resumable
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.checkpoints import (
     complete_checkpoint,
     find_damage,
-    is_complete,
     list_checkpoints,
     read_run_of,
     read_state,
@@ -141,7 +141,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     resumed = make_trainer(tmp_path / "run", num_train_epochs=3, save_total_limit=None)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(trainer), weights(resumed))
-    assert all(map(is_complete, list_checkpoints(tmp_path / "run")))
+    assert not any(map(find_damage, list_checkpoints(tmp_path / "run")))
 
 
 @pytest.mark.slow
@@ -249,11 +249,11 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_whole(tmp_path, mon
 def test_a_trainer_holds_its_folder_while_it_trains(tmp_path):
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            held.append(is_claimed(tmp_path / "run"))
+            held.append(tmp_path / "run" in claims._held)
 
     held = []
     make_trainer(tmp_path / "run", num_train_epochs=1, callbacks=(Watch(),)).train()
-    assert set(held) == {True} and not is_claimed(tmp_path / "run")
+    assert set(held) == {True} and tmp_path / "run" not in claims._held
     assert read_run_of(tmp_path / "run" / "checkpoint-6") == read_run(tmp_path / "run")
 
 
@@ -490,9 +490,7 @@ def test_workers_change_nothing(tmp_path):
             eval_strategy="no", save_strategy="no", dataloader_num_workers=workers,
             torch_threads=1,
         )  # fmt: skip
-        trainer = ETFTrainer(
-            model, args, train_dataset=ImageDataset(data.train, noisy, seed=0), data_collator=ImageCollator()
-        )
+        trainer = ETFTrainer(model, args, train_dataset=ImageDataset(data.train, noisy, seed=0))
         trainer.train()
         trained.append(weights(trainer))
     assert same(*trained)
