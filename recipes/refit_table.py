@@ -44,6 +44,7 @@ from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.inference.finished_model import read_classes
+from etf_adapt.inference.head_statistics import HeadStatistics
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.losses.terms import log_prior
 from etf_adapt.metrics.calibration import fit_balanced
@@ -159,12 +160,12 @@ def measure(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[int], fl
     test = read_classes(result.model, rows.test, rows.collator, same, num_classes, batch_size=32, num_workers=0)
     counts = train.statistics[0].counts
 
-    stock = (
-        AutoModelForImageClassification if data.task == "image" else AutoModelForSequenceClassification
-    ).from_pretrained(folder)
+    stock: Any = AutoModelForImageClassification if data.task == "image" else AutoModelForSequenceClassification
     (path,) = head_modules(result.model)
-    old = ClassifierHead.class_vectors(stock.get_submodule(path))
-    new = ClassifierHead.class_vectors(result.model.get_submodule(path))
+    old = ClassifierHead.class_vectors(stock.from_pretrained(folder).get_submodule(path))
+    # Of the training rows alone, as the remedies are.
+    scale, strength = result.calibration or (1.0, 0.0)
+    new = HeadStatistics(train.statistics[0], "whitened", result.penalty, True, scale, strength).class_vectors()
     x, y = train.features[0].double(), train.labels
     held_out, truth = validation.features[0].double(), validation.labels
 

@@ -44,11 +44,16 @@ def describe_run(trainer: Any) -> list[str]:
     rates = f"learning rate {', '.join(f'{rate:.4g}' for rate in trainer.learning_rates)}"
     if not head.is_fixed and trainer.given_optimizer is None:
         rates += f", of the head {trainer.head_learning_rate:.4g}"
+    learning = f"trained: {trained:,} of {sum(sizes.values()):,} parameters, {rates}"
+    if args.max_steps <= 0 and args.num_train_epochs == 0:
+        learning = (
+            "trained: nothing; the head is set in closed form alone, as etf-adapt refit MODEL DATASET --new_labels does"
+        )
     return [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
         f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}",
-        f"trained: {trained:,} of {sum(sizes.values()):,} parameters, {rates}",
+        learning,
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
         *args.without_effect(),
         *unmet_requests(distributed_type),

@@ -16,6 +16,7 @@ EXPECTED = {
     "layer_decay_and_ema": "balanced accuracy of the average",
     "long_tail_a_dataset": "drawn with power 1.0",
     "plain_accelerate_loop": "balanced accuracy",
+    "refit_and_extend": "ten digits, two of them from five images: balanced accuracy 8",
     "swap_a_head": "restored: True",
     "train_and_finish": "left: README.md all_results.json",
     "use_hf_trainer": "TimmWrapperForImageClassification predicts",

@@ -329,10 +329,11 @@ def test_a_frozen_backbone_trains_the_head_alone(tmp_path):
         make_trainer(tmp_path / "none", freeze="backbone").train()
 
 
-def test_without_epochs_the_head_is_aligned_only(tmp_path):
+def test_without_epochs_the_head_is_aligned_only_and_the_run_says_so(tmp_path, capsys):
     trainer = make_trainer(tmp_path / "run", freeze="backbone", num_train_epochs=0)
     trainer.train()
     assert trainer.alignment["frame"] == "whitened"
+    assert "trained: nothing; the head is set in closed form alone, as etf-adapt refit" in capsys.readouterr().out
     assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
 
 
