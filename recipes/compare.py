@@ -252,7 +252,7 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
         "seconds": time.monotonic() - start,
         "resumed": resumed,  # its times are then those of the last part alone
         "jobs": options.jobs,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": versions,
     }
     if validation_score(found) is None:

@@ -109,7 +109,7 @@ def claim(options: argparse.Namespace) -> None:
         before, now = read_json(file).get("flags", {}), options.flags
         names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         differing = [f"--{name} ({flags.get(name, 'not given')})" for flags in (before, now) for name in names]
-        runs = [*options.results.glob("runs/*.json"), *options.results.glob("scratch/*/")]
+        runs = [*options.results.glob("runs/*.json"), *filter(Path.is_dir, options.results.glob("scratch/*"))]
         if names and runs:  # none where the flags were wrong
             raise ValueError(
                 f"`results` (={str(options.results)!r}) was begun with {', '.join(differing[: len(names)])}, and now is "

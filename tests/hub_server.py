@@ -361,7 +361,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a client that went away is no mistake of ours
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that went away is no mistake of ours
             super().handle_error(request, client_address)
 
 

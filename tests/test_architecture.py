@@ -214,3 +214,10 @@ def test_no_recipe_or_example_is_long():
 
 def test_no_file_is_large():
     assert {path.name for path in tracked_files() if path.stat().st_size > 2_500_000} == set()
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert (ROOT / ".ci/floors.txt").read_text(encoding="utf-8").split() == [
+        f"{name}=={bound}" for name, bound in bounds
+    ]

@@ -240,8 +240,11 @@ def _is_own(folder: Path) -> bool:
 
 
 def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _hash_of_mark(mark: Mapping[str, Any]) -> str:

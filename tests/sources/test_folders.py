@@ -46,7 +46,7 @@ def test_suffixes_are_those_of_datasets_and_pillow():
 
     header_alone = {".bufr", ".grib", ".mpeg", ".mpg", ".wmf", ".emf"}
     assert set(ImageFolder.EXTENSIONS) - IMAGE_SUFFIXES == header_alone
-    assert {".avif", ".jfif", ".jp2", ".tga", ".webp"} <= IMAGE_SUFFIXES and ".pdf" not in IMAGE_SUFFIXES
+    assert {".jfif", ".jp2", ".tga", ".webp"} <= IMAGE_SUFFIXES and ".pdf" not in IMAGE_SUFFIXES
 
 
 def test_images_of_any_suffix_and_of_none_are_read_and_what_is_skipped_is_counted_and_named(tmp_path, caplog):

@@ -75,7 +75,7 @@ def test_each_flipped_bit_is_noticed_and_the_file_named(tmp_path, file):
     size = (folder / file).stat().st_size
     for place in range(0, 8 * size, 1 if size < 10 else 7):
         sound = (folder / file).read_bytes()
-        (folder / file).write_bytes((int.from_bytes(sound) ^ 1 << place).to_bytes(size))
+        (folder / file).write_bytes((int.from_bytes(sound, "big") ^ 1 << place).to_bytes(size, "big"))
         assert file in (find_damage(folder) or ""), place
         (folder / file).write_bytes(sound)
 
