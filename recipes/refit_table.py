@@ -124,8 +124,9 @@ def run(name: str, kind: str, seed: int, options: argparse.Namespace) -> None:
     scores, correct, labels, seconds, penalty = measure(folder)
     record = {"set": name, "kind": kind, "seed": seed, "scores": scores, "refit_seconds": seconds, "penalty": penalty}
     record["train_seconds"] = json.loads((folder / run_folder.RESULTS_FILE).read_text())["train_runtime"]
-    record |= {"correct": {remedy: pack_rows(rows) for remedy, rows in correct.items()}, "labels": labels}
+    record["correct"] = {remedy: pack_rows(rows) for remedy, rows in correct.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
+    (options.results / f"labels_{name}.json").write_text(json.dumps(labels), encoding="utf-8")  # the same in all runs
     run_folder.write_json(file, record)
     print(
         name,
@@ -237,7 +238,7 @@ def make_table(results: Path) -> str:
                     for remedy in REMEDIES
                 ]
                 if score == "balanced_accuracy":
-                    labels = np.array(found[0]["labels"])
+                    labels = np.array(json.loads((results / f"labels_{name}.json").read_text(encoding="utf-8")))
                     rows = {
                         remedy: np.stack([unpack_rows(one["correct"][remedy], len(labels)) for one in found])
                         for remedy in ("before", "refit")
