@@ -174,6 +174,9 @@ def refit(
     paths = list(head_modules(made))
     old = [] if new_labels else _take_old_heads(made, paths, location)
     names = [str(made.config.id2label[index]) for index in range(made.config.num_labels)]
+    if names == [f"LABEL_{index}" for index in range(len(data.label_names))]:
+        logger.warning("The model's classes have no names (LABEL_0, ...): they take the data set's, in its order.")
+        names = data.label_names
     classes = _match(data.label_names, names)
     made = adapt(made, len(names), id2label=dict(enumerate(names)), head_path=paths)
     move_to_device(made)
@@ -283,12 +286,7 @@ def _take_old_heads(model: Any, paths: Sequence[str], location: str) -> list[_La
 
 
 def _match(label_names: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the model's class of each class of the data set, by name; by order where the model's classes have no names."""
-    if list(names) == [f"LABEL_{index}" for index in range(len(label_names))]:
-        logger.warning(
-            "The model's classes have no names (LABEL_0, ...): they are taken in the order of the data set's."
-        )
-        return list(range(len(names)))
+    """Return the model's class of each class of the data set, by name."""
     unknown, empty = set(label_names) - set(names), set(names) - set(label_names)
     if unknown or empty:
         what = (
