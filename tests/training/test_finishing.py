@@ -157,7 +157,9 @@ def test_a_penalty_that_is_given_or_chosen_by_features_that_never_saw_the_labels
 
 
 def test_the_head_is_set_from_the_features_of_the_best_weights(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=3, learning_rate=0.3, metric_for_best_model="loss")
+    falling = itertools.count(0, -1)  # the first epoch is the best
+    settings = {"num_train_epochs": 3, "metric_for_best_model": "falling", "greater_is_better": True}
+    trainer = make_trainer(tmp_path, compute_metrics=lambda _: {"falling": float(next(falling))}, **settings)
     trainer.train()
     assert trainer.state.best_global_step < trainer.state.global_step
     trainer.finish()
