@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 from comparison import format_markdown, format_spread, mean_and_deviation
 from datasets import ClassLabel, Dataset, concatenate_datasets
+from refit_table import experiment, experiment_parser, train
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -55,27 +54,11 @@ METHODS = {
 
 def main() -> None:
     """Run what is not finished, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--data", help="folder of the data sets")
-    parser.add_argument("--models", help="folder of the backbones")
-    parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = experiment_parser(__doc__, SETS)
     parser.add_argument("--new_share", type=float, default=0.2, help="of the classes")
-    parser.add_argument(
-        "--ceilings", nargs="*", type=int, default=list(SHOTS), help="rows of a new class, of the ceilings"
-    )
-    parser.add_argument("--scratch", type=Path, help="for data and models; by default within the results, and removed")
-    parser.add_argument("--table_only", action="store_true")
+    parser.add_argument("--ceilings", nargs="*", type=int, default=SHOTS, help="rows of a new class, of the ceilings")
     options = parser.parse_args()
-    if not options.table_only:
-        torch.set_num_threads(1)
-        for seed in options.seeds:
-            for name in options.sets:
-                run(name, seed, options)
-    table = make_table(options.results)
-    (options.results / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    experiment(options, [(name,) for name in options.sets], run, make_table)
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -94,14 +77,16 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         make_data(name, seed, options, place)
     flags = SETS[name].format(data=options.data, models=options.models).split()
     if "extend-1-0" not in record["scores"]:
-        record["scores"] |= measure(place, train(place, "base", flags, seed))
+        train(base := place / "model-base", [*flags, "--dataset", str(place / "base")], seed)
+        record["scores"] |= measure(place, base)
     for shots in options.ceilings:
         if f"ceiling-{shots}-0" not in record["scores"]:
-            model = train(place, f"all-{shots}", flags, seed)
+            model = place / f"model-all-{shots}"
+            seconds = train(model, [*flags, "--dataset", str(place / f"all-{shots}")], seed)
             head = ClassifierHead.class_vectors(next(iter(head_modules(load(model)).values())))
             features, labels, names = read(model, place / "test")
             found = scored(linear(*head)(features), labels, names, new_names(place))
-            record["scores"][f"ceiling-{shots}-0"] = found | {"seconds": seconds_of(model)}
+            record["scores"][f"ceiling-{shots}-0"] = found | {"seconds": seconds}
     file.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(file, record)
     print(title, {case: round(100 * found["harmonic"], 1) for case, found in record["scores"].items()}, flush=True)
@@ -144,22 +129,6 @@ def make_data(name: str, seed: int, options: argparse.Namespace, place: Path) ->
                 write(concatenate_datasets([old, rows]), f"all-{shots}", "train")
                 write(select(tailed.validation, range(len(tailed.validation))), f"all-{shots}", "validation")
     write(select(tailed.test, range(len(tailed.test))), "test", "train")
-
-
-def train(place: Path, data: str, flags: list[str], seed: int) -> Path:
-    """Train the default on a part of the data, if it is not trained yet."""
-    folder = place / f"model-{data}"
-    if not (folder / run_folder.RESULTS_FILE).is_file():
-        options = f"--seed {seed} --torch_threads 1 --evaluate_test false --eval_strategy no --save_strategy no"
-        options += " --load_best_model_at_end false --overwrite_output_dir"
-        program = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags, *options.split()]
-        subprocess.run([*program, "--dataset", str(place / data), "--output_dir", str(folder)], check=True)
-    return folder
-
-
-def seconds_of(model: Path) -> float:
-    """Return how long a model was trained."""
-    return float(json.loads((model / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))["train_runtime"])
 
 
 def load(model: Path) -> Any:

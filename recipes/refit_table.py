@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +86,45 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the re-trained classifier's squ
 
 def main() -> None:
     """Run what is not finished, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = experiment_parser(__doc__, SETS).parse_args()
+    experiment(options, [(name, kind) for name in options.sets for kind in KINDS], run, make_table)
+
+
+def experiment_parser(description: str | None, sets: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Return the flags that the experiments on the closed form share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--data", help="folder of the data sets")
     parser.add_argument("--models", help="folder of the backbones")
-    parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS])
+    parser.add_argument("--sets", nargs="+", default=[*sets], choices=[*sets])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scratch", type=Path, help="where models are trained; by default within the results")
-    parser.add_argument("--keep_models", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="for what is made; by default within the results, and removed")
     parser.add_argument("--table_only", action="store_true")
-    options = parser.parse_args()
-    if not options.table_only:
-        torch.set_num_threads(1)
-        for seed in options.seeds:
-            for name in options.sets:
-                for kind in KINDS:
-                    run(name, kind, seed, options)
+    return parser
+
+
+def experiment(
+    options: argparse.Namespace, cases: Sequence[Any], run: Callable[..., None], make_table: Callable[[Path], str]
+) -> None:
+    """Run each case with each seed, then write and print the table of what is finished."""
+    torch.set_num_threads(1)
+    for seed in () if options.table_only else options.seeds:
+        for case in cases:
+            run(*case, seed, options)
     table = make_table(options.results)
     (options.results / "table.md").write_text(table, encoding="utf-8")
     print(table)
+
+
+def train(folder: Path, flags: Sequence[str], seed: int) -> float:
+    """Fine-tune once, unless the folder holds the finished model; return the seconds of training."""
+    file = folder / run_folder.RESULTS_FILE
+    if not file.is_file():
+        plain = "--torch_threads 1 --evaluate_test false --eval_strategy no --save_strategy no --load_best_model_at_end false"
+        command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags, *plain.split()]
+        command += ["--seed", str(seed), "--output_dir", str(folder), "--overwrite_output_dir"]
+        subprocess.run(command, check=True)
+    return float(json.loads(file.read_text(encoding="utf-8"))["train_runtime"])
 
 
 def run(name: str, kind: str, seed: int, options: argparse.Namespace) -> None:
@@ -113,17 +133,20 @@ def run(name: str, kind: str, seed: int, options: argparse.Namespace) -> None:
     if file.is_file():
         return
     folder = (options.scratch or options.results / "scratch") / f"{name}-{kind}-{seed}"
-    if not (folder / run_folder.RESULTS_FILE).is_file():
-        rate, factor = RATES[name][kind == "cosine"]
-        flags = [*SETS[name].format(data=options.data, models=options.models).split(), *KINDS[kind][1].split()]
-        flags += ["--learning_rate", f"{rate:g}", "--head_learning_rate", f"{rate * factor:g}", "--seed", str(seed)]
-        flags += ["--torch_threads", "1", "--evaluate_test", "false", "--eval_strategy", "no", "--save_strategy", "no"]
-        flags += ["--load_best_model_at_end", "false", "--prior_adjustment", "none", "--overwrite_output_dir"]
-        program = [sys.executable, str(Path(__file__).with_name("finetune.py"))]
-        subprocess.run([*program, *flags, "--output_dir", str(folder)], check=True)
+    rate, factor = RATES[name][kind == "cosine"]
+    flags = [*SETS[name].format(data=options.data, models=options.models).split(), *KINDS[kind][1].split()]
+    flags += [
+        "--learning_rate",
+        f"{rate:g}",
+        "--head_learning_rate",
+        f"{rate * factor:g}",
+        "--prior_adjustment",
+        "none",
+    ]
+    train_seconds = train(folder, flags, seed)
     scores, correct, labels, seconds, penalty = measure(folder)
     record = {"set": name, "kind": kind, "seed": seed, "scores": scores, "refit_seconds": seconds, "penalty": penalty}
-    record["train_seconds"] = json.loads((folder / run_folder.RESULTS_FILE).read_text())["train_runtime"]
+    record["train_seconds"] = train_seconds
     record["correct"] = {remedy: pack_rows(rows) for remedy, rows in correct.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     (options.results / f"labels_{name}.json").write_text(json.dumps(labels), encoding="utf-8")  # the same in all runs
@@ -135,7 +158,7 @@ def run(name: str, kind: str, seed: int, options: argparse.Namespace) -> None:
         {remedy: round(100 * found["balanced_accuracy"], 1) for remedy, found in scores.items()},
         flush=True,
     )
-    if not options.keep_models:
+    if options.scratch is None:
         shutil.rmtree(folder)
 
 

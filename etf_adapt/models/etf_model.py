@@ -60,7 +60,7 @@ class ETFModel(_Base):
     # `Trainer` then averages the loss over accumulated batches. True, which it would take from a `**kwargs` in the signature,
     # would multiply the gradients by their number.
     accepts_loss_kwargs = False
-    freeze_batch_norm = True  # while the head is aligned and fixed; False leaves its statistics to `train`
+    freeze_batch_norm: bool | None = None  # in training mode; None: while the head is aligned and fixed
     processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
     _stock_class: type[PreTrainedModel]
     _loss: Loss | None = None
@@ -129,7 +129,7 @@ class ETFModel(_Base):
         super().train(mode)
         heads = head_modules(self).values()
         is_aligned = bool(heads) and all(head.is_aligned and head.is_fixed for head in heads)
-        if mode and is_aligned and self.freeze_batch_norm:
+        if mode and (is_aligned if self.freeze_batch_norm is None else self.freeze_batch_norm):
             # Batch statistics differ from the running ones that the head was aligned under, and these move.
             for norm in batch_norms(self):
                 norm.eval()

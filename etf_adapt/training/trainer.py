@@ -20,7 +20,7 @@ from etf_adapt.data.long_tail import labels_of, read_labels
 from etf_adapt.data.progress import use_bars
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.data.text import EvenLengths, SimilarLengths, lengths_of
-from etf_adapt.heads.in_model import batch_norms, head_modules
+from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.inference.launch import set_threads
 from etf_adapt.models.etf_model import ETFModel
@@ -203,7 +203,7 @@ class ETFTrainer(AligningTrainer):
         args = self.args
         self.realign_epochs = self._resolve_realign_epochs()
         self.batch_norm = resolve_batch_norm(self.model, self.first_head, args)
-        self._frozen_norms = batch_norms(self.model) if self.batch_norm != "train" else []
+        self.model.freeze_batch_norm = self.batch_norm != "train"
         self._soft_labels = SoftLabels(
             self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
@@ -363,8 +363,6 @@ class ETFTrainer(AligningTrainer):
         """Return the model's own loss of a training batch, on soft labels with mixup, CutMix or smoothing."""
         inputs = dict(inputs)
         row_ids, labels = inputs.pop("row_id", None), inputs["labels"]
-        for norm in self._frozen_norms:
-            norm.eval()  # Trainer puts the whole model into training mode before each step.
         if self._soft_labels.is_active:
             name = self.model.main_input_name
             inputs[name], inputs["labels"] = self._soft_labels(inputs[name], inputs["labels"])
