@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from etf_adapt.hub.send import carry_on_command, check_name_and_token, explained_errors, fetch_card, send_folder
-from etf_adapt.results.card import CARD_FILE, is_edited, is_edited_on_hub, note_published, read_facts, write_card
+from etf_adapt.results.card import is_edited, is_edited_on_hub, note_published, read_facts, write_card
+from etf_adapt.results.run_folder import CARD_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from etf_adapt.data.progress import announced
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
-from etf_adapt.results.card import CARD_FILE
+from etf_adapt.results.run_folder import CARD_FILE
 
 SECONDS = 120.0  # for which the Hub may be silent; its client alone (2.4) waits for an upload for ever
 

@@ -19,13 +19,18 @@ from huggingface_hub import ModelCardData
 
 from etf_adapt.results.card_metadata import is_finite, metadata, one_line, pipeline_of
 from etf_adapt.results.figures import draw_class_counts, draw_recalls
-from etf_adapt.results.run_folder import write_json
+from etf_adapt.results.run_folder import (
+    CARD_FILE,
+    COUNTS_FIGURE,
+    FACTS_FILE,
+    NEW_CARD_FILE,
+    RECALLS_FIGURE,
+    write_json,
+)
 from etf_adapt.results.tables import percent
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE, NEW_CARD_FILE, FACTS_FILE = "README.md", "README.new.md", "card.json"
-COUNTS_FIGURE, RECALLS_FIGURE = "class_counts.png", "recalls.png"
 CARD_FILES = (CARD_FILE, FACTS_FILE, COUNTS_FIGURE, RECALLS_FIGURE)
 
 _NUM_WORST = 10

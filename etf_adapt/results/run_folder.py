@@ -26,7 +26,7 @@ ARGUMENTS_FILE = "arguments.json"
 RESULTS_FILE = "all_results.json"
 LOG_FILE = "log.jsonl"
 PREDICTIONS_FILE = "predictions.csv"
-STATISTICS_FILE = "etf_statistics.safetensors"  # of the rows that the head was set from: models/head_statistics.py
+STATISTICS_FILE = "etf_statistics.safetensors"  # of the rows that the head was set from: inference/head_statistics.py
 RUN_FILES = (ARGUMENTS_FILE, RESULTS_FILE, LOG_FILE, PREDICTIONS_FILE)
 
 MODEL_FILES = (
@@ -38,7 +38,8 @@ MODEL_FILES = (
 )  # fmt: skip
 """Files of a model as stock libraries write them, where they exist; a star matches no slash."""
 
-_CARD_FILES = ("README.new.md", "card.json", "class_counts.png", "recalls.png")
+CARD_FILE, NEW_CARD_FILE, FACTS_FILE = "README.md", "README.new.md", "card.json"
+COUNTS_FIGURE, RECALLS_FIGURE = "class_counts.png", "recalls.png"
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 _SECRETS = ("token", "password", "secret")
 _STAGES = ("do_train", "do_eval", "do_predict")  # fields of TrainingArguments that choose nothing here
@@ -90,7 +91,7 @@ def remove_run_files(folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     if not (path / ARGUMENTS_FILE).is_file():
         return
-    for pattern in (*MODEL_FILES, *_CARD_FILES, *RUN_FILES):
+    for pattern in (*MODEL_FILES, NEW_CARD_FILE, FACTS_FILE, COUNTS_FIGURE, RECALLS_FIGURE, *RUN_FILES):
         for file in path.glob(pattern):
             if file.is_file():
                 file.unlink()

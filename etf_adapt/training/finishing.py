@@ -42,9 +42,10 @@ def finish(
 ) -> dict[str, Any]:
     """Calibrate the trained model, save it, score what was saved, write results and card; once, after ``train``.
 
-    ``args.output_dir`` then holds the model as stock classes read it, ``all_results.json``, ``README.md`` with its figures,
-    ``predictions.csv`` (of test rows), ``log.jsonl`` and ``arguments.json``. ``push_to_hub`` or ``python -m etf_adapt.hub``
-    publishes it. To be called on every process.
+    Of a whitened head the penalty is chosen with the calibration, by the class-balanced log loss of the validation rows: the
+    features have seen the training rows. ``args.output_dir`` then holds the model as stock classes read it,
+    ``all_results.json``, ``README.md`` with its figures, ``predictions.csv`` (of test rows), ``log.jsonl`` and
+    ``arguments.json``; ``push_to_hub`` or ``etf-adapt publish`` publishes it. To be called on every process.
 
     Args:
         trainer: The trainer, after ``train``.
