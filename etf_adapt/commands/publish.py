@@ -29,6 +29,12 @@ def main(argv: Sequence[str]) -> None:
         shown.add_argument("--public", action="store_false", dest="private", default=None, help="for everyone")
         parser.add_argument("--revision", help="branch, made where it does not exist; the main one by default")
         parser.add_argument("--commit_message", help="title of the commit")
+        parser.add_argument(
+            "--statistics",
+            action="store_true",
+            help="send the sums of each class's features too, by which others can extend the model; of a class of few rows "
+            "they are nearly the rows, and the card says so",
+        )
         options = vars(parser.parse(argv))
 
         from etf_adapt.hub.publish import publish

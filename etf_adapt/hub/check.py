@@ -21,12 +21,11 @@ class UnfinishedFolderError(ValueError):
     """Raised where a folder is not fit to be published."""
 
 
-# Sums over the features of each class: of a class of few rows they are nearly the rows.
-PRIVATE = (STATISTICS_FILE,)
+def check_folder(folder: str | os.PathLike[str], *, statistics: bool = False) -> list[str]:
+    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path.
 
-
-def check_folder(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path."""
+    The sums over each class's features go out with ``statistics`` only: of a class of few rows they are nearly the rows.
+    """
     path = Path(folder)
     try:
         if not path.is_dir():
@@ -36,7 +35,11 @@ def check_folder(folder: str | os.PathLike[str]) -> list[str]:
         if not {"architectures", "architecture", "model_type"} & set(_read_json(path, "config.json")):
             raise UnfinishedFolderError("has a config.json that names no architecture: nothing can load it.")
         found = [file for pattern in PUBLISHED for file in path.glob(pattern) if file.is_file()]
-        found = [file for file in found if file.name not in PRIVATE]
+        if statistics and not Path(path, STATISTICS_FILE).is_file():
+            raise UnfinishedFolderError(
+                f"holds no {STATISTICS_FILE} to publish: leave `statistics` (--statistics) out, or set the head by refit."
+            )
+        found = [file for file in found if statistics or file.name != STATISTICS_FILE]
         names = [file.relative_to(path).as_posix() for file in found]
         _check_weights(path, names)
         _check_modules(path, names)

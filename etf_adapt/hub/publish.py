@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from etf_adapt.hub.send import carry_on_command, check_name_and_token, explained_errors, fetch_card, send_folder
-from etf_adapt.results.card import is_edited, is_edited_on_hub, note_published, read_facts, write_card
-from etf_adapt.results.run_folder import CARD_FILE
+from etf_adapt.results.card import is_edited, is_edited_on_hub, note_published, note_statistics, read_facts, write_card
+from etf_adapt.results.run_folder import CARD_FILE, STATISTICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,17 @@ def publish(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    statistics: bool = False,
     token: str | None = None,
 ) -> str:
     """Publish the folder of a finished run, or of ``save_pretrained``, as one commit, and return the commit's address.
 
     The card of a run is first written anew under the model's name on the Hub. A card that was edited in the folder is
-    published as it is; one that was edited on the Hub stays. Failures are ``HubError``.
+    published as it is; one that was edited on the Hub stays. ``statistics`` sends the statistics of the head's rows too, by
+    which others can extend the model; the card says what they tell of these rows. Failures are ``HubError``.
     """
     options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
+    options["statistics"] = statistics
     command = carry_on_command(folder, repo_id, **options)
     facts, own, kept = read_facts(folder), Path(folder, CARD_FILE), []
     if facts is not None:
@@ -44,6 +47,7 @@ def publish(
                 logger.warning("%s was edited and is published as it is.", CARD_FILE)
             if not is_edited(own):
                 write_card(folder, dataclasses.replace(facts, model_id=repo_id, on_hub=True))
+    note_statistics(folder, are_published=statistics and Path(folder, STATISTICS_FILE).is_file())
     url = send_folder(folder, repo_id, **options, token=token, command=command, kept=kept)
     if not kept:
         note_published(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from etf_adapt.data.progress import announced
 from etf_adapt.hub.check import UnfinishedFolderError, check_folder
-from etf_adapt.results.run_folder import CARD_FILE
+from etf_adapt.results.run_folder import CARD_FILE, STATISTICS_FILE
 
 SECONDS = 120.0  # for which the Hub may be silent; its client alone (2.4) waits for an upload for ever
 
@@ -28,7 +28,7 @@ _REMEDIES = {
 }
 
 # Readers would find two models where weights of an earlier commit stayed beside the new ones.
-_WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+_WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", STATISTICS_FILE]
 
 
 class HubError(OSError):
@@ -42,6 +42,7 @@ def send_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    statistics: bool = False,
     token: str | None = None,
     command: str,
     kept: Collection[str] = (),
@@ -50,12 +51,13 @@ def send_folder(
 
     Retries and resumption are those of ``HfApi.upload_folder``: called again after a failure it sends what is missing.
     Repository and branch (``revision``) are made where they do not exist; ``private=None`` leaves that to the owner's
-    settings; ``command`` carries on after a failure; ``kept`` names files that are not sent where the repository has them.
+    settings; ``statistics`` sends what set the head too; ``command`` carries on after a failure; ``kept`` names files that
+    are not sent where the repository has them.
     """
     from huggingface_hub import HfApi
 
     with explained_errors(repo_id, command):
-        names = check_folder(folder)
+        names = check_folder(folder, statistics=statistics)
         api = HfApi(token=check_name_and_token(repo_id, token), library_name="etf_adapt")
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private is not None and api.model_info(repo_id).private is not private:
@@ -136,6 +138,7 @@ def carry_on_command(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    statistics: bool = False,
 ) -> str:
     """Return the command that publishes a folder, from the start or after a failure; arguments as in ``send_folder``.
 
@@ -147,6 +150,7 @@ def carry_on_command(
     words += [] if private is None else ["--private" if private else "--public"]
     words += [] if revision is None else ["--revision", revision]
     words += [] if commit_message is None else ["--commit_message", commit_message]
+    words += ["--statistics"] if statistics else []
     return shlex.join(words)
 
 

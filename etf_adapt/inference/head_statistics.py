@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from etf_adapt.geometry.closed_form import TINY, closed_form_vectors
 from etf_adapt.geometry.statistics import ClassStatistics
@@ -112,10 +113,10 @@ def save_statistics(folder: str | Path, heads: Mapping[str, HeadStatistics]) -> 
     save_file(tensors, Path(folder, STATISTICS_FILE), metadata={"heads": json.dumps(settings)})
 
 
-def load_statistics(folder: str | Path) -> dict[str, HeadStatistics]:
-    """Return what ``save_statistics`` wrote, by the path of the head; nothing where there is no file."""
-    file = Path(folder, STATISTICS_FILE)
-    if not file.is_file():
+def load_statistics(location: str | Path) -> dict[str, HeadStatistics]:
+    """Return what ``save_statistics`` wrote, by the path of the head, in a folder or on the Hub; nothing without the file."""
+    file = cached_file(str(location), STATISTICS_FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
         return {}
     with safe_open(file, framework="pt") as stored:
         settings = json.loads(stored.metadata()["heads"])

@@ -25,6 +25,7 @@ from etf_adapt.results.run_folder import (
     FACTS_FILE,
     NEW_CARD_FILE,
     RECALLS_FIGURE,
+    STATISTICS_FILE,
     write_json,
 )
 from etf_adapt.results.tables import percent
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 CARD_FILES = (CARD_FILE, FACTS_FILE, COUNTS_FIGURE, RECALLS_FIGURE)
 
 _NUM_WORST = 10
+_STATISTICS_NOTE = (
+    f"`{STATISTICS_FILE}` holds the sum of each class's features in the training examples, by which `etf_adapt.extend` adds "
+    "examples and classes: of a class of few examples it tells nearly as much as these themselves.\n\n"
+)
 _DIGEST = "<!-- Written by etf_adapt, which does not overwrite it once it is edited. SHA-256 of the above: {} -->\n"
 
 
@@ -127,6 +132,15 @@ def note_published(folder: str | os.PathLike[str]) -> None:
     """Record that the card went to the Hub as it is now, so that a later edit there is recognised."""
     if read_facts(folder) is not None:
         _write_state(folder, published_sha256=_digest(Path(folder, CARD_FILE).read_text(encoding="utf-8")))
+
+
+def note_statistics(folder: str | os.PathLike[str], *, are_published: bool) -> None:
+    """Let a card that no person edited say whether the statistics of the head's rows go out with the model."""
+    file = Path(folder, CARD_FILE)
+    if file.is_file() and not is_edited(file):
+        body = file.read_text(encoding="utf-8").rstrip().rpartition("\n")[0] + "\n"
+        body = body.replace(_STATISTICS_NOTE, "") + (_STATISTICS_NOTE if are_published else "")
+        file.write_text(with_digest(body), encoding="utf-8")
 
 
 def is_edited_on_hub(folder: str | os.PathLike[str], card: Path) -> bool:

@@ -13,15 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_texts
+import torch
 from huggingface_hub import HfApi, close_session, get_session
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from small_card import card_facts
 
+from etf_adapt import extend, refit
 from etf_adapt.commands.publish import main
 from etf_adapt.hub import send
 from etf_adapt.hub.publish import publish
 from etf_adapt.hub.send import HubError
 from etf_adapt.results.card import make_card, write_card, write_short_card
+from etf_adapt.results.run_folder import STATISTICS_FILE
 
 MODEL = "model.safetensors"
 READERS = {"config.json", MODEL, "README.md", "all_results.json", "preprocessor_config.json", "figures/shots.png"}
@@ -354,6 +359,24 @@ def test_the_card_of_a_run_names_the_model_as_the_hub_does(hub, run_folder):
     assert {"class_counts.png", "recalls.png"} <= hub.pushed("me/net")[-1].changed
 
 
+@pytest.mark.parametrize("is_run", [True, False])
+def test_statistics_go_out_where_asked_for_and_the_card_says_so(hub, run_folder, is_run):
+    if not is_run:
+        (run_folder / "card.json").unlink()
+        write_short_card(run_folder, "me/net", library="timm", task="image", lines=["head set by refit"])
+    write_weights(run_folder, STATISTICS_FILE)
+    for asked in (True, False, True, False):
+        publish(run_folder, "me/net", statistics=asked)
+        assert (STATISTICS_FILE in hub.pushed("me/net")[-1].files) is asked
+        assert card_there(hub).count(STATISTICS_FILE) == asked
+
+
+def test_statistics_that_are_not_there_are_no_commit(hub, folder):
+    message, words = refusal(folder, statistics=True)
+    assert message.startswith("`folder` (='out/run') holds no etf_statistics.safetensors to publish") and not hub.requests
+    assert words[-1] == "--statistics"
+
+
 def test_a_card_edited_in_the_folder_is_published_as_it_is_each_time(hub, run_folder, caplog):
     for words in ("\n## Mine\n", "\n## And more\n"):
         text = edit_here(run_folder, words)
@@ -428,7 +451,6 @@ print(json.dumps(model.eval()(torch.ones(1, 3, 8, 8)).logits.tolist()))
 
 @pytest.mark.slow
 def test_what_a_run_leaves_goes_out_and_comes_back(hub, tmp_path):
-    import torch
     from small_run import make_trainer
 
     trainer = make_trainer(tmp_path / "run", save_strategy="epoch")
@@ -442,3 +464,19 @@ def test_what_a_run_leaves_goes_out_and_comes_back(hub, tmp_path):
         environment = hub.environment(tmp_path / "home", **changes)
         loaded = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert json.loads(loaded.stdout.splitlines()[-1])[0] == pytest.approx(expected[0], abs=1e-5), loaded.stderr
+
+
+@pytest.mark.slow
+def test_another_extends_a_model_of_the_hub_by_its_statistics(hub, tmp_path):
+    small_texts.write(tmp_path / "rows", train=small_texts.rows({"ash": 9, "birch": 7}, 0))
+    small_texts.write(tmp_path / "new", train=small_texts.rows({"cedar": 4}, 1))
+    small_texts.stock_folder(tmp_path / "model")
+    refit(tmp_path / "model", str(tmp_path / "rows"), output=tmp_path / "mine", new_labels=True)
+    publish(tmp_path / "mine", "me/words", statistics=True)
+    expected = extend(tmp_path / "mine", str(tmp_path / "new")).model.state_dict()
+    command = [sys.executable, "-m", "etf_adapt", "extend", "me/words", str(tmp_path / "new"), "--output", "theirs"]
+    environment = hub.environment(tmp_path / "home")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = load_file(tmp_path / "theirs" / MODEL)
+    assert torch.equal(made["classifier.weight"], expected["classifier.weight"]) and len(made["classifier.weight"]) == 3
