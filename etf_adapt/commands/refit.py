@@ -54,6 +54,13 @@ def _parser() -> Parser:
         "--force", action="store_true", help="set the head also where held-out rows do not say it helps"
     )
     parser.add_argument("--penalty", type=float, help="of the closed form, in mean eigenvalues; chosen by default")
+    parser.add_argument(
+        "--max_rows",
+        type=positive,
+        metavar="N",
+        help="training rows to read: of more, a sample even over the classes; by default 20,000, or 100 a class where that is "
+        "more",
+    )
     parser.add_argument("--pooling", choices=("stock", "mean"), help="of a text's tokens, with new labels")
     parser.add_argument("--head_path", help="module path of the head, if it is not found")
     add_row_flags(parser)

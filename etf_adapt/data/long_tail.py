@@ -19,7 +19,7 @@ from etf_adapt.sources.columns import arrow_column
 PROFILES = ("exponential", "step")
 CLASS_ORDERS = ("label", "permuted")
 
-_ORDER_STREAM, _ROW_STREAM = 1, 2
+_ORDER_STREAM, _ROW_STREAM, _EVEN_STREAM = 1, 2, 3
 
 EVEN_IMBALANCE = 2.0  # below which classes count as evenly filled
 
@@ -155,6 +155,23 @@ def draw_per_class(
     classes = ids[rows]
     place_in_class = np.arange(len(rows)) - starts[classes]
     return np.sort(rows[place_in_class < counts[classes]])
+
+
+def even_sample(ids: NDArray[np.int64], num_classes: int, max_rows: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """Choose at most so many rows, as many of each class and all of rarer ones, but one of each at least; ascending."""
+    counts = np.bincount(ids, minlength=num_classes)
+    most = max(1, int(even_cap(counts, max_rows)))
+    return draw_per_class(ids, np.minimum(counts, most), seeded_generator(seed, _EVEN_STREAM))
+
+
+def even_cap(counts: NDArray[np.int64], max_rows: int) -> float:
+    """Return the most rows of a class with which the rows of all classes are ``max_rows``; as many as there are if fewer."""
+    if counts.sum() <= max_rows:
+        return float(counts.max(initial=0))
+    ascending = np.sort(counts)
+    smaller = np.concatenate([[0], np.cumsum(ascending)[:-1]])  # rows of all smaller classes
+    caps = (max_rows - smaller) / np.arange(len(counts), 0, -1)  # a class, if these are taken whole
+    return float(caps[np.argmax(caps <= ascending)])
 
 
 def read_labels(data: Any, *, num_classes: int | None = None, label_column: str = "label") -> Labels:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from etf_adapt.data.batches import as_batches, read_counts, split_batch
-from etf_adapt.data.long_tail import check_labels
+from etf_adapt.data.long_tail import check_labels, even_cap
 from etf_adapt.data.progress import announced, progress
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
@@ -188,7 +188,8 @@ def read_rows(
 ) -> TrainingRows:
     """Walk through the data once, in evaluation mode; ``counts`` (num_classes,) decide which rows are sampled."""
     heads, device = head_modules(model), next(model.parameters()).device
-    keep = torch.from_numpy(_keep_probability(counts, MAX_SAMPLED_ROWS))
+    # Each class's chance that a row is sampled.
+    keep = torch.from_numpy(np.minimum(1.0, even_cap(counts, MAX_SAMPLED_ROWS) / np.maximum(counts, 1)))
     statistics = [ClassStatistics.empty(len(counts), head.weight.shape[1]) for head in heads.values()]
     features: list[list[Tensor]] = [[] for _ in heads]
     labels: list[Tensor] = []
@@ -221,17 +222,6 @@ def read_rows(
         all_ids if len(all_ids) == len(all_labels) else None,
         first_batches,
     )
-
-
-def _keep_probability(counts: np.ndarray, max_rows: int) -> np.ndarray:
-    """Return each class's chance that a row is sampled: as many rows of each class, all rows of rarer ones."""
-    cap = np.inf
-    if counts.sum() > max_rows:
-        ascending = np.sort(counts)
-        smaller = np.concatenate([[0], np.cumsum(ascending)[:-1]])  # rows of all smaller classes
-        caps = (max_rows - smaller) / np.arange(len(counts), 0, -1)  # a class, if these are taken whole
-        cap = caps[np.argmax(caps <= ascending)]
-    return np.minimum(1.0, cap / np.maximum(counts, 1))
 
 
 def _sum(statistics: ClassStatistics, device: torch.device) -> ClassStatistics:

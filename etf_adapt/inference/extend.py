@@ -113,6 +113,11 @@ def extend(
     factory = ETFForImageClassification if task == "image" else ETFForSequenceClassification
     made: Any = factory.from_pretrained(location, dtype="auto")
     heads = head_modules(made)
+    if remove is not None and any(part.unread is not None for part in statistics.values()):
+        raise ValueError(
+            f"`remove` (={remove!r}): the head of {str(model)!r} was set from a sample of its rows, and which these are is not "
+            "kept: set it anew by refit without the rows to take away."
+        )
     if heads.keys() != statistics.keys() or not all(follows(heads[path], statistics[path]) for path in heads):
         raise ValueError(
             f"`model` (={str(model)!r}): {STATISTICS_FILE} is not of this head, which was changed since: set it anew by refit."
@@ -143,7 +148,12 @@ def extend(
     rows = {path: by_classes(part, kept) for path, part in rows.items()}
 
     # The head.
-    counts = {names[index]: int(next(iter(rows.values())).counts[place]) for place, index in enumerate(kept.tolist())}
+    changed = {path: dataclasses.replace(part, rows=rows[path]) for path, part in statistics.items()}
+    if (unread := next(iter(statistics.values())).unread) is not None:
+        unread = torch.cat([unread, torch.zeros(len(new)).double()])
+        changed = {path: dataclasses.replace(part, unread=unread) for path, part in changed.items()}
+    totals = next(iter(changed.values())).class_counts
+    counts = {names[index]: int(totals[place]) for place, index in enumerate(kept.tolist())}
     settings = made.etf_settings
     adapt(
         made,
@@ -154,7 +164,6 @@ def extend(
         loss=settings["loss"],
         class_counts=[*counts.values()],
     )
-    changed = {path: dataclasses.replace(part, rows=rows[path]) for path, part in statistics.items()}
     set_heads(made, changed)
     dropped = [name for name in names if name not in counts]
     result = ExtendResult(made, num_rows[1], num_rows[-1], new, dropped, counts)

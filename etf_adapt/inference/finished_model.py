@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
+from etf_adapt.data.long_tail import even_sample
 from etf_adapt.data.text import EvenLengths, lengths_of
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.heads.alignment import TrainingRows, read_rows
@@ -27,22 +28,30 @@ def check_output(output: str | Path | None) -> None:
 
 
 def read_classes(
-    model: Any, rows: Any, collator: Any, classes: Sequence[int], num_classes: int, **options: Any
+    model: Any,
+    rows: Any,
+    collator: Any,
+    classes: Sequence[int],
+    num_classes: int,
+    *,
+    max_rows: int | None = None,
+    **options: Any,
 ) -> TrainingRows:
     """Read what the heads are given of rows; label i of the data set is class ``classes[i]`` of the model.
 
-    ``options`` are ``batch_size`` and ``num_workers``.
+    Of more than ``max_rows`` these are a sample even over the classes. ``options`` are ``batch_size`` and ``num_workers``.
     """
 
     def collate(batch: list[Any]) -> dict[str, Any]:
         made: dict[str, Any] = collator(batch)
         return made | {"labels": torch.tensor(classes)[made["labels"]]}
 
-    lengths = lengths_of(rows, "length")
-    order = None if lengths is None else EvenLengths(lengths, batch_size=options["batch_size"])
     labels = np.asarray(classes)[np.asarray(getattr(rows, "dataset", rows)["label"])]
-    counts = np.bincount(labels, minlength=num_classes)
-    loader = DataLoader(rows, sampler=order, collate_fn=collate, **options)
+    order = even_sample(labels, num_classes, len(labels) if max_rows is None else max_rows)
+    counts = np.bincount(labels[order], minlength=num_classes)
+    if (lengths := lengths_of(rows, "length")) is not None:
+        order = order[[*EvenLengths(lengths[order], batch_size=options["batch_size"])]]
+    loader = DataLoader(rows, sampler=order.tolist(), collate_fn=collate, **options)
     return read_rows(model, loader, counts, seed=0)
 
 

@@ -35,6 +35,12 @@ class HeadStatistics:
     intercept: bool
     logit_scale: float = 1.0  # root mean square of the norm of the centred logits of these rows, before the adjustment
     prior_strength: float = 0.0  # t of the adjustment - t log prior
+    unread: Tensor | None = None  # (num_classes,): rows beside these of each class, where these are a sample
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Rows of each class (num_classes,), read or not."""
+        return self.rows.counts if self.unread is None else self.rows.counts + self.unread
 
     def class_vectors(self) -> tuple[Tensor, Tensor]:
         """Return class vectors (num_classes, in_features) and biases (num_classes,) in float64: all of the head."""
@@ -45,7 +51,7 @@ class HeadStatistics:
     @property
     def offsets(self) -> Tensor:
         """Adjustment of the logits by the prior (num_classes,)."""
-        return -self.prior_strength * log_prior(self.rows.counts, self.rows.counts)
+        return -self.prior_strength * log_prior(self.class_counts, self.class_counts)
 
 
 def by_classes(rows: ClassStatistics, classes: Tensor) -> ClassStatistics:
@@ -107,8 +113,8 @@ def save_statistics(folder: str | Path, heads: Mapping[str, HeadStatistics]) -> 
     settings = {}
     for path, head in heads.items():
         values = {field.name: getattr(head, field.name) for field in dataclasses.fields(head)}
-        rows = values.pop("rows")
-        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in vars(rows).items()}
+        parts = {**vars(values.pop("rows")), "unread": values.pop("unread")}
+        tensors |= {f"{path}.{name}": part.contiguous() for name, part in parts.items() if part is not None}
         settings[path] = values
     save_file(tensors, Path(folder, STATISTICS_FILE), metadata={"heads": json.dumps(settings)})
 
@@ -119,11 +125,10 @@ def load_statistics(location: str | Path) -> dict[str, HeadStatistics]:
     if file is None:
         return {}
     with safe_open(file, framework="pt") as stored:
-        settings = json.loads(stored.metadata()["heads"])
-        return {
-            path: HeadStatistics(
-                ClassStatistics(*(stored.get_tensor(f"{path}.{name}") for name in ("counts", "sums", "moment"))),
-                **values,
-            )
-            for path, values in settings.items()
-        }
+        settings, found = json.loads(stored.metadata()["heads"]), {}
+        for path, values in settings.items():
+            rows = ClassStatistics(*(stored.get_tensor(f"{path}.{name}") for name in ("counts", "sums", "moment")))
+            name = f"{path}.unread"
+            unread = stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118 - no mapping
+            found[path] = HeadStatistics(rows, **values, unread=unread)
+        return found

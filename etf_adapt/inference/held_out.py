@@ -33,9 +33,10 @@ class Choice:
     log_loss: float  # class-balanced
     logits: Tensor  # (rows, num_classes)
 
-    def head(self, rows: ClassStatistics, intercept: bool) -> HeadStatistics:
+    def head(self, rows: ClassStatistics, intercept: bool, unread: Tensor | None = None) -> HeadStatistics:
         """Return the head of these rows."""
-        return HeadStatistics(rows, "whitened", self.penalty, intercept, self.logit_scale, self.prior_strength)
+        chosen = self.penalty, intercept, self.logit_scale, self.prior_strength
+        return HeadStatistics(rows, "whitened", *chosen, unread)
 
 
 def choose_by_log_loss(

@@ -45,6 +45,7 @@ from etf_adapt.results.tables import percent
 from etf_adapt.sources.opening import logger, quoted
 
 HELD_OUT = ("auto", "share", "none")
+MAX_ROWS, MAX_ROWS_A_CLASS = 20_000, 100  # that the pass reads by default, whichever is more
 SEEN_PENALTY = 1.0  # where no held-out row chooses: under-trained models want less, finished ones 10 to 100
 
 _OPTIONS_OF_ROWS = (
@@ -68,6 +69,7 @@ class RefitResult:
     penalty: float
     calibration: tuple[float, float] | None  # logit scale and strength of the prior adjustment
     rows: int  # that set the head
+    all_rows: int  # of which these are a sample, or all
     judge: str  # the rows of the scores, in words
     before: Mapping[str, float | None]
     after: Mapping[str, float | None]
@@ -79,7 +81,10 @@ class RefitResult:
             scale, strength = self.calibration
             adjustment = f" - {strength:.3g} log(class frequency)" if strength > 1e-3 else ""
             calibration = f"calibrated: logits x {scale:.4g}{adjustment}"
-        lines = [f"head in closed form from {self.rows:,} rows, penalty {self.penalty:.4g}; {calibration}"]
+        rows = f"{self.rows:,} rows"
+        if self.rows < self.all_rows:
+            rows = f"{self.rows:,} of {self.all_rows:,} rows, a sample even over the classes (all with `max_rows`, --max_rows)"
+        lines = [f"head in closed form from {rows}, penalty {self.penalty:.4g}; {calibration}"]
         titles = {"balanced_accuracy": "balanced accuracy"}
         titles |= {f"{name}_third": f"{name} third of the classes" for name in ("head", "middle", "tail")}
         for name, title in titles.items() if self.after else ():
@@ -108,6 +113,7 @@ def refit(
     held_out: str = "auto",
     force: bool = False,
     penalty: float | None = None,
+    max_rows: int | None = None,
     keep_statistics: bool = True,
     head_path: str | Sequence[str] | None = None,
     pooling: str | None = None,
@@ -132,6 +138,8 @@ def refit(
             as unseen; else "none". "share" is a stratified tenth of the training rows, for a model that saw none of them.
         force: Set the head also where the log loss of the held-out rows does not fall.
         penalty: :math:`\lambda` of the whitened frame, in mean eigenvalues; chosen where None.
+        max_rows: Training rows to read: of more, a sample even over the classes, with all rows of rarer ones; the adjustment
+            by the class frequencies is of all rows. By default 20,000, or 100 a class where that is more.
         keep_statistics: Whether to keep the statistics beside the model, for ``etf_adapt.extend``.
         head_path: Module path or paths of the head, where it is not found.
         pooling: Of a text's tokens, for new labels: "stock" or "mean".
@@ -182,13 +190,14 @@ def refit(
     # One pass.
     rows = prepare_rows(made, location, data, augment=False, max_length=max_length)
 
-    def read(split: str) -> TrainingRows:
-        options = {"batch_size": batch_size, "num_workers": num_workers}
+    def read(split: str, most: int | None = None) -> TrainingRows:
+        options = {"batch_size": batch_size, "num_workers": num_workers, "max_rows": most}
         return read_classes(made, getattr(rows, split), rows.collator, classes, len(names), **options)
 
-    train = read("alignment")
+    train = read("alignment", max(MAX_ROWS, MAX_ROWS_A_CLASS * len(names)) if max_rows is None else max_rows)
     judged = train if judge.split is None else read(judge.split)
-    counts = train.statistics[0].counts
+    counts = torch.from_numpy(data.class_counts).double()[[classes.index(place) for place in range(len(names))]]
+    unread = counts - train.statistics[0].counts if len(data.train) > train.statistics[0].counts.sum() else None
     intercepts = [head.bias is not None for head in head_modules(made).values()]
 
     # What the rows choose.
@@ -207,20 +216,22 @@ def refit(
 
     # Set the head for the last time, with the rows that had been kept out.
     parts = zip(paths, train.statistics, judged.statistics, intercepts, strict=True)
-    heads = {path: choice.head(part + other if judge.joins else part, own) for path, part, other, own in parts}
+    heads = {path: choice.head(part + other if judge.joins else part, own, unread) for path, part, other, own in parts}
     helps = before is None or force or _helps(choice, before, judged.labels, counts)
     if helps:
         set_heads(made, heads)
     else:
         for head, layer in zip(head_modules(made).values(), old, strict=True):
             head.set_class_vectors(*layer, frame="loaded")
-    made.set_loss(class_counts=heads[paths[0]].rows.counts.int().tolist())
+    first = heads[paths[0]]
+    made.set_loss(class_counts=first.class_counts.int().tolist())
     result = RefitResult(
         made,
         helps,
         choice.penalty,
         None if math.isnan(choice.log_loss) else (choice.logit_scale, choice.prior_strength),
-        int(heads[paths[0]].rows.counts.sum()),
+        int(first.rows.counts.sum()),
+        int(first.class_counts.sum()),
         judge.words,
         {} if before is None else _scores(before, judged.labels, counts),
         _scores(choice.logits, judged.labels, counts),

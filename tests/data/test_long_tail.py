@@ -15,6 +15,8 @@ from etf_adapt.data.long_tail import (
     arrow_column,
     check_labels,
     class_counts,
+    even_cap,
+    even_sample,
     labels_of,
     long_tailed_indices,
     make_long_tailed,
@@ -285,3 +287,13 @@ def test_selected_text_has_offsets_for_more_than_2_gib():
     selected = arrow_column(rows.select([3, 0, 2], keep_in_memory=True), "name")
     assert selected.type == pa.large_string() and selected.to_pylist() == ["c", "b", None]
     assert arrow_column(rows, "name").to_pylist() == rows["name"][:]
+
+
+def test_an_even_sample_keeps_rare_classes_whole_and_as_many_rows_of_the_others():
+    counts = np.array([1000, 500, 10, 1])
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
+    rows = even_sample(ids, 4, 211)
+    assert np.bincount(ids[rows]).tolist() == [100, 100, 10, 1] and (np.diff(rows) > 0).all()
+    assert rows.tolist() == even_sample(ids, 4, 211).tolist() != even_sample(ids, 4, 211, seed=1).tolist()
+    assert np.bincount(ids[even_sample(ids, 4, 2)]).tolist() == [1, 1, 1, 1]  # no class is lost
+    assert len(even_sample(ids, 4, 1511)) == 1511 and even_cap(np.array([5, 2]), 100) == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -16,7 +15,7 @@ from etf_adapt.geometry.closed_form import FRAMES, MEAN_FRAMES, closed_form_vect
 from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.alignment import _keep_probability, align_head
+from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.in_model import head_modules, raised_everywhere, read_features
 from etf_adapt.models.auto import adapt
 from etf_adapt.models.swap import swap_head
@@ -222,12 +221,6 @@ def test_a_cosine_head_starts_from_the_class_means(rows):
         features = model.forward_head(model.forward_features(rows[0]), pre_logits=True)
     means = ClassStatistics.of(features, rows[1], 3).means
     torch.testing.assert_close(vectors_of(model)[0][0], means, atol=1e-5, rtol=1e-4)
-
-
-def test_the_sample_keeps_rare_classes_whole():
-    keep = _keep_probability(np.array([1000, 500, 10, 1]), 211)
-    assert (keep * [1000, 500, 10, 1]).tolist() == pytest.approx([100, 100, 10, 1])
-    assert _keep_probability(np.array([5, 2]), 100).tolist() == [1.0, 1.0]
 
 
 def test_models_without_our_head_and_paper_heads_are_refused(rows):

@@ -373,7 +373,9 @@ def test_statistics_go_out_where_asked_for_and_the_card_says_so(hub, run_folder,
 
 def test_statistics_that_are_not_there_are_no_commit(hub, folder):
     message, words = refusal(folder, statistics=True)
-    assert message.startswith("`folder` (='out/run') holds no etf_statistics.safetensors to publish") and not hub.requests
+    assert (
+        message.startswith("`folder` (='out/run') holds no etf_statistics.safetensors to publish") and not hub.requests
+    )
     assert words[-1] == "--statistics"
 
 

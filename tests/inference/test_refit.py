@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from etf_adapt import ETFForSequenceClassification, evaluate, finetune, predict, refit
+from etf_adapt import ETFForSequenceClassification, evaluate, extend, finetune, predict, refit
 from etf_adapt.commands.refit import main
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DataError, OutputFolderError
@@ -104,6 +104,31 @@ def test_rows_kept_out_to_judge_are_in_the_head_at_last(place):
     whole = refit(place / "model", str(place / "cut"), held_out="none", penalty=result.penalty, force=True)
     left, right = (head.model.classifier.weight / head.model.classifier.weight.norm() for head in (result, whole))
     assert torch.allclose(left, right, atol=1e-6)
+
+
+def test_of_many_rows_a_sample_sets_the_head_and_the_prior_is_that_of_all(place, tmp_path):
+    result = refit(place / "model", str(place / "own"), max_rows=24, output=tmp_path / "new")
+    names = [result.model.config.id2label[label] for label in range(3)]
+    assert (result.rows, result.all_rows) == (24, 79) and "24 of 79 rows, a sample" in result.describe()[0]
+    (statistics,) = load_statistics(tmp_path / "new").values()
+    assert dict(zip(names, statistics.rows.counts.tolist(), strict=True)) == {"ash": 10, "birch": 10, "cedar": 4}
+    assert dict(zip(names, result.model.etf_settings["class_counts"], strict=True)) == COUNTS
+    offsets = dict(zip(names, statistics.offsets.tolist(), strict=True))
+    _, strength = result.calibration
+    assert strength > 0.01
+    assert offsets["cedar"] - offsets["ash"] == pytest.approx(strength * np.log(60 / 4))
+
+    # With rows added the head follows from the sample and these, and its prior from all.
+    small_texts.write(tmp_path / "more", train=small_texts.rows({"cedar": 6, "dogwood": 3}, 3))
+    more = extend(tmp_path / "new", str(tmp_path / "more"), output=tmp_path / "extended")
+    assert more.class_counts == {**COUNTS, "cedar": 10, "dogwood": 3}
+    (grown,) = load_statistics(tmp_path / "extended").values()
+    assert grown.rows.counts.sum() == 33
+    assert dict(zip(more.class_counts, grown.class_counts.tolist(), strict=True)) == more.class_counts
+    assert follows(more.model.classifier, grown)
+    with pytest.raises(ValueError, match="was set from a sample of its rows"):
+        extend(tmp_path / "new", remove=str(tmp_path / "more"))
+    assert refit(place / "model", str(place / "own"), max_rows=79).rows == 79
 
 
 def test_the_validation_rows_of_the_run_that_made_a_model_judge_it(place, tmp_path):
