@@ -35,7 +35,6 @@ def left_out_changes(
     """
     check_choice("frame", frame, MEAN_FRAMES)
     check_frame(statistics, frame, penalty)
-    _require_two(statistics, labels)
     center = statistics.center if intercept else torch.zeros_like(statistics.center)
     covariance = penalized_covariance(statistics, penalty) if frame == "whitened" else None
     offsets = (statistics.means - center)[labels]
@@ -56,10 +55,9 @@ def leave_one_out_scores(
 
     .. math:: (x_i - x')^\top S'^{-1} o'_k \,/\, \sqrt{o'^\top_k S'^{-1} o'_k},
 
-    are the logits of the refitted head up to one number for each example.
+    are the logits of the refitted head up to one number for each example, of a class of two rows or more.
     """
     check_frame(statistics, "whitened", penalty)
-    _require_two(statistics, labels)
     counts, own = statistics.counts[labels], (torch.arange(len(labels)), labels)
     center = statistics.center if intercept else torch.zeros_like(statistics.center)
     offsets = statistics.means - center  # o: (num_classes, in_features)
@@ -110,11 +108,3 @@ def mean_recall(predicted: Tensor, labels: Tensor) -> float:
     rows = torch.bincount(labels)
     correct = torch.bincount(labels, weights=(predicted == labels).to(torch.float64))
     return float((correct[rows > 0] / rows[rows > 0]).mean())
-
-
-def _require_two(statistics: ClassStatistics, labels: Tensor) -> None:
-    alone = labels[statistics.counts[labels] < 2]
-    if len(alone):
-        raise ValueError(
-            f"Class {int(alone[0])} has one row: it cannot be left out. Give rows of classes with two or more."
-        )

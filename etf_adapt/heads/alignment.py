@@ -122,8 +122,11 @@ def align_head(
         for head, statistics, features in zip(heads.values(), rows.statistics, rows.features, strict=True)
     ]
     penalties, accuracies, left_out = zip(*set_heads, strict=True)
-    if hasattr(model, "reset_calibration"):
-        _update_adapted_model(model, counts)
+    if hasattr(model, "reset_calibration"):  # an adapted model
+        adapted: Any = model
+        adapted.reset_calibration()  # fitted to class vectors that are gone
+        if adapted.etf_settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
+            adapted.set_loss(adapted.etf_settings["loss"], class_counts=counts.tolist())
 
     length = _norm_in_training(model, rows.first_batches, seed)
     scale = 1.0 / length if length > 0.0 and not is_cosine else 1.0  # a cosine feels no norm of its class vectors
@@ -155,13 +158,6 @@ def _alignable_heads(model: nn.Module) -> dict[str, ClassifierHead]:
                 f"`{path}` is a 'paper' head: the published method draws its frame at random and keeps it."
             )
     return heads
-
-
-def _update_adapted_model(model: Any, counts: np.ndarray) -> None:
-    model.reset_calibration()  # fitted to class vectors that are gone
-    settings = model.etf_settings
-    if settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
-        model.set_loss(settings["loss"], class_counts=counts.tolist())
 
 
 @dataclass(frozen=True)

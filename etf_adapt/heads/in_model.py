@@ -115,11 +115,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """List the BatchNorm layers of a model that keep running statistics, without those inside its head."""
     inside = {part for module in model.modules() if isinstance(module, ClassifierHead) for part in module.modules()}
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module not in inside
-    ]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return [norm for norm in norms if norm not in inside]
 
 
 @contextmanager

@@ -50,17 +50,18 @@ class LeftOutRows:
         return LeftOutRows(self.row_ids.to(device), self.weight.to(device), self.bias.to(device))
 
     def logits(self, logits: Tensor, features: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return a head's logits (batch, ..., num_classes) for features (batch, ..., in_features), each row left out.
+        """Change a head's logits (batch, ..., num_classes) for features (batch, ..., in_features): each row is left out.
 
-        ``row_ids`` and ``labels`` are (batch,). Rows that are not held here keep their logits.
+        ``row_ids`` and ``labels`` are (batch,). Rows that are not held here keep their logits. In place: where classes are many
+        a copy costs a good part of what the head costs.
         """
         places = torch.searchsorted(self.row_ids, row_ids).clamp_max(len(self.row_ids) - 1)
         positions = (1,) * (features.ndim - 2)  # a head may score each token or pixel
         held = (self.row_ids[places] == row_ids).view(-1, *positions)
         weight, bias = self.weight[places].view(len(row_ids), *positions, -1), self.bias[places].view(-1, *positions)
         change = ((features.float() * weight).sum(dim=-1) + bias) * held
-        own = torch.nn.functional.one_hot(labels, logits.shape[-1]).view(len(labels), *positions, -1)
-        return logits + (own * change.unsqueeze(-1)).to(logits.dtype)
+        own = labels.view(-1, *positions, 1).expand(*logits.shape[:-1], 1)
+        return logits.scatter_add_(-1, own, change.unsqueeze(-1).to(logits.dtype))
 
 
 class TrainingLogits:
@@ -91,9 +92,10 @@ class TrainingLogits:
         (features, *_), (labels, row_ids) = inputs, self._batch
         if len(features) != len(row_ids):  # part of a batch: which rows these are is not known
             return None
-        channels = 1 if isinstance(head, nn.Conv2d) else -1
-        features, logits = features.movedim(channels, -1), logits.movedim(channels, -1)
-        return rows.logits(logits, features, row_ids, labels).movedim(-1, channels)
+        if isinstance(head, nn.Conv2d):
+            moved = rows.logits(logits.movedim(1, -1), features.movedim(1, -1), row_ids, labels)
+            return moved.movedim(-1, 1)
+        return rows.logits(logits, features, row_ids, labels)
 
     def clear(self) -> None:
         """Forget all rows: the heads score as they are."""

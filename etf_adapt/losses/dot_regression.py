@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from etf_adapt.errors import check_choice
 from etf_adapt.geometry.simplex import vertex_products
-from etf_adapt.losses.terms import combine_terms, log_prior, soft_labels, soft_margins
+from etf_adapt.losses.terms import LabelMargins, combine_terms, log_prior, soft_labels, soft_margins
 
 DOT_REGRESSION_FORMS = ("one_sided", "sphere")
 
@@ -140,9 +141,16 @@ def margin_dot_regression_loss(
     if not prior_strength >= 0.0:
         raise ValueError(f"`prior_strength` (={prior_strength}) must be at least 0.")
     soft = soft_labels(logits, labels, label_smoothing)
-    scores, _ = vertex_products(logits)
-    if class_counts is not None:
-        scores = scores + prior_strength * log_prior(class_counts, scores)
-    margins = soft_margins(scores, labels if soft is None else None, temperature=temperature)
+    # The margins are those of the logits as they are: centring takes the same from all scores of a row.
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scale = math.sqrt(logits.shape[1] / (logits.shape[1] - 1))
+    prior = precise.new_zeros(logits.shape[1]) if class_counts is None else log_prior(class_counts, precise)
+    offsets = prior_strength * prior
+    if soft is None and temperature > 0.0 and not torch.compiler.is_compiling():
+        margins = LabelMargins.apply(precise, labels, scale, offsets, temperature)
+    else:
+        margins = soft_margins(scale * precise + offsets, temperature=temperature)
+        if soft is None:
+            margins = margins.gather(1, labels.unsqueeze(1))
     terms = 0.5 * F.relu(margin - margins) ** 2
     return combine_terms(terms, labels, soft, class_weights=class_weights, reduction=reduction)

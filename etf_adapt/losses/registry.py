@@ -36,12 +36,6 @@ LOSSES: Mapping[str, _Entry] = {
 LOSS_NAMES = tuple(LOSSES)
 
 
-def known_options(name: str) -> tuple[str, ...]:
-    """Return the options that the settings of a loss may give."""
-    check_choice("name", name, LOSS_NAMES)
-    return LOSSES[name].options
-
-
 def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None = None) -> Loss:
     """Build a loss of ``(logits, labels)`` from its settings: ``{"name": ...}``, one of ``LOSS_NAMES``, and its options.
 
@@ -52,12 +46,14 @@ def make_loss(settings: Mapping[str, Any], *, class_counts: Sequence[int] | None
     """
     options = dict(settings)
     name = options.pop("name", None)
-    known = known_options(name)
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"Loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}.")
+    check_choice("name", name, LOSS_NAMES)
+    entry = LOSSES[name]
+    if unknown := sorted(set(options) - set(entry.options)):
+        raise ValueError(
+            f"Loss {name!r} has no option {unknown[0]!r}; its options are {', '.join(sorted(entry.options))}."
+        )
     scale = float(options.pop("scale", 1.0))
     unit_features = bool(options.pop("unit_features", False))
-    entry = LOSSES[name]
     if entry.class_counts == "needed" or (entry.class_counts == "optional" and class_counts is not None):
         options["class_counts"] = _checked_counts(class_counts, repr(name))
     if (weights := options.pop("class_weights", None)) is not None:

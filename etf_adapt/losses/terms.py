@@ -6,13 +6,16 @@ indices only the label's own term is computed, (batch, 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from etf_adapt.errors import check_choice
+
+_BLOCK = 2**17  # logits of a block: half a megabyte
 
 
 def soft_labels(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor | None:
@@ -41,19 +44,16 @@ def soft_labels(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) ->
     return (1.0 - label_smoothing) * soft + label_smoothing / num_classes if label_smoothing else soft
 
 
-def soft_margins(scores: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+def soft_margins(scores: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Compute by how much the score of a class exceeds the soft maximum of all others.
 
     .. math:: z_k = a_k - \tau \log \sum_{j \ne k} e^{a_j / \tau}
 
-    and :math:`a_k - \max_{j \ne k} a_j` for :math:`\tau = 0`; (batch, 1) for labels, else (batch, num_classes). It is all
-    that a softmax sees of a row: the cross-entropy of :math:`a / \tau` is :math:`\log(1 + e^{-z_y / \tau})`.
+    and :math:`a_k - \max_{j \ne k} a_j` for :math:`\tau = 0`. It is all that a softmax sees of a row: the cross-entropy of
+    :math:`a / \tau` is :math:`\log(1 + e^{-z_y / \tau})`. A number added to all scores of a row changes nothing.
     """
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` (={temperature}) must be at least 0.")
-    if labels is not None:
-        column = labels.unsqueeze(1)
-        return scores.gather(1, column) - _soft_maximum(scores.scatter(1, column, -torch.inf), temperature)
     best = scores.argmax(dim=1, keepdim=True)
     without_best = _soft_maximum(scores.scatter(1, best, -torch.inf), temperature)
     if temperature == 0.0:
@@ -64,6 +64,45 @@ def soft_margins(scores: Tensor, labels: Tensor | None = None, *, temperature: f
         share = scaled.softmax(dim=1).scatter(1, best, 0.0)
         rivals = temperature * (scaled.logsumexp(dim=1, keepdim=True) + torch.log1p(-share))
     return scores - rivals.scatter(1, best, without_best)
+
+
+class LabelMargins(torch.autograd.Function):
+    r"""The ``soft_margins`` of labels for scores :math:`a_k = s u_k + o_k`, by blocks of rows that a core's cache holds."""
+
+    # Where classes are many, each pass over all logits costs a good part of what the head costs.
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float, offsets: Tensor, temperature: float) -> Tensor:
+        """Return the margins (batch, 1); ``offsets`` is (num_classes,), labels are (batch,)."""
+        column, scaled = labels.unsqueeze(1), offsets / temperature
+        margins, rivals = (torch.empty_like(column, dtype=logits.dtype) for _ in range(2))
+        for some, own, margin, rival in _blocks(logits, column, margins, rivals):
+            scores = torch.add(scaled, some, alpha=scale / temperature)
+            mine = scores.gather(1, own)
+            top = scores.scatter_(1, own, -torch.inf).amax(dim=1, keepdim=True)
+            rival.copy_(top + scores.sub_(top).exp_().sum(dim=1, keepdim=True).log_())
+            margin.copy_(temperature * (mine - rival))
+        ctx.save_for_backward(logits, column, scaled, rivals)
+        ctx.factors = scale, temperature
+        return margins
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the logits: for each row e_y less the softmax over the rivals."""
+        logits, column, scaled, rivals = ctx.saved_tensors
+        scale, temperature = ctx.factors
+        gradient = torch.empty_like(logits)
+        for some, own, rival, slope, shares in _blocks(logits, column, rivals, scale * outer, gradient):
+            torch.add(scaled, some, alpha=scale / temperature, out=shares)
+            shares.sub_(rival).exp_().mul_(-slope).scatter_(1, own, slope)
+        return gradient, None, None, None, None
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors (batch, ...) by blocks of rows, as many as of the first, the logits, a block holds."""
+    rows = max(1, _BLOCK // tensors[0].shape[1]) if tensors[0].device.type == "cpu" else len(tensors[0])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _soft_maximum(scores: Tensor, temperature: float) -> Tensor:

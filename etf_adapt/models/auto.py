@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from etf_adapt.heads.in_model import head_modules, seeded_torch
-from etf_adapt.losses.registry import LOSSES, make_loss
+from etf_adapt.losses.registry import make_loss
 from etf_adapt.models.etf_model import ETFModel, is_live
 from etf_adapt.models.folders import HUB_OPTIONS, find_processor, load_config, locate, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere
@@ -339,9 +339,7 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
         if entry["folded"]:
             head.folded_from = entry["kind"]
     if not was_changed:
-        # The scale went by the name of its inverse once.
-        model._logit_scale = saved.get("logit_scale", saved.get("temperature", 1.0))
-        model._prior_adjustment = saved["prior_adjustment"]
+        model._logit_scale, model._prior_adjustment = saved["logit_scale"], saved["prior_adjustment"]
     return model
 
 
@@ -358,21 +356,13 @@ def _was_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[
 
 
 def _known_loss(saved: Mapping[str, Any], class_counts: Sequence[int] | None) -> dict[str, Any] | None:
-    """Return the loss settings of a folder without options that this version lacks; None where no such loss can be made."""
-    options = LOSSES[saved["name"]].options if saved["name"] in LOSSES else ()
-    kept = {name: value for name, value in saved.items() if name in ("name", *options)}
-    dropped = [f"{name}={value!r}" for name, value in saved.items() if name not in kept]
+    """Return the loss settings of a folder; None, with a warning, for a loss or an option that this version lacks."""
     try:
-        make_loss(kept, class_counts=class_counts)
-    except (TypeError, ValueError) as error:  # a loss or a value of an option that this version lacks
+        make_loss(saved, class_counts=class_counts)
+    except (TypeError, ValueError) as error:
         warnings.warn(f"The folder's loss {dict(saved)} is replaced by its head's default loss: {error}", stacklevel=4)
         return None
-    if dropped:
-        warnings.warn(
-            f"The folder's loss {saved['name']!r} is used without {', '.join(dropped)}, which this version lacks.",
-            stacklevel=4,
-        )
-    return kept
+    return dict(saved)
 
 
 def _is_saved(asked: Mapping[str, Any], saved: Mapping[str, Any], config: PreTrainedConfig) -> bool:

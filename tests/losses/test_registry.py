@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from etf_adapt.losses.dot_regression import dot_regression_loss
-from etf_adapt.losses.registry import LOSS_NAMES, known_options, make_loss
+from etf_adapt.losses.registry import LOSS_NAMES, LOSSES, make_loss
 from etf_adapt.losses.softmax import logit_adjusted_loss
 
 
@@ -46,12 +46,12 @@ def test_settings_are_the_arguments_of_the_function():
 
 def test_options_of_a_loss_are_known():
     options = {"form", "target", "balance", "unit_features", "class_weights", "label_smoothing"}
-    assert set(known_options("dot_regression")) == options
+    assert set(LOSSES["dot_regression"].options) == options
     with pytest.raises(ValueError, match="did you mean 'cross_entropy'"):
-        known_options("crossentropy")
+        make_loss({"name": "crossentropy"})
 
 
-@pytest.mark.parametrize("name", [name for name in LOSS_NAMES if "class_weights" in known_options(name)])
+@pytest.mark.parametrize("name", [name for name in LOSS_NAMES if "class_weights" in LOSSES[name].options])
 def test_balanced_weights_are_those_of_scikit_learn_and_weigh_each_class_alike(name):
     counts = [20, 8, 4]
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
