@@ -160,14 +160,14 @@ def draw_per_class(
 def even_sample(ids: NDArray[np.int64], num_classes: int, max_rows: int, *, seed: int = 0) -> NDArray[np.int64]:
     """Choose at most so many rows, as many of each class and all of rarer ones, but one of each at least; ascending."""
     counts = np.bincount(ids, minlength=num_classes)
-    most = max(1, int(even_cap(counts, max_rows)))
-    return draw_per_class(ids, np.minimum(counts, most), seeded_generator(seed, _EVEN_STREAM))
+    kept = np.minimum(counts, max(1.0, np.floor(even_cap(counts, max_rows)))).astype(np.int64)
+    return draw_per_class(ids, kept, seeded_generator(seed, _EVEN_STREAM))
 
 
 def even_cap(counts: NDArray[np.int64], max_rows: int) -> float:
-    """Return the most rows of a class with which the rows of all classes are ``max_rows``; as many as there are if fewer."""
+    """Return the most rows of a class with which the rows of all classes are ``max_rows``; infinite where they are fewer."""
     if counts.sum() <= max_rows:
-        return float(counts.max(initial=0))
+        return math.inf
     ascending = np.sort(counts)
     smaller = np.concatenate([[0], np.cumsum(ascending)[:-1]])  # rows of all smaller classes
     caps = (max_rows - smaller) / np.arange(len(counts), 0, -1)  # a class, if these are taken whole

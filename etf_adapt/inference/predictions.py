@@ -83,16 +83,30 @@ def predict_rows(
 
     def reduced() -> Iterator[tuple[Tensor, ...]]:
         for row_ids, labels, logits in _scored(model, batches):
-            confidences, predictions = logits.softmax(dim=-1).max(dim=-1)
-            losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED)
-            before = predictions if offsets is None else (logits - logits.new_tensor(offsets)).argmax(dim=-1)
             kept = () if keep is None else (_one_tensor(keep(logits, labels), len(labels)),)
-            yield row_ids, labels, predictions, before, confidences, losses, *kept
+            yield *_reduced(row_ids, labels, logits, offsets), *kept
 
     rows = RowPredictions(*(column.numpy() for column in _each_row_once(reduced())))
     if num_rows is not None and len(rows.row_ids) != num_rows:
         raise RuntimeError(f"{len(rows.row_ids)} of {num_rows} rows were predicted: the data loader leaves rows out.")
     return rows
+
+
+def predictions_of(
+    row_ids: Tensor, labels: Tensor, logits: Tensor, offsets: Sequence[float] | None = None
+) -> RowPredictions:
+    """Return the predictions of rows whose logits (rows, num_classes) are at hand; arguments as in ``predict_rows``."""
+    order = row_ids.argsort()
+    columns = _reduced(row_ids[order], labels[order], logits[order], offsets)
+    return RowPredictions(*(column.numpy() for column in columns))
+
+
+def _reduced(row_ids: Tensor, labels: Tensor, logits: Tensor, offsets: Sequence[float] | None) -> tuple[Tensor, ...]:
+    """Return the columns of ``RowPredictions``."""
+    confidences, predictions = logits.softmax(dim=-1).max(dim=-1)
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED)
+    before = predictions if offsets is None else (logits - logits.new_tensor(offsets)).argmax(dim=-1)
+    return row_ids, labels, predictions, before, confidences, losses
 
 
 def score_rows(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from etf_adapt.data.long_tail import labels_of
 from etf_adapt.geometry.closed_form import FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.alignment import TrainingRows, align_head, read_rows
+from etf_adapt.heads.alignment import MAX_SAMPLED_ROWS, TrainingRows, align_head, read_rows
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.training.evaluating import EvaluatingTrainer
@@ -86,10 +86,40 @@ class AligningTrainer(EvaluatingTrainer):
             counts += np.bincount(labels_of(dataset), minlength=len(counts))
         return read_rows(self.model, self.rows_loader(dataset), counts, self.args.seed, what=what)
 
+    def read_held_out(self, dataset: Any) -> TrainingRows:
+        """Read what the heads are given of validation rows, unless the last evaluation has done so."""
+        if self._evaluated is not None:
+            step, evaluated, rows = self._evaluated
+            if step == self.state.global_step and evaluated is dataset and rows.kept is not None and rows.kept.size:
+                features, labels, row_ids = map(torch.from_numpy, (rows.kept, rows.labels, rows.row_ids))
+                return TrainingRows([], [features], labels, row_ids, [])
+        return self.read(dataset, "calibrating")
+
+    @contextmanager
+    def _reading(self, dataset: Any) -> Iterator[Callable[[Tensor, Tensor], Tensor] | None]:
+        head, found = self.first_head, list[Tensor]()
+        is_wanted = self.is_in_train and head.frame == "whitened" and len(self.heads) == 1
+        if not is_wanted or len(dataset) > MAX_SAMPLED_ROWS or self.args.bf16 or self.args.fp16:
+            yield None
+            return
+        hook = head.register_forward_hook(lambda module, inputs, output: found.append(inputs[0].flatten(1)))
+
+        def read(logits: Tensor, labels: Tensor) -> Tensor:
+            # A head that scores every token reads other features than those of a row; a compiled one calls no hook.
+            wanted = (len(labels), head.weight.shape[1])
+            batch = found[0] if [part.shape for part in found] == [wanted] else torch.zeros(len(labels), 0)
+            found.clear()
+            return batch.cpu()
+
+        try:
+            yield read
+        finally:
+            hook.remove()
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_global_step != self.state.global_step:
-            self._statistics = None
+            self._statistics = self._evaluated = None
 
     def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the heads' frames and the last alignment, and how class vectors change without each row."""

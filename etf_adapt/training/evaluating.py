@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
@@ -24,6 +27,13 @@ class EvaluatingTrainer(ResumableTrainer):
 
     class_counts: NDArray[np.int64] | None = None
     _monitors: Mapping[str, CollapseMonitor] = {}
+    _evaluated: tuple[int, Any, RowPredictions] | None = (
+        None  # the last evaluation's step, rows, and what the head read
+    )
+
+    def _reading(self, dataset: Any) -> AbstractContextManager[Callable[[Tensor, Tensor], Tensor] | None]:
+        """Keep what the head reads of rows that a run is evaluated on, if their features are wanted after it."""
+        return nullcontext()
 
     def evaluation_loop(
         self,
@@ -41,8 +51,12 @@ class EvaluatingTrainer(ResumableTrainer):
         self.callback_handler.eval_dataloader = dataloader
         # As in the stock class: true of an evaluation without `compute_metrics` alone.
         keep = None if prediction_loss_only else (self.preprocess_logits_for_metrics or (lambda logits, _: logits))
-        batches = self._with_progress(dataloader, description)
-        rows = predict_rows(model, batches, num_rows=len(dataloader.dataset), keep=keep)  # type: ignore[arg-type]
+        batches, num_rows = self._with_progress(dataloader, description), len(dataloader.dataset)  # type: ignore[arg-type]
+        with self._reading(dataloader.dataset) if keep is None else nullcontext() as read:
+            rows = predict_rows(model, batches, num_rows=num_rows, keep=keep or read)
+        if read is not None:
+            self._evaluated = self.state.global_step, dataloader.dataset, rows
+            rows = replace(rows, kept=None)
         is_labelled = bool((rows.labels != UNLABELLED).any())
         if not is_labelled and description != "Prediction":
             raise ValueError(

@@ -22,6 +22,7 @@ from etf_adapt.inference.held_out import score_features
 from etf_adapt.metrics.calibration import fit_balanced
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CARD_FILES, read_facts
+from etf_adapt.training import finishing
 from etf_adapt.training.finishing import is_adjusted
 
 NAMES = {0: "ash", 1: "birch", 2: "cedar"}
@@ -119,17 +120,72 @@ def test_every_pass_of_a_run_says_what_it_does(tmp_path, monkeypatch, capsys):
     now = itertools.count(0.0, 20.0)
     monkeypatch.setattr("etf_adapt.data.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
     trainer = trained(tmp_path, collapse_rows=8)
-    trainer.finish(trainer.eval_dataset)
+    trainer.finish(trainer.eval_dataset, eval_dataset=NoisyRows((5, 5, 5), seed=3))
     align_head(make_model(), trainer.get_eval_dataloader())  # which counts the classes first
     said = {line.split(":")[0] for line in capsys.readouterr().err.splitlines()}
     batches = {"aligning the head", "counting classes", "measuring the norm of the logits", "measuring neural collapse",
-               "calibrating", "scoring validation", "scoring test"}  # fmt: skip
+               "calibrating", "scoring test"}  # fmt: skip
     assert {
         "training steps",
         "evaluation, batches",
         "choosing the penalty",
         *(f"{name}, batches" for name in batches),
     } <= said
+
+
+class CountedRows(NoisyRows):
+    """Rows that count how often they are read."""
+
+    read = 0
+
+    def __getitem__(self, row):
+        self.read += 1
+        return super().__getitem__(row)
+
+
+def saved_scores(trainer, rows):
+    """Score the saved folder by transformers alone."""
+    stock = ViTForImageClassification.from_pretrained(trainer.args.output_dir).eval()
+    batch = trainer.data_collator([rows[row] for row in range(len(rows))])
+    with torch.no_grad():
+        logits = stock(pixel_values=batch["pixel_values"]).logits
+    right = logits.argmax(dim=1) == batch["labels"]
+    loss = torch.nn.functional.cross_entropy(logits, batch["labels"]).item()
+    return {"accuracy": right.double().mean().item(), "loss": loss}
+
+
+def test_validation_rows_are_read_by_the_evaluations_and_scored_as_the_folder_does(tmp_path):
+    rows = CountedRows((190, 160, 290), seed=4)  # five batches
+    trainer = trained(tmp_path, eval_dataset=rows, num_train_epochs=2, load_best_model_at_end=False)
+    assert rows.read == 2 * 640
+    results = trainer.finish()
+    assert rows.read == 2 * 640 + 3 * 128  # two batches, on which folder and model agree, and one read ahead
+    expected = saved_scores(trainer, rows)
+    assert {name: results[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["other rows", "earlier weights", "folder differs"])
+def test_what_the_evaluations_do_not_tell_is_read_again(tmp_path, monkeypatch, case):
+    rows = CountedRows((190, 160, 290), seed=4)
+    trainer = trained(tmp_path, eval_dataset=rows, load_best_model_at_end=False)
+    if case == "other rows":
+        trainer.eval_dataset = rows = CountedRows((190, 160, 290), seed=5)
+    elif case == "earlier weights":
+        trainer._evaluated = (trainer.state.global_step - 1, *trainer._evaluated[1:])
+    else:
+        load = finishing.load_stock
+
+        def changed(folder, task):
+            model = load(folder, task)
+            model.classifier.bias.data += torch.tensor([0.0, 0.0, 5.0])
+            return model
+
+        monkeypatch.setattr(finishing, "load_stock", changed)
+    before = rows.read
+    results = trainer.finish()
+    assert rows.read == before + 640 + 3 * 128
+    if case != "folder differs":
+        assert results["eval_loss"] == pytest.approx(saved_scores(trainer, rows)["loss"], rel=1e-5)
 
 
 def test_the_last_penalty_is_the_one_by_which_validation_rows_are_likeliest(tmp_path):
