@@ -8,11 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from etf_adapt.geometry.leave_one_out import leave_one_out_scores, mean_recall
+from etf_adapt.geometry.leave_one_out import LeaveOneOut, in_chunks, mean_recall, usable_sample
 from etf_adapt.geometry.statistics import ClassStatistics
 
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # multiples of the covariance's mean eigenvalue
-_CHUNK = 2048  # examples scored at a time: several arrays of examples by classes
 
 
 def choose_penalty(
@@ -28,16 +27,13 @@ def choose_penalty(
     Returns the penalty (of equally good ones the largest) and its accuracy, over the sampled classes with two rows or more;
     1 and NaN where there is no such class.
     """
-    usable = statistics.counts[labels] >= 2
-    features, labels = features[usable], labels[usable]
+    features, labels = usable_sample(statistics, features, labels)
     if len(labels) == 0:
         return 1.0, math.nan
-    accuracies = {}
+    left_out, accuracies = LeaveOneOut(statistics, intercept=intercept), {}
     for penalty in penalties:
-        predicted = [
-            leave_one_out_scores(statistics, *chunk, penalty=penalty, intercept=intercept).argmax(dim=1)
-            for chunk in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
-        ]
+        chunks = in_chunks(statistics, features, labels)
+        predicted = [left_out.scores(*some, penalty=penalty).argmax(dim=1) for some in chunks]
         accuracies[penalty] = mean_recall(torch.cat(predicted), labels)
     best = max(accuracies, key=lambda penalty: (accuracies[penalty], penalty))
     return best, accuracies[best]

@@ -31,10 +31,16 @@ class ClassStatistics:
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> ClassStatistics:
         """Return the statistics of features (batch, in_features) with labels (batch,)."""
+        found = cls.empty(num_classes, features.shape[1])
+        found.add_(features, labels)
+        return found
+
+    def add_(self, features: Tensor, labels: Tensor) -> None:
+        """Add features (batch, in_features) with labels (batch,) in place, at a cost that does not grow with the classes."""
         features, labels = features.detach().to("cpu", torch.float64), labels.to("cpu")
-        counts = torch.bincount(labels, minlength=num_classes).to(torch.float64)
-        sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
-        return cls(counts, sums, features.T @ features)
+        self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+        self.sums.index_add_(0, labels, features)
+        self.moment.addmm_(features.T, features)
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         """Return the statistics of both sets of rows."""

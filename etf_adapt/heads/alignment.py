@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from etf_adapt.data.batches import as_batches, read_counts, split_batch
 from etf_adapt.data.long_tail import check_labels, even_cap
-from etf_adapt.data.progress import announced, progress
+from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import left_out_changes, nearest_mean_accuracy
+from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.penalty import PENALTIES, choose_penalty
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
@@ -49,7 +49,6 @@ class AlignmentResult:
     frame: str
     penalties: tuple[float | None, ...]  # of each head, in mean eigenvalues; None for frames without one
     balanced_accuracy: float | None  # leave-one-out, of the first head with a chosen penalty, on a sample
-    nearest_mean_accuracy: float | None  # leave-one-out, of the nearest class mean of what the first head reads
     rows: int  # training rows in the statistics
     length: float  # mean norm of the centred logits in training mode before it was scaled to one
     # Of each head; None for the other frames, and where the batches have no ``row_id``.
@@ -134,13 +133,10 @@ def align_head(
         weight, bias = head.class_vectors()
         head.set_class_vectors(scale * weight, None if bias is None else scale * bias)
 
-    with announced("scoring the nearest class mean"):
-        nearest_mean = nearest_mean_accuracy(rows.statistics[0], rows.features[0], rows.labels)
     return AlignmentResult(
         frame,
         penalties,
         balanced_accuracy=next((accuracy for accuracy in accuracies if math.isfinite(accuracy)), None),
-        nearest_mean_accuracy=nearest_mean if math.isfinite(nearest_mean) else None,
         rows=int(rows.statistics[0].counts.sum()),
         length=length,
         left_out=tuple(None if changes is None else changes.scaled(scale) for changes in left_out),
@@ -188,9 +184,7 @@ def read_rows(
     keep = torch.from_numpy(np.minimum(1.0, even_cap(counts, MAX_SAMPLED_ROWS) / np.maximum(counts, 1)))
     statistics = [ClassStatistics.empty(len(counts), head.weight.shape[1]) for head in heads.values()]
     features: list[list[Tensor]] = [[] for _ in heads]
-    labels: list[Tensor] = []
-    row_ids: list[Tensor] = []
-    first_batches: list[Any] = []
+    labels, row_ids, first_batches = list[Tensor](), list[Tensor](), list[Any]()
     num_rows = 0
     num_batches = math.ceil(length_hint(data) / PartialState().num_processes)
     with evaluation_mode(model), raised_everywhere():
@@ -201,7 +195,7 @@ def read_rows(
             draw = np.random.default_rng([seed, index]).random(len(batch_labels))
             sampled = torch.from_numpy(draw) < keep[batch_labels]
             for head_index, batch_features in enumerate(read_features(model, inputs)):
-                statistics[head_index] += ClassStatistics.of(batch_features, batch_labels, len(counts))
+                statistics[head_index].add_(batch_features, batch_labels)
                 sample = batch_features[sampled.to(batch_features.device)]
                 features[head_index].append(sample.to("cpu", torch.float32))
             labels.append(batch_labels[sampled])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etf_adapt.geometry.closed_form import closed_form_vectors
-from etf_adapt.geometry.leave_one_out import leave_one_out_scores
+from etf_adapt.geometry.leave_one_out import LeaveOneOut, in_chunks
 from etf_adapt.geometry.penalty import PENALTIES
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
@@ -20,7 +20,6 @@ from etf_adapt.metrics.calibration import fit_balanced
 
 GREATEST_PENALTY = 1e4  # the grid goes on to it while its last one is the best
 _LOGITS = 2**22  # by which a penalty is chosen: a fit of the scale reads them some thirty times
-_ROWS = 2048  # scored at a time
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,13 @@ def score_left_out(
     statistics: Sequence[ClassStatistics], features: Sequence[Tensor], labels: Tensor, intercepts: Sequence[bool]
 ) -> Callable[[float, Tensor], Tensor]:
     """Return ``score`` for rows of the statistics, each by the heads that would have been set without it."""
+    left_out = [LeaveOneOut(each, intercept=own) for each, own in zip(statistics, intercepts, strict=True)]
 
     def score(penalty: float, rows: Tensor) -> Tensor:
         found = []
-        for each, kept, own in zip(statistics, features, intercepts, strict=True):
-            chunks = zip(kept[rows].split(_ROWS), labels[rows].split(_ROWS), strict=True)
-            logits = [leave_one_out_scores(each, *part, penalty=penalty, intercept=own) for part in chunks]
+        for each, kept, own, without in zip(statistics, features, intercepts, left_out, strict=True):
+            chunks = in_chunks(each, kept[rows], labels[rows])
+            logits = [without.scores(*part, penalty=penalty) for part in chunks]
             vectors = closed_form_vectors(each, "whitened", penalty=penalty, intercept=own)
             found.append(torch.cat(logits) / logit_norm(each, *vectors))
         return torch.stack(found).mean(dim=0)

@@ -70,18 +70,15 @@ def describe_alignment(result: Mapping[str, Any], *, num_classes: int) -> str:
     """Describe what an alignment did, and how good the head is as it was set.
 
     Example:
-        >>> result = {"frame": "means", "rows": 1200, "penalties": (None,), "balanced_accuracy": None}
-        >>> describe_alignment({**result, "nearest_mean_accuracy": 0.75}, num_classes=4)
-        'aligned: means frame on 1,200 rows; nearest class mean 75.0, chance 25.0'
+        >>> result = {"frame": "whitened", "rows": 1200, "penalties": (0.3,), "balanced_accuracy": 0.75}
+        >>> describe_alignment(result, num_classes=4)
+        'aligned: whitened frame on 1,200 rows, penalty 0.3; leave-one-out balanced accuracy 75.0, chance 25.0'
     """
     line = f"aligned: {result['frame']} frame on {result['rows']:,} rows"
     line += "".join(f", penalty {penalty:.4g}" for penalty in result["penalties"][:1] if penalty is not None)
-    scores = {
-        "leave-one-out balanced accuracy": result["balanced_accuracy"],
-        "nearest class mean": result["nearest_mean_accuracy"],
-    }
-    known = [f"{name} {percent(score)}" for name, score in scores.items() if score is not None]
-    return f"{line}; {', '.join(known)}, chance {percent(1 / num_classes)}" if known else line
+    accuracy = result["balanced_accuracy"]
+    known = f"; leave-one-out balanced accuracy {percent(accuracy)}, chance {percent(1 / num_classes)}"
+    return line if accuracy is None else line + known
 
 
 def advise(
@@ -94,7 +91,7 @@ def advise(
     """Return what speaks against the settings of a run, from its class counts and the first alignment: reason and remedy.
 
     Example:
-        >>> result = {"penalties": (1.0,), "balanced_accuracy": 0.7, "nearest_mean_accuracy": 0.6}
+        >>> result = {"penalties": (1.0,), "balanced_accuracy": 0.7}
         >>> advise(result, class_counts=[90, 80], in_features=8)
         ['the classes are nearly even (1.1 : 1): a linear head (--head linear --loss cross_entropy) is likely as good']
     """
@@ -128,7 +125,7 @@ def advise(
             "few to tell how features vary within a class, or these directions matter alike"
         )
         advice.append(smallest if penalty == PENALTIES[0] else greatest)
-    error = _standard_error(result["balanced_accuracy"] or result["nearest_mean_accuracy"], validation_counts)
+    error = _standard_error(result["balanced_accuracy"], validation_counts)
     if error >= COARSE_ERROR:
         advice.append(
             f"the validation rows tell balanced accuracies apart to about ±{percent(2 * error)} points (two standard errors): "

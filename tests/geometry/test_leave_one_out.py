@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from etf_adapt.geometry import leave_one_out
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import (
-    leave_one_out_scores,
-    left_out_changes,
-    nearest_mean_accuracy,
-)
+from etf_adapt.geometry.leave_one_out import LeaveOneOut, left_out_changes, usable_sample
 from etf_adapt.geometry.penalty import choose_penalty
 from etf_adapt.geometry.statistics import ClassStatistics
 
@@ -54,7 +51,7 @@ def test_scores_are_those_of_the_head_refitted_without_the_row(rows, intercept, 
         weight = torch.linalg.solve(covariance, offsets.T).T
         weight = weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt()
         slow.append(weight @ (features[row] - center))
-    fast = leave_one_out_scores(whole, features, labels, penalty=penalty, intercept=intercept)
+    fast = LeaveOneOut(whole, intercept=intercept).scores(features, labels, penalty=penalty)
     centre = lambda scores: scores - scores.mean(dim=1, keepdim=True)
     torch.testing.assert_close(centre(fast), centre(torch.stack(slow)))
 
@@ -101,18 +98,21 @@ def test_the_chosen_penalty_grows_with_the_noise():
     assert strong > weak
 
 
-def test_the_nearest_mean_leaves_each_row_out_of_its_own(rows):
-    features, labels = rows
-    correct = (
-        torch.stack([(part.means - features[i]).norm(dim=1).argmin() for i, part in without_each(*rows)]) == labels
-    )
-    recalls = [correct[labels == label].double().mean() for label in range(len(COUNTS))]
-    assert nearest_mean_accuracy(statistics(*rows), *rows) == pytest.approx(float(torch.stack(recalls).mean()))
+def test_where_classes_are_many_a_penalty_is_chosen_by_every_nth_row(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 8, generator=generator) + torch.nn.functional.one_hot(labels, 8)
+    whole = ClassStatistics.of(features, labels, 3)
+    assert len(usable_sample(whole, features, labels)[0]) == 60
+    chosen = choose_penalty(whole, features, labels)
+    monkeypatch.setattr(leave_one_out, "_CHUNK", 7)  # no row at a time, or two: the same
+    assert choose_penalty(whole, features, labels) == chosen
+    monkeypatch.setattr(leave_one_out, "_SCORES", 3 * 15)
+    assert usable_sample(whole, features, labels)[1].tolist() == labels[::4].tolist()
 
 
 def test_with_one_row_a_class_nothing_can_be_chosen_or_measured():
     features, labels = torch.randn(4, 3), torch.arange(4)
     stats = ClassStatistics.of(features, labels, 4)
     penalty, accuracy = choose_penalty(stats, features, labels)
-    nearest = nearest_mean_accuracy(stats, features, labels)
-    assert penalty == 1.0 and accuracy != accuracy and nearest != nearest
+    assert penalty == 1.0 and accuracy != accuracy

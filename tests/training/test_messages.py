@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from small_run import make_trainer
 
-from etf_adapt.geometry.leave_one_out import nearest_mean_accuracy
 from etf_adapt.geometry.penalty import PENALTIES
-from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.training.messages import _standard_error, advise, describe_alignment
 
 GOOD = {
@@ -17,7 +14,6 @@ GOOD = {
     "rows": 200,
     "penalties": (1.0,),
     "balanced_accuracy": 0.8,
-    "nearest_mean_accuracy": 0.7,
 }
 SKEWED = [100, 40, 20]
 
@@ -63,37 +59,13 @@ def test_the_standard_error_is_that_of_repeated_draws():
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        (GOOD, "penalty 1; leave-one-out balanced accuracy 80.0, nearest class mean 70.0, chance 33.3"),
-        (
-            {**GOOD, "balanced_accuracy": None, "penalties": (None,)},
-            "on 200 rows; nearest class mean 70.0, chance 33.3",
-        ),
-        ({**GOOD, "balanced_accuracy": None, "nearest_mean_accuracy": None}, "on 200 rows, penalty 1"),
+        (GOOD, "penalty 1; leave-one-out balanced accuracy 80.0, chance 33.3"),
+        ({**GOOD, "balanced_accuracy": None, "penalties": (None,)}, "on 200 rows"),
+        ({**GOOD, "balanced_accuracy": None}, "on 200 rows, penalty 1"),
     ],
 )
 def test_what_an_alignment_did(result, said):
     assert describe_alignment(result, num_classes=3).endswith(said)
-
-
-def test_the_nearest_mean_is_scored_by_leaving_each_row_out():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([0] * 9 + [1] * 4 + [2] * 2 + [3])
-    features = torch.randn(4, 6, generator=generator)[labels] + 0.8 * torch.randn(len(labels), 6, generator=generator)
-    recalls = []
-    for label in range(3):  # the last class has one row
-        rows = (labels == label).nonzero().flatten()
-        right = 0
-        for row in rows.tolist():
-            kept = torch.arange(len(labels)) != row
-            means = torch.stack([features[kept & (labels == other)].double().mean(dim=0) for other in range(4)])
-            right += int((features[row].double() - means).norm(dim=1).argmin()) == label
-        recalls.append(right / len(rows))
-    assert 0.0 < np.mean(recalls) < 1.0
-    found = nearest_mean_accuracy(ClassStatistics.of(features, labels, 4), features, labels)
-    assert found == pytest.approx(np.mean(recalls))
-    with_itself = torch.cdist(features.double(), ClassStatistics.of(features, labels, 4).means).argmin(dim=1)
-    assert (with_itself == labels)[:15].double().mean() > found
-    assert np.isnan(nearest_mean_accuracy(ClassStatistics.of(features, labels, 4), features[-1:], labels[-1:]))
 
 
 def test_a_run_says_it_before_its_first_step(tmp_path, capsys):
@@ -101,6 +73,6 @@ def test_a_run_says_it_before_its_first_step(tmp_path, capsys):
     trainer.train()
     said = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(said) if line.startswith("aligned: "))
-    assert "whitened frame" in said[start] and "nearest class mean" in said[start]
+    assert "whitened frame" in said[start] and "leave-one-out balanced accuracy" in said[start]
     assert any(line.startswith("advice: 1 class has a single training row") for line in said[start:])
     assert not any(line.startswith(("epoch ", "advice: ")) for line in said[:start])
