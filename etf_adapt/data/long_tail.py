@@ -154,7 +154,7 @@ def draw_per_class(
     rows, starts = rows_by_class(ids, len(counts), generator)
     classes = ids[rows]
     place_in_class = np.arange(len(rows)) - starts[classes]
-    return np.sort(rows[place_in_class < counts[classes]])
+    return np.sort(rows[place_in_class < counts[classes]]).astype(np.int64)
 
 
 def even_sample(ids: NDArray[np.int64], num_classes: int, max_rows: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -234,9 +234,9 @@ def check_labels(values: Any, *, name: str = "labels", num_classes: int | None =
 
 def rows_by_class(
     ids: NDArray[np.int64], num_classes: int, generator: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
     """Return row ids (rows,), class after class and shuffled within each, and the start of each class in them."""
-    shuffled = generator.permutation(len(ids))
+    shuffled = generator.permutation(np.arange(len(ids), dtype=np.int32 if len(ids) < 2**31 else np.int64))
     # numpy sorts 16-bit integers by radix, eight times as fast as wider ones.
     sortable = ids.astype(np.uint16) if num_classes <= 2**16 else ids
     rows = shuffled[np.argsort(sortable[shuffled], kind="stable")]

@@ -104,15 +104,20 @@ class ClassBalancedSampler(Sampler[int]):
         epoch = check_integer("epoch", epoch, least=0)
         return self._drawn_before(epoch + 1) - self._drawn_before(epoch)
 
-    def rows(self, epoch: int) -> NDArray[np.int64]:
+    def rows(self, epoch: int) -> NDArray[np.integer]:
         """Return the row ids of an epoch (len(self),) in the order in which they are drawn."""
         epoch = check_integer("epoch", epoch, least=0)
         quotas = self.quotas(epoch)
-        classes = np.repeat(np.arange(len(quotas)), quotas)
-        place_in_class = np.arange(self._length) - np.repeat(np.cumsum(quotas) - quotas, quotas)
-        steps = (self._drawn_before(epoch)[classes] + place_in_class) % self._counts[classes]
-        drawn = self._rows[self._starts[classes] + steps]
-        return seeded_generator(self.seed, _SHUFFLE_STREAM, epoch).permutation(drawn)
+        # One array changed in place, of small integers: arrays of this length are most of the memory.
+        kind = np.int32 if max(self._length, len(self._rows)) < 2**30 else np.int64
+        first = self._drawn_before(epoch) % np.maximum(self._counts, 1) - (np.cumsum(quotas) - quotas)
+        steps = np.arange(self._length, dtype=kind)
+        steps += np.repeat(first.astype(kind), quotas)
+        steps %= np.repeat(self._counts.astype(kind), quotas)
+        steps += np.repeat(self._starts.astype(kind), quotas)
+        drawn = self._rows[steps]
+        seeded_generator(self.seed, _SHUFFLE_STREAM, epoch).shuffle(drawn)
+        return drawn
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows(self.epoch).tolist())
