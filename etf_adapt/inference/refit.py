@@ -83,7 +83,7 @@ class RefitResult:
             calibration = f"calibrated: logits x {scale:.4g}{adjustment}"
         rows = f"{self.rows:,} rows"
         if self.rows < self.all_rows:
-            rows = f"{self.rows:,} of {self.all_rows:,} rows, a sample even over the classes (all with `max_rows`, --max_rows)"
+            rows = f"{self.rows:,} of {self.all_rows:,} rows, a sample even over the classes (more by `max_rows`, --max_rows)"
         lines = [f"head in closed form from {rows}, penalty {self.penalty:.4g}; {calibration}"]
         titles = {"balanced_accuracy": "balanced accuracy"}
         titles |= {f"{name}_third": f"{name} third of the classes" for name in ("head", "middle", "tail")}
