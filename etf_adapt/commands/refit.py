@@ -58,7 +58,7 @@ def _parser() -> Parser:
         "--max_rows",
         type=positive,
         metavar="N",
-        help="training rows to read: of more, a sample even over the classes; by default 20,000, or 100 a class where that is "
+        help="training rows to read: of more, a sample even over the classes; by default 50,000, or 200 a class where that is "
         "more",
     )
     parser.add_argument("--pooling", choices=("stock", "mean"), help="of a text's tokens, with new labels")

@@ -45,7 +45,7 @@ from etf_adapt.results.tables import percent
 from etf_adapt.sources.opening import logger, quoted
 
 HELD_OUT = ("auto", "share", "none")
-MAX_ROWS, MAX_ROWS_A_CLASS = 20_000, 100  # that the pass reads by default, whichever is more
+MAX_ROWS, MAX_ROWS_A_CLASS = 50_000, 200  # that the pass reads by default, whichever is more
 SEEN_PENALTY = 1.0  # where no held-out row chooses: under-trained models want less, finished ones 10 to 100
 
 _OPTIONS_OF_ROWS = (
@@ -139,7 +139,7 @@ def refit(
         force: Set the head also where the log loss of the held-out rows does not fall.
         penalty: :math:`\lambda` of the whitened frame, in mean eigenvalues; chosen where None.
         max_rows: Training rows to read: of more, a sample even over the classes, with all rows of rarer ones; the adjustment
-            by the class frequencies is of all rows. By default 20,000, or 100 a class where that is more.
+            by the class frequencies is of all rows. By default 50,000, or 200 a class where that is more.
         keep_statistics: Whether to keep the statistics beside the model, for ``etf_adapt.extend``.
         head_path: Module path or paths of the head, where it is not found.
         pooling: Of a text's tokens, for new labels: "stock" or "mean".
