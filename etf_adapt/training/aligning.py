@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,18 @@ class AligningTrainer(EvaluatingTrainer):
         return read_rows(self.model, self.rows_loader(dataset), counts, self.args.seed, what=what)
 
     def read_held_out(self, dataset: Any) -> TrainingRows:
-        """Read what the heads are given of validation rows, unless the last evaluation has done so."""
+        """Read what the heads are given of validation rows, unless the last evaluation has done so; in the rows' order."""
         if self._evaluated is not None:
             step, evaluated, rows = self._evaluated
             if step == self.state.global_step and evaluated is dataset and rows.kept is not None and rows.kept.size:
                 features, labels, row_ids = map(torch.from_numpy, (rows.kept, rows.labels, rows.row_ids))
                 return TrainingRows([], [features], labels, row_ids, [])
-        return self.read(dataset, "calibrating")
+        found = self.read(dataset, "calibrating")
+        if found.row_ids is None:
+            return found
+        order = found.row_ids.argsort()  # sums in another order end in other bits, and a resumed run has no evaluation
+        ordered = [part[order] for part in found.features]
+        return replace(found, features=ordered, labels=found.labels[order], row_ids=found.row_ids[order])
 
     @contextmanager
     def _reading(self, dataset: Any) -> Iterator[Callable[[Tensor, Tensor], Tensor] | None]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_run import NoisyRows, make_model, make_trainer
 from transformers import ViTForImageClassification
 
@@ -162,6 +163,20 @@ def test_validation_rows_are_read_by_the_evaluations_and_scored_as_the_folder_do
     assert rows.read == 2 * 640 + 3 * 128  # two batches, on which folder and model agree, and one read ahead
     expected = saved_scores(trainer, rows)
     assert {name: results[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_that_was_resumed_after_its_last_evaluation_ends_in_the_same_bits(tmp_path):
+    """The features are then read again."""
+    ended = []
+    for name in ("whole", "resumed"):
+        trainer = trained(tmp_path / name, eval_counts=(33, 20, 11))
+        if name == "resumed":
+            trainer._evaluated = None
+        scores = trainer.finish()
+        ended.append((load_file(tmp_path / name / "model.safetensors"), scores["eval_loss"]))
+    assert ended[0][1] == ended[1][1]
+    for name, tensor in ended[0][0].items():
+        assert torch.equal(tensor, ended[1][0][name]), name
 
 
 @pytest.mark.parametrize("case", ["other rows", "earlier weights", "folder differs"])
