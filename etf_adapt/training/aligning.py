@@ -105,15 +105,17 @@ class AligningTrainer(EvaluatingTrainer):
     def _reading(self, dataset: Any) -> Iterator[Callable[[Tensor, Tensor], Tensor] | None]:
         head, found = self.first_head, list[Tensor]()
         is_wanted = self.is_in_train and head.frame == "whitened" and len(self.heads) == 1
-        if not is_wanted or len(dataset) > MAX_SAMPLED_ROWS or self.args.bf16 or self.args.fp16:
+        # Under autocast they are not what an alignment reads.
+        if not is_wanted or len(dataset) > MAX_SAMPLED_ROWS or self.accelerator.mixed_precision != "no":
             yield None
             return
         hook = head.register_forward_hook(lambda module, inputs, output: found.append(inputs[0].flatten(1)))
 
         def read(logits: Tensor, labels: Tensor) -> Tensor:
             # A head that scores every token reads other features than those of a row; a compiled one calls no hook.
-            wanted = (len(labels), head.weight.shape[1])
-            batch = found[0] if [part.shape for part in found] == [wanted] else torch.zeros(len(labels), 0)
+            wanted = [((len(labels), head.weight.shape[1]), torch.float32)]
+            is_whole = [(part.shape, part.dtype) for part in found] == wanted
+            batch = found[0] if is_whole else torch.zeros(len(labels), 0)
             found.clear()
             return batch.cpu()
 
