@@ -15,7 +15,7 @@ from etf_adapt.errors import check_choice
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, TINY, check_frame, penalized_covariance, unit_vectors
 from etf_adapt.geometry.statistics import ClassStatistics
 
-_SCORES, _CHUNK = 2**24, 2**21  # scores of a sample, and of those at once
+_SCORES, _CHUNK = 2**24, 2**21  # numbers of scores: of a sample, and at a time
 
 
 def left_out_changes(

@@ -196,7 +196,8 @@ def refit(
 
     train = read("alignment", max(MAX_ROWS, MAX_ROWS_A_CLASS * len(names)) if max_rows is None else max_rows)
     judged = train if judge.split is None else read(judge.split)
-    counts = torch.from_numpy(data.class_counts).double()[[classes.index(place) for place in range(len(names))]]
+    counts = torch.zeros(len(names)).double()
+    counts[classes] = torch.from_numpy(data.class_counts).double()
     unread = counts - train.statistics[0].counts if len(data.train) > train.statistics[0].counts.sum() else None
     intercepts = [head.bias is not None for head in head_modules(made).values()]
 

@@ -27,9 +27,8 @@ class EvaluatingTrainer(ResumableTrainer):
 
     class_counts: NDArray[np.int64] | None = None
     _monitors: Mapping[str, CollapseMonitor] = {}
-    _evaluated: tuple[int, Any, RowPredictions] | None = (
-        None  # the last evaluation's step, rows, and what the head read
-    )
+    # Of the last evaluation: its step, its data set, and what the head read of it.
+    _evaluated: tuple[int, Any, RowPredictions] | None = None
 
     def _reading(self, dataset: Any) -> AbstractContextManager[Callable[[Tensor, Tensor], Tensor] | None]:
         """Keep what the head reads of rows that a run is evaluated on, if their features are wanted after it."""

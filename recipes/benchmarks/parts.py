@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    parts = {"head": time_head, "alignment": time_alignment, "draw": time_draw, "calibration": time_calibration}
     for num_classes in options.classes:
-        globals()[f"time_{options.part}"](num_classes, options)
+        parts.get(options.part, time_start)(num_classes, options)
 
 
 def cpu_seconds(call: Callable[[], Any], times: int = 1) -> float:
