@@ -49,7 +49,7 @@ BASELINES = {
 FAMILY = {
     "etf": ("ETF (default)", "--head etf"),
     "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
-    "etf_once": ("ETF, aligned once", "--head etf --realign_epochs 0"),
+    "etf_once": ("ETF, aligned once", "--head etf --realign never"),
     "etf_means": ("ETF, class means", "--head etf --frame means"),
     "etf_dr": ("ETF, dot regression on vertices", "--head etf --loss dot_regression"),
     "paper": ("ETF, dot regression as published", "--paper"),

@@ -53,10 +53,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_model(num_classes: int = len(COUNTS), *, dropout: float = 0.1, **head: Any) -> Any:
+def make_model(num_classes: int = len(COUNTS), *, drop: float = 0.1, **head: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTConfig(**sizes, image_size=8, patch_size=4, hidden_dropout_prob=dropout)
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, hidden_dropout_prob=drop)
     return adapt(ViTForImageClassification(config), num_classes, **head)
 
 
@@ -66,7 +66,7 @@ def make_trainer(
     counts: tuple[int, ...] = COUNTS,
     eval_counts: tuple[int, ...] | None = None,
     model: Any = None,
-    dropout: float = 0.1,
+    drop: float = 0.1,
     callbacks: tuple[TrainerCallback, ...] = (),
     eval_dataset: Any = None,
     compute_metrics: Any = None,
@@ -76,7 +76,7 @@ def make_trainer(
     args = ETFTrainingArguments(output_dir=str(output_dir), **{**defaults, "torch_threads": 1, **settings})
     train = NoisyRows(tuple(counts), seed=0)
     return ETFTrainer(
-        make_model(len(counts), dropout=dropout) if model is None else model,
+        make_model(len(counts), drop=drop) if model is None else model,
         args,
         train_dataset=train,
         eval_dataset=eval_dataset or NoisyRows(tuple(eval_counts or [7] * len(counts)), seed=1),

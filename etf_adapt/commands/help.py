@@ -30,10 +30,10 @@ GROUPS: dict[str, str] = {
     "data": """dataset dataset_revision image_column image_root text_column label_column imbalance_factor imbalance_profile
         class_order validation_fraction validation_before_long_tail max_train_rows image_size max_length augment mixup cutmix
         sampler train_sampling_strategy dataloader_num_workers""",
-    "model": """model model_revision pretrained checkpoint_path pooling peft freeze batch_norm gradient_checkpointing
+    "model": """model model_revision pretrained checkpoint_path pooling peft freeze batch_norm dropout gradient_checkpointing
         torch_compile bf16""",
-    "head and loss": """head loss class_weights loss_options head_trainable head_path paper frame frame_penalty realign_epochs
-        leave_one_out final_frame prior_adjustment label_smoothing""",
+    "head and loss": """head loss class_weights loss_options head_trainable head_path paper frame frame_penalty realign
+        realign_steps leave_one_out final_frame prior_adjustment label_smoothing""",
     "training": """num_train_epochs max_steps learning_rate head_learning_rate per_device_train_batch_size
         gradient_accumulation_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm early_stopping_patience seed
         torch_threads resume_from_checkpoint""",
@@ -45,7 +45,6 @@ GROUPS: dict[str, str] = {
 """Flags under each heading, in the order in which a run needs them."""
 
 OWNERS = (ModelArguments, DataArguments, OutputArguments, TrainingSettings)
-WIDTH = 100
 
 
 def help_text(*, everything: bool = False) -> str:
@@ -89,7 +88,7 @@ def _describe(name: str, choices: Iterable[Any], default: Any, text: str) -> str
         default = str(default).lower()
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     flag = f"  --{name}" + ("" if shown is None else f" [{shown}]")
-    return "\n".join([flag, *(f"      {line}" for line in textwrap.wrap(text, WIDTH - 6))])
+    return "\n".join([flag, *(f"      {line}" for line in textwrap.wrap(text, 94))])
 
 
 def _default(entry: Field[Any]) -> Any:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from etf_adapt.errors import check_choice
-from etf_adapt.geometry.simplex import rotated_simplex_etf, simplex_etf
+from etf_adapt.geometry.simplex import simplex_etf
 from etf_adapt.geometry.statistics import ClassStatistics
 
-FRAMES = ("random", "rotated", "means", "whitened")
+FRAMES = ("random", "means", "whitened")
 MEAN_FRAMES = ("means", "whitened")
-"""Frames in which a class vector depends on the mean of its own class, not on those of all."""
+"""Frames that are made from features."""
 
 TINY = 1e-12
 
@@ -33,8 +33,6 @@ def closed_form_vectors(
     With :math:`o_c = x_c - x` the class means less their plain mean x, and S_w the pooled within-class covariance:
 
     - ``"random"``: the simplex in a random rotation.
-    - ``"rotated"``: the simplex rotated onto the :math:`o_c` (orthogonal Procrustes): an exact ETF in feature space where it
-      fits (in_features >= num_classes - 1).
     - ``"means"``: unit vectors along the :math:`o_c`.
     - ``"whitened"``: unit vectors along the :math:`o_c` where the within-class covariance is white,
       :math:`w_c = S^{-1} o_c / \sqrt{o_c^\top S^{-1} o_c}` with :math:`S = S_w + \lambda I`. For a great penalty
@@ -52,8 +50,6 @@ def closed_form_vectors(
     offsets = statistics.means - statistics.center if intercept else statistics.means
     if frame == "random":
         weight = simplex_etf(*offsets.shape, generator=generator, dtype=torch.float64)
-    elif frame == "rotated":
-        weight = rotated_simplex_etf(offsets)
     else:
         weight = unit_vectors(offsets, penalized_covariance(statistics, penalty) if frame == "whitened" else None)
     bias = -(weight @ statistics.center) if intercept else torch.zeros(len(weight), dtype=torch.float64)

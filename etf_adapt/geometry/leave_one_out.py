@@ -1,7 +1,6 @@
-"""The closed form without one example at a time.
+"""The closed form without one example at a time, exactly: for the features that the head was set from.
 
-``left_out_changes`` is for training: how the class vector of an example's class changes, the rest as it is; it goes with
-features that move on. ``LeaveOneOut`` is exact, for the features that the head was set from.
+In training, where features move on, ``heads.seen_rows`` leaves an example out of the mean of its class alone.
 """
 
 from __future__ import annotations
@@ -11,39 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from etf_adapt.errors import check_choice
-from etf_adapt.geometry.closed_form import MEAN_FRAMES, TINY, check_frame, penalized_covariance, unit_vectors
+from etf_adapt.geometry.closed_form import TINY, check_frame
 from etf_adapt.geometry.statistics import ClassStatistics
 
 _SCORES, _CHUNK = 2**24, 2**21  # numbers of scores: of a sample, and at a time
-
-
-def left_out_changes(
-    statistics: ClassStatistics,
-    features: Tensor,
-    labels: Tensor,
-    frame: str,
-    *,
-    penalty: float | None = None,
-    intercept: bool = True,
-) -> tuple[Tensor, Tensor]:
-    r"""Compute how the class vector (batch, in_features) and bias (batch,) of an example's class change without it.
-
-    Its class mean becomes :math:`x_c - (x_i - x_c) / (n_c - 1)`. The covariance, the mean of the class means and the other
-    class vectors stay. ``LeaveOneOut`` is exact where this is not, but holds only for the features that the head
-    was set from; these changes go with features that move on in training.
-
-    ``frame`` is one of ``MEAN_FRAMES``. Each class of ``labels`` has two rows or more in ``statistics``.
-    """
-    check_choice("frame", frame, MEAN_FRAMES)
-    check_frame(statistics, frame, penalty)
-    center = statistics.center if intercept else torch.zeros_like(statistics.center)
-    covariance = penalized_covariance(statistics, penalty) if frame == "whitened" else None
-    offsets = (statistics.means - center)[labels]
-    deviations = features.to(torch.float64) - statistics.means[labels]
-    offsets_without = offsets - deviations / (statistics.counts[labels] - 1.0).unsqueeze(1)
-    change = unit_vectors(offsets_without, covariance) - unit_vectors(offsets, covariance)
-    return change, -(change @ center)
 
 
 class LeaveOneOut:

@@ -61,17 +61,6 @@ def simplex_etf(
     return (math.sqrt(num_classes / span) * _embed(coordinates)).to(dtype)
 
 
-def rotated_simplex_etf(targets: Tensor) -> Tensor:
-    r"""Rotate the simplex onto targets (num_classes, dim), such as centred class means: float64 on the CPU.
-
-    Of all rotations of the vertices it has the greatest :math:`\sum_k m_k^\top t_k`: the orthogonal Procrustes solution
-    (Schönemann, 1966). Where ``dim < num_classes - 1`` the vertices are projected ones, as in ``simplex_etf``.
-    """
-    num_classes = targets.shape[0]
-    left, _, right = torch.linalg.svd(_project(targets.to("cpu", torch.float64)), full_matrices=False)
-    return math.sqrt(num_classes / (num_classes - 1)) * _embed(left @ right)
-
-
 def _embed(coordinates: Tensor) -> Tensor:
     """Map coordinates (K - 1, dim) isometrically to K vectors that sum to zero (K, dim).
 
@@ -82,13 +71,6 @@ def _embed(coordinates: Tensor) -> Tensor:
     total = coordinates.sum(dim=0, keepdim=True)
     root = math.sqrt(num_classes)
     return torch.cat([total / root, coordinates - total / (num_classes - root)])
-
-
-def _project(vectors: Tensor) -> Tensor:
-    """Apply the transpose of ``_embed``: the coordinates of K vectors (K, dim), less their mean, in K - 1 dimensions."""
-    num_classes = vectors.shape[0]
-    root = math.sqrt(num_classes)
-    return vectors[1:] + vectors[:1] / root - vectors[1:].sum(dim=0, keepdim=True) / (num_classes - root)
 
 
 def simplex_cosines(logits: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ class ClassStatistics:
         self.sums.index_add_(0, labels, features)
         self.moment.addmm_(features.T, features)
 
+    def replace_(self, old: Tensor, new: Tensor, labels: Tensor) -> None:
+        """Put features (batch, in_features) in the place of ``old``, which are among the rows, of the same classes (batch,)."""
+        old, new = (part.detach().to("cpu", torch.float64) for part in (old, new))
+        self.sums.index_add_(0, labels.to("cpu"), new - old)
+        self.moment.addmm_(new.T, new).addmm_(old.T, old, alpha=-1.0)
+
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         """Return the statistics of both sets of rows."""
         return ClassStatistics(self.counts + other.counts, self.sums + other.sums, self.moment + other.moment)

@@ -2,5 +2,6 @@
 
 Read ``layers`` (fixed, linear, cosine and published heads; folding into a plain ``nn.Linear``), ``in_model`` (find the heads of
 a model, read their features), ``alignment`` (``align_head``: set them in closed form from one pass over the training rows),
-and ``training_logits`` (score each training row by the head that would have been set without it).
+``seen_rows`` (set them again from what training reads of the rows, and without one row), and ``training_logits`` (hooks that
+note what is read, and leave each training row out).
 """

@@ -7,27 +7,28 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from etf_adapt.data.batches import as_batches, read_counts, split_batch
-from etf_adapt.data.long_tail import check_labels, even_cap
+from etf_adapt.data.long_tail import check_labels, even_cap, even_sample
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.penalty import PENALTIES, choose_penalty
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import (
     call_model,
     evaluation_mode,
+    has_dropout,
     head_modules,
     logits_of,
     own_batches,
@@ -36,9 +37,10 @@ from etf_adapt.heads.in_model import (
     seeded_torch,
 )
 from etf_adapt.heads.layers import ClassifierHead
-from etf_adapt.heads.training_logits import LeftOutRows
+from etf_adapt.heads.seen_rows import Form, SeenRows
 
-MAX_SAMPLED_ROWS = 20_000  # rows whose features are kept, to choose the penalty and to leave each of them out
+MAX_SAMPLED_ROWS = 20_000  # rows on which the penalty is chosen
+MAX_KEPT_NUMBERS = 2**26  # of the features of rows that are seen again in training: 256 MiB
 MIN_MEASURED_ROWS = 256  # rows on which the norm of the logits is measured
 
 
@@ -52,7 +54,7 @@ class AlignmentResult:
     rows: int  # training rows in the statistics
     length: float  # mean norm of the centred logits in training mode before it was scaled to one
     # Of each head; None for the other frames, and where the batches have no ``row_id``.
-    left_out: tuple[LeftOutRows | None, ...] = field(repr=False)
+    rows_seen: tuple[SeenRows | None, ...] = field(repr=False)
     statistics: tuple[ClassStatistics, ...] = field(repr=False)  # of what each head reads of these rows
 
 
@@ -114,20 +116,24 @@ def align_head(
         raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
     data = as_batches(data, inspect.signature(model.forward).parameters, collator)
     counts = _count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
-    rows = read_rows(model, data, counts, seed)
+    width = max(head.weight.shape[1] for head in heads.values())
+    rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // width))
 
     set_heads = [
         _set_head(head, statistics, features, rows, frame, penalty, seed)
         for head, statistics, features in zip(heads.values(), rows.statistics, rows.features, strict=True)
     ]
-    penalties, accuracies, left_out = zip(*set_heads, strict=True)
+    penalties, accuracies = zip(*set_heads, strict=True)
     if hasattr(model, "reset_calibration"):  # an adapted model
         adapted: Any = model
         adapted.reset_calibration()  # fitted to class vectors that are gone
         if adapted.etf_settings["class_counts"] is None:  # a loss that knows a prior takes it from here on
             adapted.set_loss(adapted.etf_settings["loss"], class_counts=counts.tolist())
 
-    length = _norm_in_training(model, rows.first_batches, seed)
+    if len(heads) == 1 and not has_dropout(model):
+        length = _mean_norm(next(iter(heads.values())), rows.features[0])
+    else:
+        length = _norm_in_training(model, rows.first_batches, seed)
     scale = 1.0 / length if length > 0.0 and not is_cosine else 1.0  # a cosine feels no norm of its class vectors
     for head in heads.values():
         weight, bias = head.class_vectors()
@@ -139,7 +145,10 @@ def align_head(
         balanced_accuracy=next((accuracy for accuracy in accuracies if math.isfinite(accuracy)), None),
         rows=int(rows.statistics[0].counts.sum()),
         length=length,
-        left_out=tuple(None if changes is None else changes.scaled(scale) for changes in left_out),
+        rows_seen=tuple(
+            _rows_seen(rows, index, Form(frame, penalty, head.bias is not None, scale))
+            for index, (head, penalty) in enumerate(zip(heads.values(), penalties, strict=True))
+        ),
         statistics=tuple(rows.statistics),
     )
 
@@ -176,12 +185,18 @@ def _count_classes(data: Iterable[Any], num_classes: int) -> np.ndarray:
 
 
 def read_rows(
-    model: nn.Module, data: Iterable[Any], counts: np.ndarray, seed: int, *, what: str = "aligning the head"
+    model: nn.Module,
+    data: Iterable[Any],
+    counts: np.ndarray,
+    seed: int,
+    *,
+    max_rows: int = MAX_SAMPLED_ROWS,
+    what: str = "aligning the head",
 ) -> TrainingRows:
     """Walk through the data once, in evaluation mode; ``counts`` (num_classes,) decide which rows are sampled."""
     heads, device = head_modules(model), next(model.parameters()).device
     # Each class's chance that a row is sampled.
-    keep = torch.from_numpy(np.minimum(1.0, even_cap(counts, MAX_SAMPLED_ROWS) / np.maximum(counts, 1)))
+    keep = torch.from_numpy(np.minimum(1.0, even_cap(counts, max_rows) / np.maximum(counts, 1)))
     statistics = [ClassStatistics.empty(len(counts), head.weight.shape[1]) for head in heads.values()]
     features: list[list[Tensor]] = [[] for _ in heads]
     labels, row_ids, first_batches = list[Tensor](), list[Tensor](), list[Any]()
@@ -235,28 +250,40 @@ def _set_head(
     frame: str,
     penalty: float | None,
     seed: int,
-) -> tuple[float | None, float, LeftOutRows | None]:
-    """Set a head; return its penalty, the accuracy at a chosen one (else NaN), and its changes without each sampled row."""
+) -> tuple[float | None, float]:
+    """Set a head; return its penalty, and the accuracy at a chosen one (else NaN)."""
     if head.kind == "cosine":
         head.set_class_vectors(statistics.means, frame="means")
-        return None, math.nan, None
+        return None, math.nan
     intercept, accuracy = head.bias is not None, math.nan
     if frame != "whitened":
         penalty = None
     elif penalty is None:
         penalties = progress(PENALTIES, "choosing the penalty")
-        sample = features, rows.labels
+        sampled = torch.from_numpy(
+            even_sample(rows.labels.numpy(), len(statistics.counts), MAX_SAMPLED_ROWS, seed=seed)
+        )
+        sample = features[sampled], rows.labels[sampled]
         penalty, accuracy = choose_penalty(statistics, *sample, intercept=intercept, penalties=penalties)
     generator = torch.Generator().manual_seed(seed)
     weight, bias = closed_form_vectors(statistics, frame, penalty=penalty, intercept=intercept, generator=generator)
     head.set_class_vectors(weight, bias, frame=frame)
+    return penalty, accuracy
 
-    kept = statistics.counts[rows.labels] >= 2
-    if rows.row_ids is None or frame not in MEAN_FRAMES or not bool(kept.any()):
-        return penalty, accuracy, None
-    sample = features[kept], rows.labels[kept]
-    changes = left_out_changes(statistics, *sample, frame, penalty=penalty, intercept=intercept)
-    return penalty, accuracy, LeftOutRows.of(rows.row_ids[kept], *changes)
+
+def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
+    """Return the rows as a head has read them, by which it can be set again, if they are numbered and its frame allows it."""
+    if rows.row_ids is None or form.frame not in MEAN_FRAMES:
+        return None
+    return SeenRows.of(rows.row_ids, rows.labels, rows.features[index], rows.statistics[index].means, form)
+
+
+def _mean_norm(head: ClassifierHead, features: Tensor) -> float:
+    """Return the mean norm of the centred logits of features (rows, in_features)."""
+    weight, bias = (None if part is None else part.float() for part in head.class_vectors())
+    chunks = features.split(max(1, 2**21 // head.num_classes))
+    norms = [vertex_products(F.linear(chunk, cast(Tensor, weight), bias))[1] for chunk in chunks]
+    return float(torch.cat(norms).mean()) if norms else 0.0
 
 
 def _norm_in_training(model: nn.Module, batches: Sequence[Any], seed: int) -> float:

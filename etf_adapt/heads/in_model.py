@@ -112,6 +112,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model draws at random what it computes in training: dropout, or stochastic depth."""
+    if getattr(model, "without_dropout", False):
+        return False
+    dropouts = [module for module in model.modules() if "drop" in type(module).__name__.lower()]
+    shares = [getattr(module, name, 0.0) for module in dropouts for name in ("p", "drop_prob")]
+    config = getattr(model, "config", None)  # some models of transformers call torch's function
+    shares += [] if config is None else [value for name, value in config.to_dict().items() if "drop" in name]
+    return any(isinstance(share, float) and share > 0.0 for share in shares)
+
+
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """List the BatchNorm layers of a model that keep running statistics, without those inside its head."""
     inside = {part for module in model.modules() if isinstance(module, ClassifierHead) for part in module.modules()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etf_adapt.errors import check_choice
-from etf_adapt.geometry.closed_form import FRAMES
+from etf_adapt.geometry.closed_form import MEAN_FRAMES
 from etf_adapt.geometry.simplex import simplex_etf
 
 HEAD_KINDS = ("etf", "linear", "cosine", "paper")
@@ -27,10 +27,10 @@ class ClassifierHead(nn.Module):
     @property
     def is_aligned(self) -> bool:
         """Whether an alignment set it; not known of class vectors that were "loaded" or "changed"."""
-        return self.is_set_from_data and self.frame in FRAMES and self.frame != "random"
+        return self.is_set_from_data and self.frame in MEAN_FRAMES
 
     def _describe(self, *, frame: str, trainable: bool) -> None:
-        # Origin of the class vectors: one of geometry.closed_form.FRAMES, "initialised", "loaded" or "changed".
+        # Origin of the class vectors: one of geometry.closed_form's, "initialised", "loaded" or "changed".
         self.frame = frame
         self.trainable = trainable
         self.fix()

@@ -19,6 +19,7 @@ from transformers import (
 
 from etf_adapt.heads.in_model import head_modules, seeded_torch
 from etf_adapt.losses.registry import make_loss
+from etf_adapt.models.digests import is_changed
 from etf_adapt.models.etf_model import ETFModel, is_live
 from etf_adapt.models.folders import HUB_OPTIONS, find_processor, load_config, locate, read_weights, resolve_dtype
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere
@@ -27,7 +28,8 @@ from etf_adapt.models.quantization import spare_heads
 from etf_adapt.models.stock_subclass import factory_of, made_class
 from etf_adapt.models.swap import find_heads, label_names, require_plain_weight, swap_head
 from etf_adapt.models.timm_layout import timm_weights
-from etf_adapt.models.weights import is_changed, load_noting_new, load_weight_file
+from etf_adapt.models.weight_files import load_weight_file
+from etf_adapt.models.weights import load_noting_new
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 

@@ -21,12 +21,13 @@ from etf_adapt.heads.layers import ClassifierHead, fold_head
 from etf_adapt.hub.send import carry_on_command, check_name_and_token, send_folder
 from etf_adapt.losses.registry import Loss, make_loss
 from etf_adapt.models.adapters import has_adapters, merge_adapters
+from etf_adapt.models.digests import describe_layers
 from etf_adapt.models.folders import is_training_checkpoint, remove_stale_weights
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.pooling import PooledEncoder, refuse_stock_classes, write_sentence_folder
 from etf_adapt.models.stock_subclass import blank, factory_of
 from etf_adapt.models.timm_layout import write_timm_folder
-from etf_adapt.models.weights import ConvertedState, convert_state_dict, describe_layers, find_missing
+from etf_adapt.models.weights import ConvertedState, convert_state_dict, find_missing
 from etf_adapt.results.card import write_short_card
 from etf_adapt.results.run_folder import share_weights
 
@@ -61,6 +62,7 @@ class ETFModel(_Base):
     # would multiply the gradients by their number.
     accepts_loss_kwargs = False
     freeze_batch_norm: bool | None = None  # in training mode; None: while the head is aligned and fixed
+    without_dropout: bool = False  # in training mode
     processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
     _stock_class: type[PreTrainedModel]
     _loss: Loss | None = None
@@ -125,8 +127,17 @@ class ETFModel(_Base):
         self._loss_settings, self._class_counts = chosen, counts
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode; BatchNorm stays in evaluation mode under an aligned, fixed head (``freeze_batch_norm``)."""
+        """Set training mode; BatchNorm stays in evaluation mode under an aligned, fixed head (``freeze_batch_norm``).
+
+        ``without_dropout`` keeps all but the heads there.
+        """
         super().train(mode)
+        if mode and self.without_dropout:
+            kept = {self, *(part for head in head_modules(self).values() for part in head.modules())}
+            for module in {*self.modules()} - kept:
+                # Layers whose activations are computed again, and embeddings under NEFTune, are asked for training mode.
+                is_asked = getattr(module, "gradient_checkpointing", False) or hasattr(module, "neftune_noise_alpha")
+                module.training = bool(is_asked)
         heads = head_modules(self).values()
         is_aligned = bool(heads) and all(head.is_aligned and head.is_fixed for head in heads)
         if mode and (is_aligned if self.freeze_batch_norm is None else self.freeze_batch_norm):

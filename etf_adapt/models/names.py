@@ -1,4 +1,4 @@
-"""Names of models: short names, timm names, folders and Hub ids; and whether the weights behind a name can be had."""
+"""Names of models: short names, timm names, folders and Hub ids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from etf_adapt.errors import nearest_names
+from etf_adapt.models.hub_files import UnavailableError, ask_hub, cached_folder
 
 ENTRY = "etf_adapt"
 """Name of our one entry in a model's ``config.json``. Stock readers pass over it, and transformers keeps it when it saves."""
@@ -52,10 +53,6 @@ TEXT_MODELS = {
 MODEL_NAMES = IMAGE_MODELS | TEXT_MODELS
 
 
-class UnavailableError(OSError):
-    """The files of a model cannot be fetched and are not cached."""
-
-
 def micro_folder() -> str:
     """Return the folder of ``micro``, the pretrained image model inside this package."""
     return str(importlib.resources.files("etf_adapt") / "micro")
@@ -96,7 +93,7 @@ def _timm_or_old_id(name: str) -> str:
         return timm_location(name)
     if name in timm.list_pretrained():
         return f"timm/{name}"
-    if _ask_hub(name) is None or _cached_folder(name):  # ids of the Hub's first years, such as gpt2, have no owner
+    if ask_hub(name) is None or cached_folder(name):  # ids of the Hub's first years, such as gpt2, have no owner
         return name
     near = nearest_names(name, MODEL_NAMES) + nearest_names(name, timm.list_models(), limit=2)
     hint = f"the nearest are {', '.join(near)}" if near else f"short names are {', '.join(MODEL_NAMES)}"
@@ -135,7 +132,7 @@ def locate_model(location: str, revision: str | None = None) -> str:
         return location
     from huggingface_hub import errors
 
-    error = _ask_hub(location, revision)
+    error = ask_hub(location, revision)
     if error is None:
         return location
     named = f"`model` (={location!r}{'' if revision is None else f', revision {revision!r}'})"
@@ -150,7 +147,7 @@ def locate_model(location: str, revision: str | None = None) -> str:
             f"{named}: the Hub has no such model with a config.json, or it is private and you are not logged in, and no "
             f"folder has that name.{hint}"
         ) from error
-    elif cached := _cached_folder(location, revision):
+    elif cached := cached_folder(location, revision):
         return cached
     else:  # without addresses
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(": ")[-1].rstrip(".")[:120]
@@ -159,26 +156,3 @@ def locate_model(location: str, revision: str | None = None) -> str:
         f"{named} could not be fetched: {reason}, and it is not cached. Three ways on: a local folder (--model "
         "path/to/folder), a model that is in the cache (hf cache ls), or the one inside this package (--model micro)."
     ) from error
-
-
-def _ask_hub(location: str, revision: str | None = None) -> Exception | None:
-    """Ask the Hub for a model's config.json by one HEAD request; return the error, None where it is found."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(location, "config.json", revision=revision), timeout=5.0)
-    except Exception as error:  # the transport's errors have another base class in each major version of the client
-        return error
-    return None
-
-
-def _cached_folder(location: str, revision: str | None = None) -> str | None:
-    """Return the newest cached snapshot that holds configuration and weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
-    except OSError:
-        return None
-    weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
-    return str(folder) if weights and (folder / "config.json").is_file() else None

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import TimmWrapperConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from etf_adapt.models.names import ENTRY, UnavailableError
+from etf_adapt.models.hub_files import UnavailableError
+from etf_adapt.models.names import ENTRY
 
 NOTE = f"{ENTRY}: "
 

@@ -1,18 +1,14 @@
-"""Weights on disk: state dicts converted to a model's own names, digests of head layers, bare files of weights."""
+"""State dicts of files, converted to a model's own names, and what they lack."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,9 +17,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from etf_adapt.heads.in_model import head_modules
-from etf_adapt.models.swap import find_heads
-
-logger = logging.getLogger(__name__)
 
 
 class ConvertedState(NamedTuple):
@@ -122,67 +115,3 @@ def new_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     names = getattr(model, "_new_weights", ())
     inside = {parameter for head in head_modules(model).values() for parameter in head.parameters()}
     return {name: value for name, value in model.named_parameters() if name in names and value not in inside}
-
-
-def describe_layers(layers: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
-    """Describe weight and bias of each head as they are saved: dtype, digest, and digest after rounding to half precision."""
-    rounded = {}
-    for name in ("bfloat16", "float16"):
-        half = getattr(torch, name)
-        halves = [(weight.to(half), None if bias is None else bias.to(half)) for weight, bias in layers]
-        rounded[name] = layer_digest(halves)
-    dtype = str(layers[0][0].dtype).removeprefix("torch.")
-    return {"dtype": dtype, "sha256": layer_digest(layers), "rounded": rounded}
-
-
-def is_changed(layers: Sequence[tuple[Tensor, Tensor | None]], entry: Mapping[str, Any]) -> bool:
-    """Return whether layers differ from those that ``describe_layers`` described; False for the same ones rounded."""
-    weight = layers[0][0]
-    if weight.is_meta:  # spread over devices, which is refused elsewhere
-        return False
-    # Entries of the first versions say nothing of layers in a lower precision.
-    if "rounded" not in entry and torch.finfo(weight.dtype).bits < torch.finfo(getattr(torch, entry["dtype"])).bits:
-        return False
-    return layer_digest(layers) not in (entry["sha256"], *entry.get("rounded", {}).values())
-
-
-def layer_digest(layers: Iterable[tuple[Tensor, Tensor | None]]) -> str:
-    """Hash weight and bias of each head in float32, so that half-precision files loaded as float32 give the same digest."""
-    digest = hashlib.sha256()
-    for tensor in (part for layer in layers for part in layer if part is not None):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().astype(np.dtype("<f4")).tobytes())
-    return digest.hexdigest()
-
-
-def load_weight_file(model: PreTrainedModel, path: str | Path, *, head_path: str | Sequence[str] | None = None) -> None:
-    """Load a backbone from a bare file of weights, as safetensors or as torch saves it; leave out a classifier in it."""
-    argument = f"`checkpoint_path` (={str(path)!r})"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{argument} is no file: give a file of weights.")
-    try:  # timm's reader: averaged weights first, names without the prefixes of DistributedDataParallel and torch.compile
-        converted = convert_state_dict(model, load_state_dict(str(path), weights_only=True))
-    except Exception as error:  # whatever readers raise of files that are broken, or are none of weights
-        reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"{argument} holds no state dict that can be read without running code ({reason}): save the tensors of "
-            "model.state_dict() with safetensors."
-        ) from error
-    prefix = f"{model.base_model_prefix}."  # which names in a file may lack
-    heads = tuple(f"{place.removeprefix(prefix)}." for place in find_heads(model, head=head_path))
-
-    def of_backbone(names: Iterable[str]) -> list[str]:
-        return [name for name in names if not name.removeprefix(prefix).startswith(heads)]
-
-    # Files of old versions of torch do not count the batches of a BatchNorm.
-    missing = [name for name in find_missing(model, converted.tensors) if not name.endswith(".num_batches_tracked")]
-    names = {"lacks, or has in another shape,": of_backbone(missing), "has beside": of_backbone(converted.unexpected)}
-    faults = [f"{fault} {found[0]} ({len(found)} in all)" for fault, found in names.items() if found]
-    if faults:
-        architecture = getattr(model.config, "architecture", None) or type(model).__name__
-        raise ValueError(
-            f"{argument} holds the weights of another model than {architecture}: it {'; it '.join(faults)}. Name the "
-            "architecture and the image size that they were saved from."
-        )
-    taken = of_backbone(converted.tensors)
-    model.load_state_dict({name: converted.tensors[name] for name in taken}, strict=False)
-    logger.warning("%s: %d tensors of the backbone loaded, its classifier left out.", argument, len(taken))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,13 +11,14 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from etf_adapt.data.long_tail import labels_of
-from etf_adapt.geometry.closed_form import FRAMES
+from etf_adapt.geometry.closed_form import MEAN_FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import MAX_SAMPLED_ROWS, TrainingRows, align_head, read_rows
+from etf_adapt.heads.in_model import has_dropout
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.training.evaluating import EvaluatingTrainer
@@ -32,7 +32,7 @@ class AligningTrainer(EvaluatingTrainer):
     alignment: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     train_metrics: Mapping[str, float] = {}  # of the last run of `train`
     heads: dict[str, ClassifierHead]
-    realign_epochs: float = 0  # first epochs after which the head is aligned again
+    realignment = "never"  # "steps", "epochs" or "never": when a fixed head is aligned again in training
     _training_logits: TrainingLogits
     _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last alignment, with its step
 
@@ -58,23 +58,39 @@ class AligningTrainer(EvaluatingTrainer):
             for parameter in (head.weight, head.bias):
                 if parameter is not None:
                     broadcast(parameter.data)  # Processes may round the same sums differently.
-        self.alignment = {name: value for name, value in vars(result).items() if name not in ("left_out", "statistics")}
+        self.alignment = {
+            name: value for name, value in vars(result).items() if name not in ("rows_seen", "statistics")
+        }
         self._statistics = self.state.global_step, result.statistics
-        self._training_logits.clear()
-        for (path, head), left_out in zip(self.heads.items(), result.left_out, strict=True):
-            if left_out is not None and self.args.leave_one_out and head.is_fixed:
-                self._training_logits.left_out[path] = left_out.to(self.args.device)
+        seen = zip(self.heads.items(), result.rows_seen, strict=True)
+        fixed = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed}
+        self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in fixed.items()}
+
+    def realign(self, ends_epoch: bool, ends_run: bool) -> None:
+        """Align again where it is due after a step: by a pass, or from what training has read of the rows."""
+        if self.realignment == "never":
+            return
+        is_due = ends_epoch or self.state.global_step % self.realign_steps == 0
+        # What was read a while ago costs an evaluation some points, by which it would choose later epochs.
+        chooses = self.args.load_best_model_at_end or self.args.early_stopping_patience is not None
+        if self.realignment == "steps" and is_due and not ends_run and not (ends_epoch and chooses):
+            rows = self._training_logits.rows
+            # Where rows have no numbers, are mixed, or are scored token by token, nothing was noted.
+            if rows and all([rows[path].set_anew(self.heads[path]) for path in rows]):
+                return
+        if ends_run or ends_epoch:
+            self.align()
 
     def final_rows(self) -> tuple[ClassStatistics, ...]:
         """Return what each head is the closed form of: the training rows under the weights as they are; else nothing."""
-        is_closed_form = all(head.frame in FRAMES[1:] and head.is_stock_layer for head in self.heads.values())
+        is_closed_form = all(head.frame in MEAN_FRAMES and head.is_stock_layer for head in self.heads.values())
         if not is_closed_form or not self._has_whole_weights:
             return ()
         step, rows = self._statistics or (-1, ())
         if step == self.state.global_step:
             return rows
         # The best weights are those of an earlier epoch, or an early stop came between two alignments.
-        if self.realign_epochs < math.inf:
+        if self.realignment == "never":
             return ()
         rows = tuple(self.read(self.alignment_dataset, "aligning the head").statistics)
         self._statistics = self.state.global_step, rows
@@ -129,14 +145,20 @@ class AligningTrainer(EvaluatingTrainer):
         if self.state.best_global_step != self.state.global_step:
             self._statistics = self._evaluated = None
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for rows in self._training_logits.rows.values():
+            rows.gather()  # on all processes: one alone writes them
+        super()._save_checkpoint(model, trial)
+
     def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the heads' frames and the last alignment, and how class vectors change without each row."""
+        """Return the heads' frames and the last alignment, and the rows as the heads last read them."""
         frames = {path: head.frame for path, head in self.heads.items()}
-        return {"frames": frames, "alignment": self.alignment}, self._training_logits.tensors()
+        rows = self._training_logits
+        return {"frames": frames, "alignment": self.alignment, "forms": rows.forms()}, rows.tensors()
 
     def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take up what ``own_state`` returned when the checkpoint was written."""
-        self._training_logits.load_tensors(tensors, self.args.device)
+        self._training_logits.restore(tensors, state["forms"], self.args.device)
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
         self.alignment = state["alignment"] or {}
@@ -158,19 +180,27 @@ class AligningTrainer(EvaluatingTrainer):
                 "processes: leave it out or use DDP."
             )
 
-    def _resolve_realign_epochs(self) -> float:
-        """Return the number of first epochs after which the head is aligned again: as asked, else all where possible."""
-        asked = self.args.realign_epochs
+    @property
+    def realign_steps(self) -> int:
+        """Steps between two alignments without a pass; setting very many class vectors costs as much as several steps."""
+        return self.args.realign_steps or max(10, self.first_head.num_classes // 100)
+
+    def _resolve_realignment(self) -> str:
+        """Return when the head is aligned again: as asked, else as often as serves, where possible."""
+        asked = self.args.realign
         is_alignable = all(head.is_set_from_data and head.is_fixed for head in self.heads.values())
         if asked is None:
-            return math.inf if is_alignable and self._has_whole_weights and self.args.frame != "random" else 0
-        if asked and not is_alignable:
+            if not is_alignable or not self._has_whole_weights or self.args.frame == "random":
+                return "never"
+            # Under dropout the features of training are others than those that the head is to score.
+            return "epochs" if self.args.dropout == "model" and has_dropout(self.model) else "steps"
+        if asked != "never" and not is_alignable:
             raise ValueError(
-                f"`realign_epochs` (={asked}) sets the class vectors anew, and this head learns them or draws them at random: "
-                "set it to 0, or use a fixed 'etf' head."
+                f"`realign` (={asked!r}) sets the class vectors anew, and this head learns them or draws them at random: "
+                "set it to never, or use a fixed 'etf' head."
             )
-        if asked:
-            self._require_whole_weights("realign_epochs")
+        if asked != "never":
+            self._require_whole_weights("realign")
         return asked
 
     def needs_alignment(self) -> bool:

@@ -75,15 +75,15 @@ WITHOUT_EFFECT: dict[str, str] = {
 FIXED_ON_RESUME = (
     "learning_rate", "head_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
     "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "neftune_noise_alpha", "mixup", "cutmix", "label_smoothing", "freeze", "batch_norm",
-    "frame", "frame_penalty", "realign_epochs", "leave_one_out",
+    "neftune_noise_alpha", "mixup", "cutmix", "label_smoothing", "freeze", "batch_norm", "dropout",
+    "frame", "frame_penalty", "realign", "realign_steps", "leave_one_out",
     "metric_for_best_model", "shot_bounds", "min_validation_rows",
 )  # fmt: skip
 LENGTH = ("num_train_epochs", "max_steps")
 
 LEAST = {
-    **dict.fromkeys(("mixup", "cutmix", "realign_epochs", "collapse_rows", "seed", "data_seed", "learning_rate"), 0),
-    **dict.fromkeys(("early_stopping_patience", "torch_threads", "min_validation_rows"), 1),
+    **dict.fromkeys(("mixup", "cutmix", "collapse_rows", "seed", "data_seed", "learning_rate"), 0),
+    **dict.fromkeys(("early_stopping_patience", "torch_threads", "min_validation_rows", "realign_steps"), 1),
 }
 
 
@@ -198,10 +198,9 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
                 f"`per_device_train_batch_size` (={self.per_device_train_batch_size}) must be even with mixup or CutMix: "
                 "they mix pairs of rows of a batch."
             )
-        if self.realign_epochs and self.frame == "random":
+        if self.realign in ("steps", "epochs") and self.frame == "random":
             raise ValueError(
-                f"`realign_epochs` (={self.realign_epochs}) needs a `frame` that is made from features: choose one, or "
-                "set it to 0."
+                f"`realign` (={self.realign!r}) needs a `frame` that is made from features: choose one, or set it to never."
             )
         if self.early_stopping_patience and (self.eval_strategy == "no" or not self.metric_for_best_model):
             raise ValueError(

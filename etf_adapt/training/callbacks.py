@@ -16,22 +16,16 @@ from etf_adapt.results.tables import percent
 
 
 class Realign(TrainerCallback):
-    """Align the head again at the end of each of the first ``epochs()`` epochs."""
+    """Call ``realign`` after each step, with whether it ends an epoch and the run."""
 
-    def __init__(
-        self, steps_in_epoch: Callable[[], int], align: Callable[[], None], epochs: Callable[[], float]
-    ) -> None:
+    def __init__(self, steps_in_epoch: Callable[[], int], realign: Callable[[bool, bool], None]) -> None:
         self.steps_in_epoch = steps_in_epoch
-        self.align = align
-        self.epochs = epochs
+        self.realign = realign
 
     # In the last step of an epoch, not after it: a checkpoint of that step then holds the new head.
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        """Align after the last step of an epoch, and of the run."""
-        done, rest = divmod(state.global_step, self.steps_in_epoch())
-        ends_in_mid_epoch = rest > 0 and state.global_step == state.max_steps
-        if (rest == 0 and done <= self.epochs()) or (ends_in_mid_epoch and done < self.epochs()):
-            self.align()
+        """Align if it is due."""
+        self.realign(state.global_step % self.steps_in_epoch() == 0, state.global_step == state.max_steps)
 
 
 class RunLog(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -41,7 +42,9 @@ def dry_run(trainer: ETFTrainer, data: ClassificationData) -> list[str]:
     with evaluation_mode(model):
         read_seconds = [_seconds(lambda batch=batch: _read(model, batch, args.device)) for batch in batches]
     rows_per_second = args.train_batch_size * args.world_size / max(min(read_seconds[1:]), 1e-9)
-    alignments = int(trainer.needs_alignment()) + min(trainer.realign_epochs, int(epochs))
+    is_once = trainer.realignment == "steps" and not args.load_best_model_at_end
+    passes = 0 if trainer.realignment == "never" else 1 if is_once else math.ceil(epochs)
+    alignments = int(trainer.needs_alignment()) + passes
     evaluated = (count_rows(trainer.eval_dataset) or 0) * (epochs if args.eval_strategy != "no" else 0)
     rows_read = alignments * (count_rows(trainer.train_dataset) or 0) + evaluated
     seconds = steps * args.gradient_accumulation_steps * min(step_seconds[1:]) + rows_read / rows_per_second
@@ -50,7 +53,7 @@ def dry_run(trainer: ETFTrainer, data: ClassificationData) -> list[str]:
     return [
         *(f"example: {line}" for line in examples(data.train, data.label_names)),
         *describe_run(trainer),
-        f"steps: {steps:,} ({epochs:.4g} epochs of {per_epoch:,}); the head is set {alignments} times",
+        f"steps: {steps:,} ({epochs:.4g} epochs of {per_epoch:,}); {alignments} passes over the rows to set the head",
         f"time: about {_duration(seconds)} after the start: {min(step_seconds[1:]):.3g} s a step, "
         f"{rows_per_second:,.0f} rows a second without gradients",
         f"memory: about {memory / 2**30:.2g} GB of each {args.device.type}, with the optimizer's state",

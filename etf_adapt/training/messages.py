@@ -33,9 +33,9 @@ def describe_run(trainer: Any) -> list[str]:
     held_out = count_rows(trainer.eval_dataset)
     validation = "" if held_out is None else f", {held_out:,} to validate"
     learns = "fixed" if head.is_fixed else "learned"
-    if trainer.realign_epochs:
-        first = "" if math.isinf(trainer.realign_epochs) else f" of the first {trainer.realign_epochs:.0f}"
-        learns = f"fixed but for an alignment after each epoch{first}"
+    if trainer.realignment != "never":
+        steps = f"{trainer.realign_steps} steps, from what training reads" if trainer.realignment == "steps" else "epoch"
+        learns = f"fixed but for an alignment every {steps}"
     frame = f"{head.frame} frame"
     if trainer.needs_alignment():
         frame = f"{args.frame if head.is_stock_layer else 'means'} frame to be set"

@@ -59,18 +59,31 @@ class TrainingSettings:
     batch_norm: Literal["frozen", "train"] | None = _option(
         None, "Running statistics of BatchNorm in the backbone; default: frozen under a fixed head, else train."
     )
+    dropout: Literal["off", "model"] | None = _option(
+        None,
+        "Dropout and stochastic depth of the backbone: off, or as the model has them; default: off under a head that is "
+        "aligned by steps.",
+    )
     torch_threads: int | None = _option(
         None, "CPU threads of each process; default: an equal share of the cores under a launcher."
     )
-    frame: Literal["whitened", "means", "rotated", "random"] = _option(
+    frame: Literal["whitened", "means", "random"] = _option(
         "whitened", "Closed form that sets a fresh ETF head before the first step."
     )
     frame_penalty: float | None = _option(
         None,
         "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out.",
     )
-    realign_epochs: int | None = _option(
-        None, "A fixed ETF head is aligned again after each of this many first epochs; default: after every epoch."
+    realign: Literal["steps", "epochs", "never"] | None = _option(
+        None,
+        "When a fixed ETF head is aligned again. epochs: after each epoch, by a pass over the rows; steps: also every "
+        "realign_steps, from what training reads of the rows, with a pass only to choose the best epoch and at the end; never. "
+        "Default: steps, but epochs with the backbone's dropout.",
+    )
+    realign_steps: int | None = _option(
+        None,
+        "Steps between two alignments from what training reads of the rows; default: 10, of very many classes a hundredth of "
+        "their number.",
     )
     keep_statistics: bool = _option(
         True, "Keep the sums of each class's final features beside the finished model, for `etf_adapt.extend`."
@@ -78,7 +91,7 @@ class TrainingSettings:
     leave_one_out: bool = _option(
         True,
         "Score each training row by the aligned, fixed head as it would be without that row: rows with a row_id, no mixup or "
-        "CutMix; of more than 20,000 rows those of a sample that is even over the classes.",
+        "CutMix; of very many rows those of a sample that is even over the classes.",
     )
     final_frame: Literal["whitened", "means"] | None = _option(
         None, "Closed form that a head of any kind is refitted by after training; default: none."

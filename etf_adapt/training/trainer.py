@@ -46,7 +46,7 @@ class ETFTrainer(AligningTrainer):
     """Train a model with an ETF head, or with any head to compare it with, by transformers' ``Trainer``.
 
     Unlike the stock class: examples are drawn by ``ClassBalancedSampler``; a fresh ETF or cosine head is aligned before the
-    first step, and a fixed one again after each epoch; each training row is scored by the head as it would be without that row;
+    first step, and a fixed one again in training; each training row is scored by the head as it would be without that row;
     a fixed head stays out of the optimizer whatever was unfrozen; mixup, CutMix and smoothing give soft labels to the model's
     own loss; evaluation counts each row once and keeps no logits, except for ``compute_metrics``; a loss or weight that is not
     finite ends the run unsaved; checkpoints are complete or known not to be, hold no pickled arguments, and are resumed bit for
@@ -139,7 +139,7 @@ class ETFTrainer(AligningTrainer):
         self._train_sampler: RowDraws | None = None
         self.given_optimizer = optimizers[0]
         ours: list[Any] = [
-            Realign(lambda: self._steps_in_epoch, self.align, lambda: self.realign_epochs),
+            Realign(lambda: self._steps_in_epoch, self.realign),
             RunLog(lambda: self.run_dir),
             ProgressPrinter() if args.disable_tqdm else ProgressBar(),
         ]
@@ -201,9 +201,12 @@ class ETFTrainer(AligningTrainer):
     def _settle(self) -> None:
         """Resolve what depends on the settings and the model, both of which a trial may change."""
         args = self.args
-        self.realign_epochs = self._resolve_realign_epochs()
+        self.model.without_dropout = args.dropout == "off"
+        self.realignment = self._resolve_realignment()
+        self._training_logits.leaves_out, self._training_logits.notes = args.leave_one_out, self.realignment == "steps"
         self.batch_norm = resolve_batch_norm(self.model, self.first_head, args)
         self.model.freeze_batch_norm = self.batch_norm != "train"
+        self.model.without_dropout |= args.dropout is None and self.realignment == "steps"
         self._soft_labels = SoftLabels(
             self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
@@ -256,14 +259,14 @@ class ETFTrainer(AligningTrainer):
         self.print(*describe_run(self))
         if checkpoint is not None:
             self.print(f"resuming from {checkpoint}", *changes)
-        elif self.needs_alignment() or self.realign_epochs:
+        elif self.needs_alignment() or self.realignment != "never":
             replaced = {head.frame for head in self.heads.values()} - {"random", "initialised", self.args.frame}
             if replaced:
-                self.print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign_epochs 0 keeps it")
+                self.print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign never keeps it")
             self.align()
             self.print(describe_alignment(self.alignment, num_classes=self.first_head.num_classes), *self._advise())
         else:
-            self._training_logits.clear()  # of an alignment before the head may have changed
+            self._training_logits.rows.clear()  # of an alignment before the head may have changed
 
     def _advise(self) -> list[str]:
         if self.class_counts is None:

@@ -64,7 +64,8 @@ def peak_gb() -> float:
 def time_head(num_classes: int, options: argparse.Namespace) -> None:
     """Time head, loss and optimizer step: ours with rows left out, a linear layer with AdamW, the two products alone."""
     from etf_adapt.heads.layers import LinearHead
-    from etf_adapt.heads.training_logits import LeftOutRows, TrainingLogits
+    from etf_adapt.heads.seen_rows import Form, SeenRows
+    from etf_adapt.heads.training_logits import TrainingLogits
     from etf_adapt.losses.registry import make_loss
 
     features, labels, ids = (
@@ -74,7 +75,9 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     )
     fixed = LinearHead(options.width, num_classes, trainable=False)
     left_out = TrainingLogits({"head": fixed})
-    left_out.left_out["head"] = LeftOutRows(ids, 0.01 * torch.randn(BATCH, options.width), torch.zeros(BATCH))
+    means = torch.randn(num_classes, options.width)
+    left_out.rows["head"] = SeenRows.of(ids, labels, features, means, Form("whitened", 1.0, True, 1.0))
+    left_out.notes = False  # which keep what is read until the head is set anew
     counts = torch.randint(1, 100, (num_classes,)).tolist()
     loss = make_loss({"name": "margin_dot_regression"}, class_counts=counts)
 

@@ -51,15 +51,6 @@ def test_with_an_intercept_the_centre_of_the_classes_has_even_logits(rows, frame
     assert (weight @ statistics(*rows).center + bias).abs().max() < 1e-12
 
 
-def test_rotated_is_an_exact_simplex_nearest_to_the_means(rows):
-    stats = statistics(*rows)
-    weight, _ = closed_form_vectors(stats, "rotated")
-    torch.testing.assert_close(weight @ weight.T, 1.25 * torch.eye(5, dtype=torch.float64) - 0.25)
-    offsets = stats.means - stats.center
-    random, _ = closed_form_vectors(stats, "random", generator=torch.Generator().manual_seed(1))
-    assert (weight * offsets).sum() > (random * offsets).sum()
-
-
 def test_whitened_of_two_classes_is_fishers_direction(rows):
     features, labels = rows[0][:32], torch.arange(32) % 2
     stats = ClassStatistics.of(features, labels, 2)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from etf_adapt.geometry import leave_one_out
-from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import LeaveOneOut, left_out_changes, usable_sample
+from etf_adapt.geometry.leave_one_out import LeaveOneOut, usable_sample
 from etf_adapt.geometry.penalty import choose_penalty
 from etf_adapt.geometry.statistics import ClassStatistics
 
@@ -54,33 +53,6 @@ def test_scores_are_those_of_the_head_refitted_without_the_row(rows, intercept, 
     fast = LeaveOneOut(whole, intercept=intercept).scores(features, labels, penalty=penalty)
     centre = lambda scores: scores - scores.mean(dim=1, keepdim=True)
     torch.testing.assert_close(centre(fast), centre(torch.stack(slow)))
-
-
-@intercepts
-@pytest.mark.parametrize("frame", MEAN_FRAMES)
-def test_changes_are_those_of_a_class_whose_mean_is_that_of_its_other_rows(rows, frame, intercept, monkeypatch):
-    """The slow reference sets all class vectors again, with covariance and centre of the whole."""
-    features, labels = rows
-    whole = statistics(features, labels)
-    weight, bias = closed_form_vectors(whole, frame, penalty=0.3, intercept=intercept)
-    change, bias_change = left_out_changes(whole, features, labels, frame, penalty=0.3, intercept=intercept)
-    for name in ("within", "center"):
-        value = getattr(whole, name)
-        monkeypatch.setattr(ClassStatistics, name, property(lambda self, value=value: value))
-    for row, part in without_each(features, labels):
-        slow, slow_bias = closed_form_vectors(part, frame, penalty=0.3, intercept=intercept)
-        own, others = labels[row], torch.arange(len(COUNTS)) != labels[row]
-        # Class vectors are centred over the classes: against another class, the changed one has moved by its change.
-        moved = (slow[own] - slow[others]) - (weight[own] - weight[others])
-        torch.testing.assert_close(moved, change[row].expand_as(moved))
-        moved = (slow_bias[own] - slow_bias[others]) - (bias[own] - bias[others])
-        torch.testing.assert_close(moved, bias_change[row].expand_as(moved))
-
-
-def test_what_cannot_be_left_out_is_refused(rows):
-    features, labels = rows
-    with pytest.raises(ValueError, match=r"`frame` \(='rotated'\)"):
-        left_out_changes(statistics(features, labels), features, labels, "rotated")
 
 
 def test_the_chosen_penalty_grows_with_the_noise():

@@ -12,11 +12,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import FRAMES, MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.leave_one_out import left_out_changes
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import align_head
-from etf_adapt.heads.in_model import head_modules, raised_everywhere, read_features
+from etf_adapt.heads.in_model import head_modules, raised_everywhere
 from etf_adapt.models.auto import adapt
 from etf_adapt.models.swap import swap_head
 
@@ -74,34 +73,31 @@ def numbered(rows, size):
 
 
 @pytest.mark.parametrize("frame", MEAN_FRAMES)
-def test_what_changes_for_a_row_left_out_is_in_units_of_the_head(rows, frame):
+def test_the_rows_are_returned_with_the_form_in_units_of_the_head(rows, frame):
     model = model_with_head()
-    result = align_head(model, numbered(rows, 5), frame=frame)
-    ((weight, _),) = vectors_of(model)
-    with torch.no_grad():  # in the same batches: others round otherwise, and a small penalty enlarges that
-        features = torch.cat([read_features(model.eval(), {"x": batch["x"]})[0] for batch in batches(rows, 5)])
-    statistics = ClassStatistics.of(features, rows[1], 3)
-    closed, _ = closed_form_vectors(statistics, frame, penalty=result.penalties[0])
-    change, bias = left_out_changes(statistics, features, rows[1], frame, penalty=result.penalties[0])
-    scale = weight.norm() / closed.norm()
-    (left_out,) = result.left_out
-    assert left_out.row_ids.tolist() == [100 + row for row in range(len(rows[1]))]
-    torch.testing.assert_close(left_out.weight.double(), scale * change, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(left_out.bias.double(), scale * bias, rtol=1e-4, atol=1e-6)
+    (seen,) = align_head(model, numbered(rows, 5), frame=frame).rows_seen
+    (before,) = vectors_of(model)
+    assert seen.row_ids.tolist() == [100 + row for row in range(len(rows[1]))]
+    assert torch.equal(seen.labels, rows[1])
+    seen.note(seen.row_ids, seen.features)
+    (head,) = head_modules(model).values()
+    assert seen.set_anew(head)
+    for again, first in zip(vectors_of(model)[0], before, strict=True):
+        torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-5)
 
 
-def test_of_classes_of_one_row_nothing_is_left_out(rows):
+def test_a_class_of_one_row_is_set_to_it(rows):
     images, labels = rows
     first = [int((labels == label).nonzero()[0]) for label in range(3)]
     model = model_with_head()
     (batch,) = numbered((images[first], labels[first]), 3)
-    assert align_head(model, [batch]).left_out == (None,)
+    align_head(model, [batch])
     assert model.eval()(batch["x"]).argmax(dim=1).tolist() == [0, 1, 2]
 
 
-def test_without_numbers_of_rows_nothing_is_left_out(rows):
-    assert align_head(model_with_head(), batches(rows, 5)).left_out == (None,)
-    assert align_head(model_with_head(), numbered(rows, 5), frame="rotated").left_out == (None,)
+def test_rows_without_numbers_and_those_of_other_frames_are_not_kept(rows):
+    assert align_head(model_with_head(), batches(rows, 5)).rows_seen == (None,)
+    assert align_head(model_with_head(), numbered(rows, 5), frame="random").rows_seen == (None,)
 
 
 @pytest.mark.parametrize("frame", FRAMES)

@@ -9,68 +9,66 @@ import torch
 from small_run import make_model, make_trainer, weights
 
 from etf_adapt.heads.alignment import align_head
-from etf_adapt.heads.training_logits import LeftOutRows, TrainingLogits
+from etf_adapt.heads.layers import ETFHead
+from etf_adapt.heads.seen_rows import Form, SeenRows
+from etf_adapt.heads.training_logits import TrainingLogits
 
 
-def held():
+def held(num_classes=3, width=5):
     generator = torch.Generator().manual_seed(1)
-    ids = torch.tensor([30, 4, 11])
-    return LeftOutRows.of(ids, torch.randn(3, 5, generator=generator), torch.randn(3, generator=generator)), ids
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 2, 3)], ids=["linear", "tokens", "convolution"])
-def test_only_the_logit_of_the_own_class_of_rows_that_are_held_changes(shape):
-    rows, _ = held()
-    ids, labels = torch.tensor([11, 5, 30, 99]), torch.tensor([2, 0, 1, 1])
-    if len(shape) == 3:
-        head = torch.nn.Conv2d(5, 3, 1)
-        features = torch.randn(4, 5, *shape[1:])
-        flat, plain = features.movedim(1, -1), head(features).movedim(1, -1)
-        logits = TrainingLogits({"head": head})
-        logits.left_out["head"] = rows
-        with logits.of(labels, ids):
-            left = head(features).movedim(1, -1)
-    else:
-        head = torch.nn.Linear(5, 3)
-        flat = torch.randn(*shape, 5)
-        plain = head(flat)
-        left = rows.logits(plain.clone(), flat, ids, labels)
-    for row, (number, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
-        expected = plain[row].clone()
-        if number in (11, 30):
-            place = rows.row_ids.tolist().index(number)
-            expected[..., label] += flat[row] @ rows.weight[place] + rows.bias[place]
-        torch.testing.assert_close(left[row], expected)
-
-
-def test_two_rows_of_one_number_are_refused():
-    with pytest.raises(ValueError, match=r"`row_id` \(=4\) is the number of two training rows"):
-        LeftOutRows.of(torch.tensor([4, 1, 4]), torch.zeros(3, 5), torch.zeros(3))
+    ids, labels = torch.tensor([30, 4, 11, 5, 99, 7]), torch.tensor([1, 1, 2, 0, 2, 2])
+    features = torch.randn(6, width, generator=generator)
+    form = Form("whitened", 1.0, True, 0.5)
+    return SeenRows.of(ids, labels, features, torch.zeros(num_classes, width), form)
 
 
 def test_a_head_scores_as_it_is_but_for_a_batch_that_is_named():
     head = torch.nn.Linear(5, 3)
     names = list(head.state_dict())
     heads = TrainingLogits({"head": head})
-    heads.left_out["head"], ids = held()
-    features, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    heads.rows["head"] = rows = held()
+    ids, labels = rows.row_ids[[0, 4, 2]], rows.labels[[0, 4, 2]]
+    features = torch.randn(3, 5)
     plain = torch.nn.functional.linear(features, head.weight, head.bias)
     assert torch.equal(head(features), plain)
     with heads.of(labels, ids):
         assert not torch.equal(head(features), plain)
         assert torch.equal(head(features[:2]), plain[:2]), "part of a batch: whose rows these are is not known"
+        heads.leaves_out = False
+        assert torch.equal(head(features), plain)
     assert torch.equal(head(features), plain) and list(head.state_dict()) == names
     assert torch.equal(copy.deepcopy(head)(features), plain)
 
 
-def test_what_is_written_into_a_checkpoint_comes_back():
-    heads, again = (TrainingLogits({"a.b": torch.nn.Linear(5, 3)}) for _ in range(2))
-    heads.left_out["a.b"], _ = held()
-    again.load_tensors(heads.tensors(), torch.device("cpu"))
-    for name, value in vars(heads.left_out["a.b"]).items():
-        assert torch.equal(getattr(again.left_out["a.b"], name), value)
-    again.load_tensors({}, torch.device("cpu"))
-    assert again.left_out == {}
+@pytest.mark.parametrize("notes", [True, False])
+def test_what_is_written_into_a_checkpoint_comes_back(notes):
+    head = torch.nn.Linear(5, 3)
+    heads, again = TrainingLogits({"a.b": head}), TrainingLogits({"a.b": torch.nn.Linear(5, 3)})
+    heads.rows["a.b"] = rows = held()
+    heads.notes = notes
+    with heads.of(rows.labels[:2], rows.row_ids[:2]):
+        head(torch.randn(2, 5))
+    again.restore(heads.tensors(), heads.forms(), torch.device("cpu"))
+    (restored,) = again.rows.values()
+    assert restored.form == rows.form and restored.tensors().keys() == rows.tensors().keys()
+    assert ("pending_ids" in rows.tensors()) is notes
+    for name, value in rows.tensors().items():
+        assert torch.equal(restored.tensors()[name], value)
+    heads, restored_head = (ETFHead(5, 3) for _ in range(2))
+    assert rows.set_anew(heads) is restored.set_anew(restored_head) is notes
+    if notes:
+        assert torch.equal(heads.weight, restored_head.weight) and torch.equal(heads.bias, restored_head.bias)
+    again.restore({}, {}, torch.device("cpu"))
+    assert again.rows == {}
+
+
+def test_a_head_that_scores_each_token_leaves_rows_out_and_notes_nothing():
+    head = torch.nn.Linear(5, 3)
+    heads = TrainingLogits({"head": head})
+    heads.rows["head"] = rows = held()
+    with heads.of(rows.labels, rows.row_ids):
+        head(torch.randn(6, 7, 5))
+    assert rows.gather() == []
 
 
 class TestTrainer:
@@ -93,7 +91,7 @@ class TestTrainer:
         with torch.no_grad():
             logits = trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
         hook.remove()
-        rows = trainer._training_logits.left_out[path]
+        rows = trainer._training_logits.rows[path]
         left = rows.logits(logits.clone(), features[0], batch["row_id"], batch["labels"])
         expected = trainer.model.compute_loss_from_logits(left, batch["labels"]).item()
         assert self.loss(trainer, batch) == pytest.approx(expected, rel=1e-6)
@@ -105,7 +103,7 @@ class TestTrainer:
         trainer.align()
         batch = self.batch(trainer)
         if "mixup" in settings:  # rows of two classes: neither is left out
-            assert trainer._training_logits.left_out
+            assert trainer._training_logits.rows
             trainer._soft_labels.is_active = False
         with torch.no_grad():
             logits = trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
@@ -116,7 +114,7 @@ class TestTrainer:
     def test_a_compiled_model_trains_as_one_that_is_not(self, tmp_path):
         trained = []
         for name, settings in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
-            trainer = make_trainer(tmp_path / name, dropout=0.0, load_best_model_at_end=False, **settings)
+            trainer = make_trainer(tmp_path / name, drop=0.0, load_best_model_at_end=False, **settings)
             trainer.train()
             trained.append(weights(trainer))
         for name, value in trained[0].items():
@@ -127,12 +125,12 @@ class TestTrainer:
         align_head(trainer.model, [self.batch(trainer, len(trainer.train_dataset))], frame="means")
         trainer.train()
         assert "means frame is set anew" in capsys.readouterr().out
-        assert trainer._training_logits.left_out
-        kept = make_trainer(tmp_path / "kept", model=trainer.model, num_train_epochs=1, realign_epochs=0)
+        assert trainer._training_logits.rows
+        kept = make_trainer(tmp_path / "kept", model=trainer.model, num_train_epochs=1, realign="never")
         before = next(iter(kept.heads.values())).weight.clone()
         kept.train()
         assert torch.equal(next(iter(kept.heads.values())).weight, before)
-        assert not kept._training_logits.left_out
+        assert not kept._training_logits.rows
 
     def test_a_run_that_ends_in_mid_epoch_ends_aligned(self, tmp_path):
         trainer = make_trainer(tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
@@ -144,11 +142,11 @@ class TestTrainer:
     def test_a_head_that_learns_moves_away_from_what_was_left_out(self, tmp_path):
         trainer = make_trainer(tmp_path / "run", model=make_model(head="etf", trainable=True))
         trainer.align()
-        assert not trainer._training_logits.left_out
+        assert not trainer._training_logits.rows
 
     def test_rows_without_numbers_are_scored_as_they_are(self, tmp_path):
         trainer = make_trainer(tmp_path / "run")
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "row_id"}
         trainer.align()
-        assert not trainer._training_logits.left_out
+        assert not trainer._training_logits.rows

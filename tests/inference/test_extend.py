@@ -123,7 +123,7 @@ def test_the_command_adds_a_table_of_a_few_rows(place, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("settings", "keeps"),
-    [({}, True), ({"keep_statistics": False}, False), ({"realign_epochs": 0}, False), ({"frame": "random"}, False)],
+    [({}, True), ({"keep_statistics": False}, False), ({"realign": "never"}, False), ({"frame": "random"}, False)],
 )
 def test_a_finished_run_keeps_the_statistics_of_its_final_features(tmp_path, settings, keeps):
     trainer = make_trainer(tmp_path, num_train_epochs=1, **settings)

@@ -125,7 +125,7 @@ def test_plain_timm_models_have_them_too():
 )
 def test_other_configurations_are_taken_from_a_file(config, tmp_path):
     (tmp_path / "adapter.json").write_text(json.dumps(config))
-    model = make_model(dropout=0.0).eval()
+    model = make_model(drop=0.0).eval()
     batch, before = example_inputs(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     paths = add_adapters(model, tmp_path / "adapter.json")
     assert paths and "classifier" not in paths

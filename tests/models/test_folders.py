@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TimmWrapperConfig, ViTConfig, ViTImageProcessor
 
+from etf_adapt.models.digests import layer_digest
 from etf_adapt.models.folders import is_training_checkpoint, load_config, load_processor, locate, read_weights
 from etf_adapt.models.timm_layout import write_timm_folder
-from etf_adapt.models.weights import layer_digest
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_every_field_of_transformers_is_sorted_once():
 
 def trained(folder, **settings):
     quick = {"counts": (24, 5, 3), "per_device_train_batch_size": 8, "eval_strategy": "no", "save_strategy": "no"}
-    trainer = make_trainer(folder, dropout=0.0, **quick | settings)  # a pass over validation rows draws random numbers
+    trainer = make_trainer(folder, drop=0.0, **quick | settings)  # a pass over validation rows draws random numbers
     trainer.train()
     return trainer
 
@@ -212,7 +212,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
         (["--head_learning_rate", "0"], "must be positive"),
         (["--early_stopping_patience", "0"], "must be at least 1"),
         (["--early_stopping_patience", "2", "--eval_strategy", "no", "--save_strategy", "no"], "needs evaluations"),
-        (["--realign_epochs", "2", "--frame", "random"], "needs a `frame` that is made from features"),
+        (["--realign", "epochs", "--frame", "random"], "needs a `frame` that is made from features"),
         (["--shot_bounds", "100", "20"], "in rising order"),
         (["--seed", "-1"], "must be at least 0"),
     ],
@@ -225,8 +225,8 @@ def test_values_out_of_range_are_refused(words, message):
 def test_a_misspelt_choice_names_the_nearest():
     with pytest.raises(ValueError, match=r"`sampler` \(='balance'\).*did you mean 'balanced'\?"):
         ETFTrainingArguments(output_dir="out", sampler="balance")
-    with pytest.raises(ValueError, match=r"`final_frame` \(='rotated'\) must be one of 'whitened', 'means'"):
-        ETFTrainingArguments(output_dir="out", final_frame="rotated")
+    with pytest.raises(ValueError, match=r"`final_frame` \(='random'\) must be one of 'whitened', 'means'"):
+        ETFTrainingArguments(output_dir="out", final_frame="random")
     for words in (["--sampler", "balance"], ["--train_sampling_strategy", "sequential"]):
         with pytest.raises(SystemExit):
             parse(*words)

@@ -60,7 +60,7 @@ def test_the_first_lines_describe_the_run(tmp_path):
     for part in (
         "runs: 1 process of 1 threads on cpu, bf16 autocast over float32 weights",
         "88 rows to train, 3 classes of 7 to 60 rows (imbalance 8.571), 21 to validate",
-        "head: etf, whitened frame to be set, fixed but for an alignment after each epoch",
+        "head: etf, whitened frame to be set, fixed but for an alignment every 10 steps",
         "3,136 of 3,187 parameters",
         "balanced, 32 rows a step, seed 0",
     ):

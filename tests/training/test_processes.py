@@ -51,8 +51,8 @@ def recorded(folder: Path, processes: int):
 def test_two_processes_draw_and_measure_as_one_with_twice_the_batch(tmp_path, accumulation):
     # Without dropout, which each process draws for itself, the weights agree up to rounding as well. Alignments pass
     # rounding on, enlarged by the inverse of a covariance: one each epoch is what the first case bears, and the second not.
-    realign = {} if accumulation == 1 else {"realign_epochs": 0}
-    settings = {**SETTINGS, **realign, "dropout": 0.0, "gradient_accumulation_steps": accumulation}
+    realign = {} if accumulation == 1 else {"realign": "never"}
+    settings = {**SETTINGS, **realign, "drop": 0.0, "gradient_accumulation_steps": accumulation}
     one = {**settings, "per_device_train_batch_size": 16, "output_dir": str(tmp_path / "one")}
     two = {**settings, "per_device_train_batch_size": 8, "output_dir": str(tmp_path / "two")}
     run_program({**one, "record": str(tmp_path / "a")})
@@ -69,8 +69,9 @@ def test_two_processes_draw_and_measure_as_one_with_twice_the_batch(tmp_path, ac
 
 
 @pytest.mark.slow
-def test_two_processes_resumed_in_mid_epoch_end_as_uninterrupted(tmp_path):
-    settings = {**SETTINGS, "per_device_train_batch_size": 8, "realign_epochs": 1}
+@pytest.mark.parametrize("realign", ["epochs", "steps"])
+def test_two_processes_resumed_in_mid_epoch_end_as_uninterrupted(tmp_path, realign):
+    settings = {**SETTINGS, "per_device_train_batch_size": 8, "realign": realign, "realign_steps": 3}
     torchrun({**settings, "output_dir": str(tmp_path / "whole"), "record": str(tmp_path / "a")})
     torchrun({**settings, "output_dir": str(tmp_path / "killed"), "kill_at": 10}, killed=True)
     torchrun({**settings, "output_dir": str(tmp_path / "killed"), "resume": True, "record": str(tmp_path / "b")})

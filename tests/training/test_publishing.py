@@ -237,7 +237,7 @@ def test_a_short_name_goes_from_download_to_a_model_on_the_hub(hub, tmp_path):
         os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", str(ROOT / "recipes/finetune.py"),
         "--model", "vit_base", "--head", "etf", "--max_train_rows", "10", "--max_steps", "1",
         "--per_device_train_batch_size", "2",
-        "--evaluate_test", "false", "--validation_fraction", "0", "--realign_epochs", "0", "--output_dir", "run", *PUBLISH,
+        "--evaluate_test", "false", "--validation_fraction", "0", "--realign", "never", "--output_dir", "run", *PUBLISH,
     ]  # fmt: skip
     environment = hub.environment(tmp_path / "home", HF_TOKEN=hub.token)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

@@ -15,8 +15,8 @@ OTHER = {
     "warmup_steps": 3, "max_grad_norm": 0.5, "optim": "sgd", "optim_args": "a=1", "optim_target_modules": "all-linear",
     "weight_decay": 0.3, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3, "neftune_noise_alpha": 1.0,
     "mixup": 0.1, "cutmix": 0.1, "label_smoothing": 0.1, "batch_norm": "frozen", "frame": "means", "frame_penalty": 0.5,
-    "realign_epochs": 1, "leave_one_out": False, "metric_for_best_model": "loss", "shot_bounds": [5, 9],
-    "min_validation_rows": 2, "freeze": "backbone",
+    "dropout": "model", "realign": "steps", "realign_steps": 3, "leave_one_out": False,
+    "metric_for_best_model": "loss", "shot_bounds": [5, 9], "min_validation_rows": 2, "freeze": "backbone",
     "sampler": "sqrt", "train_sampling_strategy": "random", "seed": 1, "per_device_train_batch_size": 8,
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_nor_with_another_model(begun, tmp_path):
     models = {
         "loss": {"loss": "dot_regression"},
         "head": {"head": "linear", "trainable": False},
-        "config.hidden_dropout_prob": {"dropout": 0.2},
+        "config.hidden_dropout_prob": {"drop": 0.2},
     }
     for name, settings in models.items():
         with pytest.raises(ValueError, match=f"was written with {name} "):
@@ -84,7 +84,7 @@ class Rates(TrainerCallback):
     ],
 )
 def test_a_longer_run_follows_the_schedule_of_its_length_and_says_so(schedule, tmp_path, capsys):
-    settings = {"lr_scheduler_type": schedule, "load_best_model_at_end": False}
+    settings = {"lr_scheduler_type": schedule, "load_best_model_at_end": False, "realign": "epochs"}
     whole_rates, resumed_rates = Rates(), Rates()
     whole = make_trainer(tmp_path / "whole", num_train_epochs=2, callbacks=(whole_rates,), **settings)
     whole.train()

@@ -21,7 +21,7 @@ COUNTS = (30, 12, 6)
 
 
 def fresh():
-    return make_model(dropout=0.0)
+    return make_model(drop=0.0)
 
 
 def trainer_of(folder, **options):
@@ -86,7 +86,7 @@ def test_each_trial_is_what_a_run_of_its_own_would_be(tmp_path, search):
 def test_a_trial_may_choose_the_head(tmp_path, search):
     trainer = trainer_of(tmp_path, model_init=lambda trial: make_model(head=trial.params["head"] if trial else "etf"))
     searched(trainer, {"head": "linear"}, {"head": "etf"})
-    assert [trial.trainer["realign_epochs"] for trial in search] == [0, float("inf")]
+    assert [trial.trainer["realignment"] for trial in search] == ["never", "steps"]
     assert search[1].trainer["alignment"] and not search[0].trainer["alignment"]
 
 
@@ -186,7 +186,7 @@ def test_training_without_a_bar_says_how_far_it_is(tmp_path, monkeypatch, capsys
     now = iter(np.arange(0.0, 1e6, 6.0))
     monkeypatch.setattr("etf_adapt.data.progress.time.monotonic", lambda: next(now))
     trainer = trainer_of(
-        tmp_path, args={"eval_strategy": "no", "save_strategy": "no", "realign_epochs": 0, "frame": "random"}
+        tmp_path, args={"eval_strategy": "no", "save_strategy": "no", "realign": "never", "frame": "random"}
     )
     trainer.train()
     assert "training steps: 2 of 3, 12 s" in capsys.readouterr().err

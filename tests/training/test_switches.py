@@ -125,12 +125,12 @@ def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(name, he
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_run_ends_as_the_plain_one(backend, tmp_path):
-    settings = {"realign_epochs": 2, "leave_one_out": True}
-    plain = trained(tmp_path / "plain", model=make_model(dropout=0.0), **settings)
+    settings = {"realign": "epochs", "leave_one_out": True}
+    plain = trained(tmp_path / "plain", model=make_model(drop=0.0), **settings)
     torch._dynamo.utils.counters.clear()
     compiled = trained(
         tmp_path / "compiled",
-        model=make_model(dropout=0.0),
+        model=make_model(drop=0.0),
         torch_compile=True,
         torch_compile_backend=backend,
         **settings,
@@ -159,14 +159,14 @@ def test_channels_last_agrees():
 
 
 def test_bfloat16_autocast_keeps_the_weights_in_float32_and_the_head_exact(tmp_path):
-    trainer = make_trainer(tmp_path, bf16=True, realign_epochs=0)
+    trainer = make_trainer(tmp_path, bf16=True, realign="never")
     trainer.align()
     (head,) = head_modules(trainer.model).values()
     before = head.weight.detach().clone(), head.bias.detach().clone()
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert torch.equal(head.weight, before[0]) and torch.equal(head.bias, before[1])
-    in_float32 = make_trainer(tmp_path / "float32", realign_epochs=0)
+    in_float32 = make_trainer(tmp_path / "float32", realign="never")
     in_float32.align()
     in_float32.train()
     losses = [next(entry["loss"] for entry in run.state.log_history) for run in (trainer, in_float32)]

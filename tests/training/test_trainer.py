@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
@@ -65,11 +64,19 @@ def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "accumulation", "mixup"),
-    [(3, 1, 0.4), (9, 1, 0.0), (12, 1, 0.0), (9, 2, 0.4)],
-    ids=["mid-epoch", "rows left out", "end of an epoch", "accumulated"],
+    ("step", "accumulation", "mixup", "realign"),
+    [
+        (3, 1, 0.4, "epochs"),
+        (9, 1, 0.0, "epochs"),
+        (12, 1, 0.0, "epochs"),
+        (9, 2, 0.4, "epochs"),
+        (3, 1, 0.0, "steps"),
+        (9, 2, 0.0, "steps"),
+        (12, 1, 0.0, "steps"),
+        (9, 1, 0.4, "steps"),
+    ],
 )
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation, mixup):
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation, mixup, realign):
     settings = {
         "save_strategy": "steps",
         "save_steps": 3,
@@ -80,7 +87,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulatio
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": 3,
         "sampler": "sqrt",
-        "realign_epochs": 2,
+        "realign": realign,
+        "realign_steps": 4,  # a checkpoint every three steps lies between two alignments
         "mixup": mixup,
         "label_smoothing": 0.1,
     }
@@ -285,14 +293,14 @@ def test_the_log_has_each_epoch_once_after_a_resume(tmp_path):
 
 
 def test_the_fixed_head_stays_fixed_and_out_of_the_optimizer(tmp_path, capsys):
-    trainer = make_trainer(tmp_path / "run", realign_epochs=0)
+    trainer = make_trainer(tmp_path / "run", realign="never")
     trainer.model.requires_grad_(True)
     trainer.train()
     ((path, head),) = trainer.heads.items()
     assert "fixed again" in capsys.readouterr().out and path
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert not held & {id(parameter) for parameter in head.parameters()}
-    fresh = make_trainer(tmp_path / "other")
+    fresh = make_trainer(tmp_path / "other", realign="never")
     fresh.align()
     assert torch.equal(head.weight, next(iter(fresh.heads.values())).weight)
 
@@ -337,36 +345,72 @@ def test_without_epochs_the_head_is_aligned_only_and_the_run_says_so(tmp_path, c
     assert trainer.evaluate()["eval_balanced_accuracy"] > 0.5
 
 
-@pytest.mark.slow
-def test_realignment_moves_the_head_in_the_first_epochs_only(tmp_path):
+@pytest.mark.parametrize(
+    ("realign", "unnoted", "changed"),
+    [
+        ("never", {}, []),
+        ("epochs", {}, [6, 12]),
+        ("steps", {}, [4, 6, 8, 12]),  # every four, and at the ends of epochs
+        ("steps", {"mixup": 0.2}, [6, 12]),  # what is read of mixed rows is that of none
+    ],
+)
+def test_the_head_changes_when_it_is_aligned_again(tmp_path, realign, unnoted, changed):
     class Watch(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            heads.append(next(iter(trainer.heads.values())).weight.detach().clone())
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.head = next(iter(trainer.heads.values())).weight.detach().clone()
 
-        on_train_end = on_epoch_begin
+        def on_step_end(self, args, state, control, **kwargs):
+            head = next(iter(trainer.heads.values())).weight.detach().clone()
+            if not torch.equal(head, self.head):
+                steps.append(state.global_step)
+            self.head = head
 
-    for epochs in range(4):
-        heads = []
-        settings = {"eval_strategy": "no", "save_strategy": "no", "per_device_train_batch_size": 32}
-        trainer = make_trainer(tmp_path, realign_epochs=epochs, num_train_epochs=3, callbacks=(Watch(),), **settings)
-        trainer.train()
-        assert [not torch.equal(*pair) for pair in itertools.pairwise(heads)] == [done < epochs for done in range(3)]
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            assert {len(rows.features) for rows in trainer._training_logits.rows.values()} <= {88}
+
+    steps, settings = [], {"eval_strategy": "no", "save_strategy": "no", "realign": realign, "realign_steps": 4}
+    trainer = make_trainer(tmp_path, callbacks=(Watch(),), **settings, **unnoted)
+    trainer.train()
+    assert trainer.state.max_steps == 12 and steps == changed
+
+
+@pytest.mark.parametrize("dropout", [None, "model"])
+def test_what_training_reads_of_a_row_is_what_evaluation_would_without_dropout(tmp_path, dropout):
+    settings = {"eval_strategy": "no", "save_strategy": "no", "learning_rate": 0.0, "realign": "steps", "max_steps": 4}
+    trainer = make_trainer(tmp_path, dropout=dropout, **settings)
+    trainer.align()
+    (rows,) = trainer._training_logits.rows.values()
+    before = rows.features.clone()
+    trainer.train()
+    (rows,) = trainer._training_logits.rows.values()
+    assert torch.allclose(rows.features, before, rtol=1e-4, atol=1e-4), "the last alignment is a pass"
+    noted = []
+    rows.note = lambda ids, features: noted.append((ids, features))
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(16)])
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    ((ids, features),) = noted
+    kept = before[torch.searchsorted(rows.row_ids, ids)]
+    assert torch.allclose(features, kept, rtol=1e-4, atol=1e-4) is (dropout is None)
 
 
 @pytest.mark.parametrize(
-    ("head", "settings", "epochs"),
+    ("head", "settings", "when"),
     [
-        ({}, {}, math.inf),
-        ({}, {"realign_epochs": 1}, 1),
-        ({}, {"realign_epochs": 0}, 0),
-        ({}, {"frame": "random"}, 0),
-        ({"trainable": True}, {}, 0),
-        ({"head": "cosine"}, {}, 0),
-        ({"head": "paper"}, {}, 0),
+        ({}, {}, "steps"),
+        ({}, {"dropout": "model"}, "epochs"),
+        ({"drop": 0.0}, {"dropout": "model"}, "steps"),
+        ({}, {"realign": "steps"}, "steps"),
+        ({}, {"realign": "epochs"}, "epochs"),
+        ({}, {"realign": "never"}, "never"),
+        ({}, {"frame": "random"}, "never"),
+        ({"trainable": True}, {}, "never"),
+        ({"head": "cosine"}, {}, "never"),
+        ({"head": "paper"}, {}, "never"),
     ],
 )
-def test_a_fixed_head_that_is_made_from_features_is_aligned_after_every_epoch(tmp_path, head, settings, epochs):
-    assert make_trainer(tmp_path, model=make_model(**head), **settings).realign_epochs == epochs
+def test_a_fixed_head_that_is_made_from_features_is_aligned_again_in_training(tmp_path, head, settings, when):
+    assert make_trainer(tmp_path, model=make_model(**head), **settings).realignment == when
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "etf"])
@@ -438,7 +482,7 @@ def test_what_does_not_fit_is_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="has label 2, but the head has 2 classes: load the model with num_labels=3"):
         make_trainer(tmp_path, model=make_model(2))
     with pytest.raises(ValueError, match="sets the class vectors anew"):
-        make_trainer(tmp_path, model=make_model(head="linear"), realign_epochs=1)
+        make_trainer(tmp_path, model=make_model(head="linear"), realign="epochs")
     with pytest.raises(ValueError, match="has no head and loss of etf_adapt"):
         make_trainer(tmp_path, model=ViTForImageClassification(ViTConfig(hidden_size=12, num_hidden_layers=1)))
     with pytest.raises(ValueError, match="has 3 entries: give one for each row"):

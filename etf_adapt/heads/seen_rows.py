@@ -1,0 +1,160 @@
+"""What a head read of each training row when it was last seen: the head set anew from it, and without one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather
+from torch import Tensor
+
+from etf_adapt.geometry.closed_form import TINY, closed_form_vectors, penalized_covariance
+from etf_adapt.geometry.statistics import ClassStatistics
+from etf_adapt.heads.layers import ClassifierHead
+
+
+@dataclass(frozen=True)
+class Form:
+    """How class vectors follow from statistics: one of ``geometry.closed_form.MEAN_FRAMES``, its options, and a factor."""
+
+    frame: str
+    penalty: float | None
+    intercept: bool
+    scale: float
+
+
+class SeenRows:
+    r"""Features of training rows as a head last read them, the closed form of their statistics, and that without each row.
+
+    A head set from the training rows knows them: the mean of a class of two rows is half of each, and a row is always near a
+    mean that it is half of. Its margin says little about that of a new row, and once the margin is reached nothing draws the
+    two rows together. With row i of class y left out, its own logit is that of a new row of the class,
+
+    .. math:: u_y^{(-i)} = u_y + (w_y^{(-i)} - w_y)^\top h + b_y^{(-i)} - b_y
+
+    where the mean of the class is that of its other rows, all else as it is. Classes of one row are left as they are.
+    """
+
+    def __init__(
+        self, row_ids: Tensor, labels: Tensor, features: Tensor, statistics: ClassStatistics, form: Form
+    ) -> None:
+        self.row_ids, self.labels = row_ids, labels  # (rows,): ascending numbers, and classes
+        self.features, self.statistics = features, statistics  # (rows, in_features), and what follows from them
+        self._noted: list[tuple[Tensor, Tensor]] = []  # of this process, since the head was set
+        self._pending: list[tuple[Tensor, Tensor]] = []  # of all processes
+        self._take(form)
+
+    @classmethod
+    def of(cls, row_ids: Tensor, labels: Tensor, features: Tensor, means: Tensor, form: Form) -> SeenRows:
+        """Hold rows in any order; a class that has none here stands by its mean, of ``means`` (num_classes, in_features)."""
+        order = row_ids.argsort()
+        repeated = row_ids[order][1:][row_ids[order].diff() == 0]
+        if len(repeated):
+            raise ValueError(f"`row_id` (={int(repeated[0])}) is the number of two training rows: number them apart.")
+        labels, features = labels[order], features[order].float()
+        statistics = ClassStatistics.of(features, labels, len(means))
+        absent = torch.nonzero(statistics.counts == 0)[:, 0]
+        statistics.add_(means[absent], absent)
+        return cls(row_ids[order], labels, features, statistics, form)
+
+    def _take(self, form: Form) -> None:
+        """Compute from the statistics what leaves a row out, in float32 on the device of the features."""
+        self.form, statistics, device = form, self.statistics, self.features.device
+        center = statistics.center if form.intercept else torch.zeros_like(statistics.center)
+        inverse = None
+        if form.frame == "whitened":
+            inverse = torch.linalg.inv(penalized_covariance(statistics, form.penalty)).to(device, torch.float32)
+        self._inverse = inverse
+        self._center, self._means = (part.to(device, torch.float32) for part in (center, statistics.means))
+        self._counts = statistics.counts.to(device, torch.float32)
+
+    def to(self, device: torch.device) -> SeenRows:
+        """Move what a step reads to a device."""
+        self.row_ids, self.features = self.row_ids.to(device), self.features.to(device)
+        self._take(self.form)
+        return self
+
+    # Left out
+
+    def logits(self, logits: Tensor, features: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
+        """Change a head's logits (batch, ..., num_classes) for features (batch, ..., in_features): each row is left out.
+
+        ``row_ids`` and ``labels`` are (batch,). Rows that are not held here keep their logits. In place: where classes are many
+        a copy costs a good part of what the head costs.
+        """
+        places, is_held = self._places(row_ids)
+        positions = (1,) * (features.ndim - 2)  # a head may score each token or pixel
+        counts, means = self._counts[labels], self._means[labels]
+        shift = (self.features[places] - means) / (counts - 1.0).clamp_min(1.0).unsqueeze(1)
+        change = self._unit(means - self._center - shift) - self._unit(means - self._center)
+        factor = self.form.scale * (is_held & (counts > 1.0))
+        change = (factor.unsqueeze(1) * change).view(len(labels), *positions, -1)
+        moved = ((features.float() - self._center) * change).sum(dim=-1, keepdim=True)
+        own = labels.view(-1, *positions, 1).expand(*logits.shape[:-1], 1)
+        return logits.scatter_add_(-1, own, moved.to(logits.dtype))
+
+    def _unit(self, offsets: Tensor) -> Tensor:
+        """Return ``geometry.closed_form.unit_vectors`` of offsets (batch, in_features) by the inverse that is at hand."""
+        if self._inverse is None:
+            return F.normalize(offsets, dim=1)
+        weight = offsets @ self._inverse
+        return weight / (weight * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
+
+    def _places(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where rows (batch,) are held, and whether they are."""
+        places = torch.searchsorted(self.row_ids, row_ids).clamp_max(len(self.row_ids) - 1)
+        return places, self.row_ids[places] == row_ids
+
+    # Set anew
+
+    def note(self, row_ids: Tensor, features: Tensor) -> None:
+        """Note what the head reads of rows (batch,) in a step: (batch, in_features)."""
+        self._noted.append((row_ids, features.detach().float()))
+
+    def gather(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what all processes have noted since the head was set, in the same order on each."""
+        self._pending += [gather(part) for part in self._noted]
+        self._noted = []
+        return self._pending
+
+    def see(self, row_ids: Tensor, features: Tensor) -> None:
+        """Put what a head has read of rows (batch,), (batch, in_features), in place of what it read before."""
+        places, is_held = self._places(row_ids)
+        places, order = places[is_held].sort(stable=True)
+        is_last = torch.ones_like(places, dtype=torch.bool)  # of a row that was drawn twice
+        is_last[:-1] = places.diff() != 0
+        places, features = places[is_last], features[is_held][order][is_last].float()
+        self.statistics.replace_(self.features[places], features, self.labels[places.cpu()])
+        self.features[places] = features
+
+    def set_anew(self, head: ClassifierHead) -> bool:
+        """Set a head from the rows as last seen; return whether any were noted since the last time."""
+        pending = self.gather()
+        if not pending:
+            return False
+        self.see(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
+        self._pending, form = [], self.form
+        weight, bias = closed_form_vectors(self.statistics, form.frame, penalty=form.penalty, intercept=form.intercept)
+        head.set_class_vectors(form.scale * weight, form.scale * bias)
+        self._take(form)
+        return True
+
+    # Checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that it holds but its form, for a file."""
+        pending = [torch.cat(parts) for parts in zip(*self.gather(), strict=True)]
+        held = {name: getattr(self, name) for name in ("row_ids", "labels", "features")} | vars(self.statistics)
+        return held | dict(zip(("pending_ids", "pending_features"), pending, strict=False))
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], form: Mapping[str, Any]) -> SeenRows:
+        """Return what ``tensors`` and ``form`` were of."""
+        statistics = ClassStatistics(*(tensors[name] for name in ("counts", "sums", "moment")))
+        found = cls(tensors["row_ids"], tensors["labels"], tensors["features"], statistics, Form(**form))
+        if "pending_ids" in tensors:
+            found._pending.append((tensors["pending_ids"], tensors["pending_features"]))
+        return found
