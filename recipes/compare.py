@@ -7,7 +7,7 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
     python recipes/compare.py --results results/first --rows etf etf_share --tuning_only --dataset $DATA/clinc150
 
 All other flags go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
-run at every rate with the first seed, without the test split; then, at the rates of the best validation balanced accuracy, with
+run at every rate with the first seed, without the test split; then, at the rates of the least validation log loss, with
 every seed, and the test split is scored once. The same command continues after any stop: a finished run is one small file in
 `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
 added later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
@@ -69,21 +69,23 @@ class Run:
 
     method: Method
     stage: str  # "tuning" or "final"
-    learning_rate: float
+    learning_rate: float | None  # None: by the default's rule
     head_rate: float | None
     seed: int
 
     @property
     def name(self) -> str:
         """Name of its file and folder: no two runs share one."""
+        rate = "" if self.learning_rate is None else f"-lr{number(self.learning_rate)}"
         head = "" if self.head_rate is None else f"-head{number(self.head_rate)}x"
-        return f"{self.method.name}-{self.stage}-lr{number(self.learning_rate)}{head}-seed{self.seed}"
+        return f"{self.method.name}-{self.stage}{rate}{head}-seed{self.seed}"
 
     @property
     def settings(self) -> list[str]:
         """What it adds to the flags that all runs share, to train the same model."""
-        flags = [*self.method.flags, "--learning_rate", number(self.learning_rate), "--seed", str(self.seed)]
-        if self.head_rate is not None:
+        rate = [] if self.learning_rate is None else ["--learning_rate", number(self.learning_rate)]
+        flags = [*self.method.flags, *rate, "--seed", str(self.seed)]
+        if self.learning_rate is not None and self.head_rate is not None:
             flags += ["--head_learning_rate", number(self.head_rate * self.learning_rate)]
         return flags
 
@@ -93,8 +95,9 @@ class Run:
         return [*self.settings, "--evaluate_test", "true" if self.stage == "final" else "false"]
 
     def __str__(self) -> str:
+        rate = "by the rule" if self.learning_rate is None else number(self.learning_rate)
         head = "" if self.head_rate is None else f" (head x {number(self.head_rate)})"
-        return f"{self.stage} {self.method.name}, learning rate {number(self.learning_rate)}{head}, seed {self.seed}"
+        return f"{self.stage} {self.method.name}, learning rate {rate}{head}, seed {self.seed}"
 
 
 class Children:
@@ -179,17 +182,20 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
 
 def tuning_runs(method: Method, options: argparse.Namespace) -> list[Run]:
     """Return the runs that choose a method's rates, lowest rates first."""
+    if not method.is_tuned:
+        return []
     rates, heads = sorted(options.learning_rates), sorted(options.head_rates) if method.trains_head else [None]
     return [Run(method, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
 
 
 def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
-    """Return the runs of a method at its best rates, of equals the lowest; none before its tuning is finished."""
-    runs = tuning_runs(method, options)
-    scores = [validation_score(found) for run in runs if (found := read_run(run, options)) is not None]
-    if len(scores) < len(runs):
+    """Return the runs of a method at its best rates; none before its tuning is finished."""
+    runs = tuning_runs(method, options) or [Run(method, "tuning", None, None, options.seeds[0])]
+    found = [read_run(run, options) for run in runs] if method.is_tuned else []
+    if any(run is None for run in found):
         return []
-    return [replace(runs[int(np.argmax(scores))], stage="final", seed=seed) for seed in options.seeds]
+    best = comparison.best_of(found) if method.is_tuned else 0
+    return [replace(runs[best], stage="final", seed=seed) for seed in options.seeds]
 
 
 def finish_all(
@@ -338,7 +344,10 @@ def leave_table(options: argparse.Namespace) -> None:
             found["correct"] = comparison.unpack_rows(found["correct"], len(labels))
         fixed = {name: getattr(method, name) for name in ("name", "title", "kind", "flags")}
         chosen = {name: final[0][name] for name in ("learning_rate", "head_rate")}
-        tuning = {"tuning_runs": len(tuned), "tuning_validation": max(map(validation_score, tuned))}
+        tuning = {
+            "tuning_runs": len(tuned),
+            "tuning_validation": validation_score(tuned[comparison.best_of(tuned)]) if tuned else None,
+        }
         finished.append({**fixed, **chosen, **tuning, "runs": final})
     if not validated:
         raise ValueError(
@@ -353,7 +362,7 @@ def leave_table(options: argparse.Namespace) -> None:
     (options.results / "validation.md").write_text(table, encoding="utf-8")
     if not finished:
         print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'))}")
-        scores = {method.name: max(map(validation_score, runs)) for method, runs in validated}
+        scores = {method.name: validation_score(runs[comparison.best_of(runs)]) for method, runs in validated}
         print(f"\n{training_command(max(scores, key=scores.__getitem__), options)}")
         return
     summary = comparison.summarize(finished, np.unique(labels, return_inverse=True)[1])
@@ -416,7 +425,7 @@ def read_run(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def validation_score(found: Mapping[str, Any]) -> Any:
-    """Return the score that rates are chosen by."""
+    """Return the balanced accuracy of validation rows."""
     return found["all_results"]["eval_balanced_accuracy"]
 
 

@@ -14,10 +14,11 @@ class Method:
     kind: str  # "baseline"; "family": a fixed ETF head under a loss of the dot-regression family; or "other"
     flags: tuple[str, ...]
     trains_head: bool = False
+    is_tuned: bool = True  # else its rate is that of the default's rule (etf_adapt.training.budget)
 
 
-def _methods(kind: str, table: dict[str, tuple[str, str]], *, trains_head: bool = False) -> list[Method]:
-    return [Method(name, title, kind, tuple(flags.split()), trains_head) for name, (title, flags) in table.items()]
+def _methods(kind: str, table: dict[str, tuple[str, str]], **options: bool) -> list[Method]:
+    return [Method(name, title, kind, tuple(flags.split()), **options) for name, (title, flags) in table.items()]
 
 
 BASELINES = {
@@ -36,6 +37,18 @@ BASELINES = {
         "linear, logit-adjusted, root sampling, smoothed",
         "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1",
     ),
+    "linear_weighted_refit": (
+        "linear, class-weighted cross-entropy, then refitted",
+        "--head linear --loss cross_entropy --class_weights balanced --final_frame whitened",
+    ),
+    "linear_balanced_refit": (
+        "linear, cross-entropy, oversampled, then refitted",
+        "--head linear --loss cross_entropy --sampler balanced --final_frame whitened",
+    ),
+    "linear_la_refit": (
+        "linear, logit-adjusted, then refitted",
+        "--head linear --loss logit_adjusted --final_frame whitened",
+    ),
     "linear_ce_refit": (
         "linear, cross-entropy, then refitted",
         "--head linear --loss cross_entropy --final_frame whitened",
@@ -46,8 +59,13 @@ BASELINES = {
         "--head cosine --loss logit_adjusted --final_frame whitened",
     ),
 }
+UNTUNED = {
+    "etf_untuned": ("ETF (default, untuned)", "--head etf"),
+}
 FAMILY = {
     "etf": ("ETF (default)", "--head etf"),
+    "etf_epochs": ("ETF, aligned after each epoch", "--head etf --realign epochs"),
+    "etf_dropout": ("ETF, with the backbone's dropout", "--head etf --dropout model"),
     "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
     "etf_once": ("ETF, aligned once", "--head etf --realign never"),
     "etf_means": ("ETF, class means", "--head etf --frame means"),
@@ -66,6 +84,7 @@ METHODS = {
     method.name: method
     for methods in (
         _methods("baseline", BASELINES, trains_head=True),
+        _methods("family", UNTUNED, is_tuned=False),
         _methods("family", FAMILY),
         _methods("other", OTHERS),
         _methods("other", TRAINED, trains_head=True),

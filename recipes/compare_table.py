@@ -42,7 +42,7 @@ def terminal_validation(methods: Sequence[tuple[Method, Sequence[Mapping[str, An
     """Format the best validation score of each method, and the rates that gave it."""
     lines = [("method", "validation", "learning rate", "of the head")]
     for method, runs in methods:
-        best = max(runs, key=lambda run: float(run["all_results"]["eval_balanced_accuracy"]))
+        best = runs[comparison.best_of(runs)]
         head = "-" if best["head_rate"] is None else f"x {number(best['head_rate'])}"
         score = tables.percent(best["all_results"]["eval_balanced_accuracy"])
         lines.append((method.name, score, number(best["learning_rate"]), head))
@@ -81,7 +81,7 @@ def cost_table(summary: Mapping[str, Any]) -> str:
                 method["title"],
                 method["kind"],
                 f"`{shlex.join(method['flags'])}`",
-                number(method["learning_rate"]),
+                "by the rule" if method["learning_rate"] is None else number(method["learning_rate"]),
                 "-" if method["head_rate"] is None else f"x {number(method['head_rate'])}",
                 str(method["tuning_runs"]),
                 tables.percent(method["tuning_validation"]),
@@ -120,7 +120,7 @@ def validation_table(
         scores = [tables.percent(run["all_results"]["eval_balanced_accuracy"]) for run in runs]
         rates = [(number(run["learning_rate"]), run["head_rate"]) for run in runs]
         names = [rate if head is None else f"{rate} (head x {number(head)})" for rate, head in rates]
-        best = max(range(len(runs)), key=lambda run: float(runs[run]["all_results"]["eval_balanced_accuracy"]))
+        best = comparison.best_of(runs)
         at_each = "; ".join(f"{name}: {score}" for name, score in zip(names, scores, strict=True))
         cells.append([method.title, method.kind, f"`{shlex.join(method.flags)}`", scores[best], names[best], at_each])
     below = (
@@ -163,8 +163,8 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made
     parts = [
         made_by,
         f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All methods had the same tuning effort: "
-        f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the validation balanced "
-        f"accuracy of seed {lists['seeds'][0]}, of equals the lower.",
+        f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the log loss of validation "
+        f"rows, a mean over classes, of seed {lists['seeds'][0]}; of equals the higher.",
         f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
         "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
         f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of methods; bold where all of the interval "

@@ -39,7 +39,6 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 import etf_adapt.inference.refit as refit_module
 from etf_adapt import load_data, refit
-from etf_adapt.geometry.leave_one_out import mean_recall
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
@@ -48,7 +47,7 @@ from etf_adapt.inference.head_statistics import HeadStatistics
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.losses.terms import log_prior
 from etf_adapt.metrics.calibration import fit_balanced
-from etf_adapt.metrics.shots import classification_scores
+from etf_adapt.metrics.shots import classification_scores, pooled_class_mean
 from etf_adapt.results import run_folder
 
 SETS = {
@@ -194,7 +193,12 @@ def measure(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[int], fl
     held_out, truth = validation.features[0].double(), validation.labels
 
     def best_on_validation(heads: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-        return max(heads, key=lambda head: mean_recall(head(held_out).argmax(dim=1), truth))
+        return max(
+            heads,
+            key=lambda head: pooled_class_mean(
+                (head(held_out).argmax(dim=1) == truth).numpy(), truth.numpy(), min_rows=1
+            ),
+        )
 
     def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return lambda features: features @ weight.T + (0 if bias is None else bias)

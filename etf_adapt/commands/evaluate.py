@@ -77,17 +77,10 @@ def evaluate(
     """
     from etf_adapt.inference.classifier import evaluate_split, load_classifier
 
-    return evaluate_split(
-        load_classifier(model, processor=processor, device=device, bf16=bf16, revision=revision),
-        dataset,
-        split=split,
-        unknown_classes=unknown_classes,
-        class_counts=class_counts,
-        shot_bounds=(shot_bounds[0], shot_bounds[1]),
-        revision=dataset_revision,
-        columns={"image_column": image_column, "text_column": text_column, "label_column": label_column},
-        **options,
-    )
+    classifier = load_classifier(model, processor=processor, device=device, bf16=bf16, revision=revision)
+    columns = {"image_column": image_column, "text_column": text_column, "label_column": label_column}
+    options |= {"unknown_classes": unknown_classes, "class_counts": class_counts, "shot_bounds": shot_bounds}
+    return evaluate_split(classifier, dataset, split=split, columns=columns, revision=dataset_revision, **options)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -160,13 +153,7 @@ def _write(found: Evaluation, folder: Path, model: str, dataset: str) -> None:
     about = {"model": model, "dataset": dataset, "split": found.split, "rows": len(found.rows.labels)}
     about |= {"rows_left_out": found.left_out, "class_counts": found.class_counts, "counts_origin": found.counted}
     run_folder.write_json(folder / run_folder.RESULTS_FILE, scores | about)
-    run_folder.write_predictions(
-        folder / run_folder.PREDICTIONS_FILE,
-        row_ids=found.rows.row_ids,
-        labels=found.rows.labels,
-        predictions=found.rows.predictions,
-        confidences=found.rows.confidences,
-        label_names=found.label_names,
-        files=found.files,
-    )
+    file = folder / run_folder.PREDICTIONS_FILE
+    columns = {name: getattr(found.rows, name) for name in ("row_ids", "labels", "predictions", "confidences")}
+    run_folder.write_predictions(file, **columns, label_names=found.label_names, files=found.files)
     print(f"{', '.join(FILES)}: {folder}")

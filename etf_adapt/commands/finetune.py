@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from etf_adapt.commands.finetune_arguments import check_resumed, parse_training, read_arguments
+from etf_adapt.commands.finetune_arguments import NEWEST, check_resumed, parse_training, read_arguments
 from etf_adapt.commands.flags import flags_of
 from etf_adapt.commands.help import help_text
-from etf_adapt.commands.output_folder import claim_output_dir, resume_command, resume_value
+from etf_adapt.commands.output_folder import claim_output_dir, resume_command
 from etf_adapt.commands.publish import publish_run
 from etf_adapt.errors import DataError
 from etf_adapt.models.names import locate_model, model_task, resolve_model_name
@@ -127,14 +127,9 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
 
     # Model: the pretrained backbone under a new head; and the rows as it reads them.
     with announced("loading the model"):
-        model = (ETFForImageClassification if data.task == "image" else ETFForSequenceClassification).from_pretrained(
-            location,
-            num_labels=len(data.label_names),
-            id2label=data.id2label,
-            class_counts=data.class_counts.tolist(),
-            seed=args.seed,
-            **model_args.load_options(),
-        )
+        factory = ETFForImageClassification if data.task == "image" else ETFForSequenceClassification
+        classes: dict[str, Any] = {"id2label": data.id2label, "class_counts": data.class_counts.tolist()}
+        model = factory.from_pretrained(location, **classes, seed=args.seed, **model_args.load_options())
     # Refuses now what cannot be at the end.
     is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
     with announced("preparing the rows"):
@@ -169,7 +164,8 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
         return None
     trainer.resume_command = resume_command(argv, folder)
     try:
-        trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+        checkpoint = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() in NEWEST else checkpoint)
     except DataError:
         # A validation image that cannot be decoded costs its scores, not the training that is done.
         if not 0 < trainer.state.max_steps <= trainer.state.global_step:

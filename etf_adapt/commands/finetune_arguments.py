@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: unscaled they reach about one
 
 
+def _option(value: Any, text: str) -> Any:
+    return field(default=value, metadata={"help": text})
+
+
 @dataclass
 class ModelArguments:
     """Which model, and what becomes of its head."""
 
-    model: str = field(default="micro", metadata={"help": "Short name, Hub id, timm name or folder."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    head: Literal["etf", "linear", "cosine", "paper"] = field(
-        default="etf", metadata={"help": "Classifier: fixed simplex frame, or one to compare with."}
+    model: str = _option("micro", "Short name, Hub id, timm name or folder.")
+    model_revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
+    head: Literal["etf", "linear", "cosine", "paper"] = _option(
+        "etf", "Classifier: fixed simplex frame, or one to compare with."
     )
     # The names of losses.registry, which would import torch.
-    loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "focal", "logit_adjusted"] | None = field(
-        default=None, metadata={"help": "By default the head's own."}
+    loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "focal", "logit_adjusted"] | None = (
+        _option(None, "By default the head's own.")
     )
-    class_weights: Literal["none", "balanced"] = field(
-        default="none", metadata={"help": "Factors of the loss: balanced weights each class by n / (K n_c)."}
+    class_weights: Literal["none", "balanced"] = _option(
+        "none", "Factors of the loss: balanced weights each class by n / (K n_c)."
     )
-    loss_options: str | None = field(
-        default=None, metadata={"help": "JSON with options of the loss (etf_adapt.losses.registry.make_loss)."}
+    loss_options: str | None = _option(None, "JSON with options of the loss (etf_adapt.losses.registry.make_loss).")
+    head_trainable: bool = _option(False, "Train the etf head on from its start.")
+    head_path: str | None = _option(None, "Module path of the head, if it is not found.")
+    pooling: Literal["stock", "mean"] | None = _option(
+        None, "Of a text's tokens: stock (as the model's class has it) or their mean."
     )
-    head_trainable: bool = field(default=False, metadata={"help": "Train the etf head on from its start."})
-    head_path: str | None = field(default=None, metadata={"help": "Module path of the head, if it is not found."})
-    pooling: Literal["stock", "mean"] | None = field(
-        default=None, metadata={"help": "Of a text's tokens: stock (as the model's class has it) or their mean."}
+    peft: str | None = _option(None, "Train adapters in place of the backbone: lora, or a JSON file for peft.")
+    prior_adjustment: Literal["auto", "fit", "none"] = _option(
+        "auto", "Prior adjustment after training; auto: fit for etf heads, else none."
     )
-    peft: str | None = field(
-        default=None, metadata={"help": "Train adapters in place of the backbone: lora, or a JSON file for peft."}
-    )
-    prior_adjustment: Literal["auto", "fit", "none"] = field(
-        default="auto", metadata={"help": "Prior adjustment after training; auto: fit for etf heads, else none."}
-    )
-    paper: bool = field(default=False, metadata={"help": "The published method: head, loss and sampling of the paper."})
-    pretrained: bool = field(default=True, metadata={"help": "Start from the pretrained weights, not random ones."})
-    checkpoint_path: str | None = field(
-        default=None, metadata={"help": "File of weights (.safetensors, .pth) for the architecture that --model names."}
+    paper: bool = _option(False, "The published method: head, loss and sampling of the paper.")
+    pretrained: bool = _option(True, "Start from the pretrained weights, not random ones.")
+    checkpoint_path: str | None = _option(
+        None, "File of weights (.safetensors, .pth) for the architecture that --model names."
     )
 
     @property
@@ -97,39 +97,30 @@ class ModelArguments:
 class DataArguments:
     """Which data, and what the model sees of them."""
 
-    dataset: str = field(default="digits", metadata={"help": "digits, a Hub id, a file or a folder."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it is not found."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images that a table names."})
-    text_column: list[str] | None = field(
-        default=None, metadata={"help": "Column of the texts, if it is not found; two columns are read as pairs."}
+    dataset: str = _option("digits", "digits, a Hub id, a file or a folder.")
+    dataset_revision: str | None = _option(None, "Branch, tag or commit of a Hub data set.")
+    image_column: str | None = _option(None, "Column of the images, if it is not found.")
+    image_root: str | None = _option(None, "Folder of the images that a table names.")
+    text_column: list[str] | None = _option(  # noqa: RUF009 - a field, as the others
+        None, "Column of the texts, if it is not found; two columns are read as pairs."
     )
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it is not found."})
-    imbalance_factor: float | None = field(
-        default=None, metadata={"help": "Make train long-tailed: largest over smallest class count, at least 1."}
+    label_column: str | None = _option(None, "Column of the labels, if it is not found.")
+    imbalance_factor: float | None = _option(
+        None, "Make train long-tailed: largest over smallest class count, at least 1."
     )
-    imbalance_profile: Literal["exponential", "step"] = field(
-        default="exponential", metadata={"help": "Shape of the long tail."}
+    imbalance_profile: Literal["exponential", "step"] = _option("exponential", "Shape of the long tail.")
+    class_order: Literal["label", "permuted"] = _option(
+        "label", "Rank of the classes by count: label order, or permuted by the seed."
     )
-    class_order: Literal["label", "permuted"] = field(
-        default="label", metadata={"help": "Rank of the classes by count: label order, or permuted by the seed."}
+    validation_fraction: float = _option(0.1, "Share of train for a missing validation split.")
+    validation_before_long_tail: bool = _option(False, "Cut it before the long tail, balanced, as benchmarks do.")
+    max_train_rows: int | None = _option(None, "Train on at most so many rows.")
+    image_size: int | None = _option(None, "Pixels a side, for models that allow another size.")
+    max_length: int | None = _option(
+        None, "Tokens to cut texts to, as the saved tokenizer will; by default its own, up to 512."
     )
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train for a missing validation split."})
-    validation_before_long_tail: bool = field(
-        default=False, metadata={"help": "Cut it before the long tail, balanced, as benchmarks do."}
-    )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on at most so many rows."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels a side, for models that allow another size."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens to cut texts to, as the saved tokenizer will; by default its own, up to 512."},
-    )
-    augment: bool = field(default=True, metadata={"help": "Crop and mirror training images at random."})
-    evaluate_test: bool = field(
-        default=True, metadata={"help": "Score the test split at the end; off while settings are being chosen."}
-    )
+    augment: bool = _option(True, "Crop and mirror training images at random.")
+    evaluate_test: bool = _option(True, "Score the test split at the end; off while settings are being chosen.")
 
     def load_options(self) -> dict[str, Any]:
         """Return the arguments of ``load_data``."""
@@ -142,8 +133,8 @@ class DataArguments:
 class OutputArguments:
     """Where the result goes; the folder itself is output_dir of TrainingArguments."""
 
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
-    dry_run: bool = field(default=False, metadata={"help": "Show what a run would do, its time and memory, and stop."})
+    overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir.")
+    dry_run: bool = _option(False, "Show what a run would do, its time and memory, and stop.")
     is_named: bool = field(default=True, init=False)  # whether output_dir was given: another name is not taken then
 
 
@@ -154,14 +145,8 @@ OWN_ARGUMENTS: list[Any] = [ModelArguments, DataArguments, OutputArguments]
 # Flags that a resumed run may change: where things lie, which the checkpoint's rows and weights are checked against, and what
 # is done after training.
 FREE_ON_RESUME = (
-    "model",
-    "model_revision",
-    "pretrained",
-    "checkpoint_path",
-    "dataset",
-    "dataset_revision",
-    "evaluate_test",
-    "prior_adjustment",
+    *("model", "model_revision", "pretrained", "checkpoint_path"),
+    *("dataset", "dataset_revision", "evaluate_test", "prior_adjustment"),
 )
 
 
@@ -230,8 +215,8 @@ def check_loss_options(text: str | None) -> None:
 def parse_training(argv: Sequence[str]) -> ETFTrainingArguments:
     """Parse the remaining flags, transformers' own among them; imports torch."""
     from etf_adapt.commands.dataclass_parser import Parser
+    from etf_adapt.results.best_metric import check_metric
     from etf_adapt.training.arguments import ETFTrainingArguments
-    from etf_adapt.training.best_metric import check_metric
 
     parser = Parser(cast(Any, [ETFTrainingArguments]), allow_abbrev=False, add_help=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
@@ -258,9 +243,7 @@ def check_resumed(folder: str, arguments: Mapping[str, Any]) -> None:
 
     file = Path(folder, run_folder.ARGUMENTS_FILE)
     begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    own = {entry.name for group in (ModelArguments, DataArguments) for entry in fields(group)}.difference(
-        FREE_ON_RESUME
-    )
+    own = {entry.name for group in (ModelArguments, DataArguments) for entry in fields(group)} - {*FREE_ON_RESUME}
     for name in sorted(own.union(FIXED_ON_RESUME, ("sampler", "seed", "data_seed")) & begun.keys()):
         if begun[name] != arguments[name]:
             raise ValueError(

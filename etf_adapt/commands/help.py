@@ -58,7 +58,8 @@ def help_text(*, everything: bool = False) -> str:
                 parts.append(_describe(name, (), *STOCK_FLAGS[name]))
             else:
                 owner, entry = known[name]
-                choices = _choices(get_type_hints(owner)[name])
+                hint = get_type_hints(owner)[name]  # a Literal, alone or beside None, or another type
+                choices = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
                 parts.append(_describe(name, choices, _default(entry), entry.metadata["help"]))
     if everything:
         from etf_adapt.training.arguments import REFUSED, ETFTrainingArguments
@@ -93,8 +94,3 @@ def _describe(name: str, choices: Iterable[Any], default: Any, text: str) -> str
 
 def _default(entry: Field[Any]) -> Any:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values of a ``Literal``, alone or beside None."""
-    return next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())

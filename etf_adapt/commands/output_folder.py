@@ -8,16 +8,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from etf_adapt.commands.finetune_arguments import NEWEST
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.results import claim, run_folder
 
 
 def claim_output_dir(folder: str, *, is_named: bool, resume: bool, overwrite: bool) -> str:
-    """Take an output folder for this run, and remove an earlier run from it if asked for; return the folder.
-
-    A default name (``is_named`` false) that is taken gets a number.
-    """
+    """Take an output folder, and empty it if asked for; return it, numbered where a default name is taken."""
     from etf_adapt.training.checkpoints import find_last_complete_checkpoint, read_run_of, remove_checkpoints
 
     if is_named:
@@ -51,8 +47,3 @@ def resume_command(argv: Sequence[str], output_dir: str) -> str:
     overwrite = ["--overwrite_output_dir", "false"] if any("overwrite" in word for word in argv) else []
     flags = [*argv, *overwrite, "--output_dir", output_dir, "--resume_from_checkpoint", "last"]
     return shlex.join([*program, *flags])
-
-
-def resume_value(flag: str | None) -> str | bool | None:
-    """Return what ``Trainer.train`` takes: True for the newest checkpoint, a folder, or None."""
-    return True if flag is not None and flag.lower() in NEWEST else flag

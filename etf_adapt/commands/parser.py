@@ -13,11 +13,27 @@ from etf_adapt.errors import check_choice, nearest_names
 TEXT_COLUMN = "column of the texts, if it is not found; two are read as pairs (after all words that are no flags)"
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser that takes ``--top-k`` for ``--top_k``, names the nearest of an unknown flag and raises its errors."""
+class RaisingParser(argparse.ArgumentParser):
+    """Parser that raises its errors, so that they look like all others."""
+
+    way_on = ""  # behind each error
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print under its usage."""
+        raise ValueError(message + self.way_on)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a choice; argparse's own check names no nearest one."""
+        if action.choices is not None:
+            check_choice(action.dest, value, action.choices)
+
+
+class Parser(RaisingParser):
+    """Parser that takes ``--top-k`` for ``--top_k`` and names the nearest of an unknown flag."""
 
     def __init__(self, command: str, **options: Any) -> None:
         super().__init__(prog=f"etf-adapt {command}", formatter_class=_Formatter, allow_abbrev=False, **options)
+        self.way_on = f"; see {self.prog} --help."
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse the words of a command line; ``--help`` prints and ends the process."""
@@ -30,15 +46,6 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {' or '.join(near)}?" if near else f"see {self.prog} --help."
             raise ValueError(f"There is no argument {unknown[0]!r}: {hint}")
         return arguments
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
-        raise ValueError(f"{message}; see {self.prog} --help.")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Check a choice; argparse's own check names no nearest one."""
-        if action.choices is not None:
-            check_choice(action.dest, value, action.choices)
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -37,8 +37,7 @@ def run_change(parser: Parser, argv: Sequence[str], change: Callable[..., list[s
 
 def _parser() -> Parser:
     parser = Parser(
-        "refit",
-        description="Set the head of a trained classifier in closed form, in one pass over its training rows.",
+        "refit", description="Set the head of a trained classifier in closed form, in one pass over its training rows."
     )
     parser.add_argument("model", metavar="MODEL", help="folder, Hub id or short name of any classification model")
     parser.add_argument("dataset", metavar="DATASET", help="its training rows: digits, a Hub id, a file or a folder")

@@ -20,10 +20,7 @@ _BESIDE = ("label", "labels", "row_id")  # columns that are no input of a model
 
 
 def as_batches(data: Any, inputs: Collection[str], collator: Callable[[list[Any]], Any] | None = None) -> Iterable[Any]:
-    """Return batches as they are, and rows of a data set in batches, put together by a collator, else by torch's.
-
-    ``inputs`` are the names of the model's inputs, the columns that torch's collator is given.
-    """
+    """Return batches as they are, and rows in batches, by a collator, else by torch's of the model's ``inputs`` alone."""
     is_rows = hasattr(data, "__getitem__") and not isinstance(data, Sequence)
     if collator is None and not is_rows:
         return data
@@ -48,10 +45,7 @@ def _collate(rows: list[Any], inputs: Collection[str]) -> Any:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
-    """Split a mapping with ``labels`` or ``label``, and maybe ``row_id``, or a pair (inputs, labels).
-
-    Returns the model's keyword arguments, or its first one; the labels and the row ids (batch,), both on the CPU.
-    """
+    """Split a mapping with ``labels`` or ``label``, or a pair, into inputs, labels and row ids, both (batch,) on the CPU."""
     inputs, labels, row_ids = batch, None, None
     if isinstance(batch, Mapping):
         inputs = dict(batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,13 @@ def open_data_set(dataset: str, **options: Any) -> Source:
 
 
 def make_digits() -> dict[str, Dataset]:
-    """Make 1,797 scanned digits, 8 x 8 pixels, a data set of RGB images: "train" (1,198 rows) and "test" (599), stratified.
-
-    Alpaydin, Kaynak (1998). Optical Recognition of Handwritten Digits. https://archive.ics.uci.edu/dataset/80
-    """
+    """Make 1,797 scanned digits, 8 x 8 pixels, a data set of RGB images: "train" (1,198 rows) and "test" (599), stratified."""
+    # Alpaydin, Kaynak (1998). Optical Recognition of Handwritten Digits. https://archive.ics.uci.edu/dataset/80
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0 .. 16 in the source
-    images = [{"bytes": _png(image), "path": None} for image in pixels]
+    images = [PILImage.fromarray(image).convert("RGB") for image in pixels]
     names = [str(name) for name in digits.target_names]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     # The test rows belong to the definition of the data set: the same for every seed of a run.
@@ -41,9 +38,3 @@ def make_digits() -> dict[str, Dataset]:
         split: Dataset.from_dict({"image": [images[id] for id in ids], "label": digits.target[ids]}, features=features)
         for split, ids in rows.items()
     }
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    PILImage.fromarray(pixels).convert("RGB").save(stream, "PNG")
-    return stream.getvalue()

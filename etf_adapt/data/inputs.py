@@ -25,7 +25,7 @@ from etf_adapt.sources.columns import Names, find_inputs
 from etf_adapt.sources.folders import BUILDERS, list_files
 from etf_adapt.sources.image_checks import as_images
 from etf_adapt.sources.opening import is_saved_data_set, logger
-from etf_adapt.sources.tables import stream_table
+from etf_adapt.sources.tables import not_utf8, stream_table
 
 WINDOW_BATCHES = 32  # of texts that are read ahead, so that a batch holds texts of similar length
 
@@ -59,10 +59,7 @@ class Batch:
 def open_inputs(
     source: Any, *, task: str, split: str | None = None, column: Names = None, revision: str | None = None
 ) -> Iterable[Any]:
-    """Open what a model is to classify: images ("image") or texts ("text"); ``source`` as ``inputs`` of `predict`.
-
-    Images are of PIL, paths, or stored as `datasets` stores them.
-    """
+    """Open ``inputs`` of `predict`: texts ("text") or images ("image"), of PIL, paths, or stored as `datasets` stores them."""
     if isinstance(source, Dataset):
         return column_of(source, task, column=column)
     if not isinstance(source, (str, Path)):
@@ -127,8 +124,7 @@ def _lines(source: str) -> Iterator[str]:
                 number += 1
                 yield line.rstrip("\n")
     except UnicodeDecodeError as error:
-        where = f"`{source}` is not encoded in UTF-8 ({error.reason} after line {number})"
-        raise DataError(f"{where}: save it anew.") from error
+        raise not_utf8(source, error, number) from error
 
 
 def image_batches(
@@ -181,20 +177,15 @@ def _read_image(image: Any) -> PILImage.Image:
     item: dict[str, Any] = dict(image) if isinstance(image, Mapping) else {"path": str(image), "bytes": None}
     if item["bytes"] is not None or "://" in (item["path"] or "://"):
         return Image().decode_example(item)
-    with PILImage.open(
-        item["path"]
-    ) as opened:  # `datasets` leaves broken files open, and those of several frames (5.2)
+    with PILImage.open(item["path"]) as opened:  # `datasets` leaves broken and multi-frame files open (5.2)
         return ImageOps.exif_transpose(opened)
 
 
 def text_batches(
     texts: Iterable[Any], tokenizer: Any, *, batch_size: int, max_length: int, has_mask: bool = True
 ) -> Iterator[Batch]:
-    """Tokenize and batch texts, or pairs as `tokenize` does; batches of similar length within a window of 32 batches.
-
-    A model without an attention mask (``has_mask``), such as FNet, reads texts one by one: it would read padding as text.
-    """
-    batch_size = batch_size if has_mask else 1
+    """Tokenize and batch texts, or pairs as `tokenize` does; batches of similar length within a window of 32 batches."""
+    batch_size = batch_size if has_mask else 1  # without a mask a model, such as FNet, would read padding as text
     for window in _windows(texts, WINDOW_BATCHES * batch_size):
         good = [(Input(row, *parts), parts) for row, text in window if (parts := _parts(text))]
         if len({len(parts) for _, parts in good}) > 1:

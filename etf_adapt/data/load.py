@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +177,11 @@ def load_data(
         "long_tail": None if imbalance_factor is None else {"imbalance_factor": float(imbalance_factor), **tail},
         "validation_origin": origin,
         "seed": seed,
-        "row_ids_sha256": {split: _sha256(ids) for split, ids in rows.items()},
+        # As little-endian 64-bit integers, so that two runs can show that they used the same rows.
+        "row_ids_sha256": {split: sha256(ids.astype("<i8").tobytes()).hexdigest() for split, ids in rows.items()},
     }
-    return ClassificationData(
-        train=chosen["train"],
-        validation=chosen.get("validation"),
-        test=chosen.get("test"),
-        task=columns.task,
-        label_names=names,
-        class_counts=counts,
-        allow_flip=source.allow_flip,
-        description=description,
-    )
+    held_out = chosen.get("validation"), chosen.get("test")
+    return ClassificationData(chosen["train"], *held_out, columns.task, names, counts, source.allow_flip, description)
 
 
 def _visible_splits(source: Source, columns: Columns) -> dict[str, Dataset]:
@@ -269,8 +262,3 @@ def _short_names(source: Source) -> list[str]:
     root = source.folder or Path()
     names = [file.relative_to(root) if file.is_relative_to(root) else Path(file.name) for file in source.files[:10]]
     return [name.as_posix() for name in names]
-
-
-def _sha256(rows: np.ndarray) -> str:
-    """Hash row ids, as little-endian 64-bit integers, so that two runs can show that they used the same rows."""
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()

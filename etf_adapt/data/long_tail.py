@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ CLASS_ORDERS = ("label", "permuted")
 _ORDER_STREAM, _ROW_STREAM, _EVEN_STREAM = 1, 2, 3
 
 EVEN_IMBALANCE = 2.0  # below which classes count as evenly filled
+Ids: TypeAlias = NDArray[np.int64]
 
 
 class Labels(NamedTuple):
@@ -101,15 +102,8 @@ def make_long_tailed(
         >>> class_counts(make_long_tailed(dataset, imbalance_factor=100)).tolist()
         [100, 10, 1]
     """
-    rows = long_tailed_indices(
-        dataset,
-        imbalance_factor=imbalance_factor,
-        profile=profile,
-        label_column=label_column,
-        class_order=class_order,
-        seed=seed,
-    )
-    return dataset.select(rows)
+    tail: dict[str, Any] = {"imbalance_factor": imbalance_factor, "profile": profile, "class_order": class_order}
+    return dataset.select(long_tailed_indices(dataset, **tail, seed=seed, label_column=label_column))
 
 
 def long_tailed_indices(
@@ -147,9 +141,7 @@ def long_tailed_indices(
     return draw_per_class(ids, kept, seeded_generator(seed, _ROW_STREAM))
 
 
-def draw_per_class(
-    ids: NDArray[np.int64], counts: NDArray[np.int64], generator: np.random.Generator
-) -> NDArray[np.int64]:
+def draw_per_class(ids: Ids, counts: Ids, generator: np.random.Generator) -> Ids:
     """Choose so many random rows of each class, none above the rows that it has; ascending."""
     rows, starts = rows_by_class(ids, len(counts), generator)
     classes = ids[rows]
@@ -201,10 +193,7 @@ def read_labels(data: Any, *, num_classes: int | None = None, label_column: str 
 
 
 def check_labels(values: Any, *, name: str = "labels", num_classes: int | None = None) -> NDArray[np.int64]:
-    """Convert class ids (rows,) to int64; a missing, fractional or out-of-range one is named with its row.
-
-    ``num_classes`` None sets no upper bound; ``name`` is what the messages call the values.
-    """
+    """Convert class ids (rows,) to int64; a missing, fractional or out-of-range one is named, by ``name`` and its row."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
     array = np.asarray(values)
@@ -232,9 +221,7 @@ def check_labels(values: Any, *, name: str = "labels", num_classes: int | None =
     return ids
 
 
-def rows_by_class(
-    ids: NDArray[np.int64], num_classes: int, generator: np.random.Generator
-) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+def rows_by_class(ids: Ids, num_classes: int, generator: np.random.Generator) -> tuple[NDArray[np.integer], Ids]:
     """Return row ids (rows,), class after class and shuffled within each, and the start of each class in them."""
     shuffled = generator.permutation(np.arange(len(ids), dtype=np.int32 if len(ids) < 2**31 else np.int64))
     # numpy sorts 16-bit integers by radix, eight times as fast as wider ones.

@@ -26,8 +26,7 @@ REAL_LENGTH = 10**9  # tokenizers that know no limit say 10**30
 def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
     """Tokenize a split once, to columns of the tokenizer, "length" (num_tokens) and "row_id"; later runs read the cache.
 
-    A column "text_pair" makes pairs with "text"; of a pair that is too long the longer text is cut first. ``max_length`` counts
-    the tokenizer's own tokens too; by default its own limit, and 512 where it has none.
+    A column "text_pair" makes pairs with "text". ``max_length`` is by default the tokenizer's own limit, 512 if it has none.
     """
     if max_length is None:
         own = tokenizer.model_max_length
@@ -36,7 +35,6 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) ->
         raise ValueError(f"`max_length` (={max_length}) must be at least 1: it counts tokens.")
 
     names = [name for name in ("text", "text_pair") if name in dataset.column_names]
-
     lines = ProgressLines("tokenizing texts", len(dataset))
 
     def encode(rows: dict[str, list[Any]], ids: list[int]) -> dict[str, list[Any]]:
@@ -65,24 +63,20 @@ def tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None = None) ->
 
 
 class TextCollator:
-    """Make a batch of rows of `tokenize`, padded to its longest one: the tokenizer's inputs, "labels" and "row_id".
+    """Make a batch of rows of `tokenize`, padded to its longest one: the tokenizer's inputs, "labels" and "row_id"."""
 
-    ``pad_to_multiple_of`` rounds the length up, as tensor cores like it (8).
-    """
-
-    def __init__(self, tokenizer: Any, *, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 f"`tokenizer` (={type(tokenizer).__name__}) has no padding token, so texts cannot be batched: set its "
                 "`pad_token`, to its `eos_token` for most decoders, and the model's `pad_token_id` to match."
             )
         self._tokenizer = tokenizer
-        self._pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these rows; all values int64."""
         inputs = [{name: row[name] for name in self._tokenizer.model_input_names if name in row} for row in rows]
-        padded = self._tokenizer.pad(inputs, pad_to_multiple_of=self._pad_to_multiple_of, return_tensors="pt")
+        padded = self._tokenizer.pad(inputs, return_tensors="pt")
         return dict(padded) | {
             "labels": torch.tensor([row["label"] for row in rows]),
             "row_id": torch.tensor([row["row_id"] for row in rows]),
@@ -94,10 +88,7 @@ _POOL_BATCHES = 50
 
 
 class SimilarLengths(Sampler[int]):
-    """Reorder the draw of a sampler so that a batch holds rows of similar length, and pads little; class quotas stay.
-
-    Pools of 50 batches are sorted by length, ties in the order drawn, cut into batches, and these shuffled, by seed and epoch.
-    """
+    """Reorder a sampler's draw: pools of 50 batches are sorted by length, ties as drawn, cut into batches, and shuffled."""
 
     def __init__(
         self,

@@ -1,11 +1,12 @@
-"""The closed form without one example at a time, exactly: for the features that the head was set from.
+"""The closed form without one example at a time, exactly, and the penalty that is chosen by it.
 
 In training, where features move on, ``heads.seen_rows`` leaves an example out of the mean of its class alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from etf_adapt.geometry.closed_form import TINY, check_frame
 from etf_adapt.geometry.statistics import ClassStatistics
 
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # multiples of the covariance's mean eigenvalue
 _SCORES, _CHUNK = 2**24, 2**21  # numbers of scores: of a sample, and at a time
 
 
@@ -37,6 +39,11 @@ class LeaveOneOut:
 
         These are the refitted head's logits up to one number for each example, of a class of two rows or more.
         """
+        rows = max(1, _CHUNK // len(self.counts))
+        chunks = zip(features.split(rows), labels.split(rows), strict=True)
+        return torch.cat([self._scores(*chunk, penalty) for chunk in chunks])
+
+    def _scores(self, features: Tensor, labels: Tensor, penalty: float) -> Tensor:
         counts, own = self.counts[labels], (torch.arange(len(labels)), labels)
         spectrum = self.values.clamp_min(0.0) + penalty * float(self.values.mean()) + TINY
         deviations = features.to(torch.float64) @ self.basis - self.means[labels]  # e: (batch, in_features)
@@ -70,14 +77,27 @@ def usable_sample(statistics: ClassStatistics, features: Tensor, labels: Tensor)
     return features[usable], labels[usable]
 
 
-def in_chunks(statistics: ClassStatistics, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield examples and their labels by as many as fit into memory with several arrays of their scores."""
-    rows = max(1, _CHUNK // len(statistics.counts))
-    return zip(features.split(rows), labels.split(rows), strict=True)
+def choose_penalty(
+    statistics: ClassStatistics,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    intercept: bool = True,
+    penalties: Iterable[float] = PENALTIES,
+) -> tuple[float, float]:
+    """Choose the penalty of the whitened frame, of ``penalties``: the best leave-one-out balanced accuracy on a sample.
 
-
-def mean_recall(predicted: Tensor, labels: Tensor) -> float:
-    """Return the balanced accuracy over the classes that occur."""
+    Returns the penalty (of equally good ones the largest) and its accuracy, over the sampled classes with two rows or more;
+    1 and NaN where there is no such class.
+    """
+    features, labels = usable_sample(statistics, features, labels)
+    if len(labels) == 0:
+        return 1.0, math.nan
+    left_out, accuracies = LeaveOneOut(statistics, intercept=intercept), {}
     rows = torch.bincount(labels)
-    correct = torch.bincount(labels, weights=(predicted == labels).to(torch.float64))
-    return float((correct[rows > 0] / rows[rows > 0]).mean())
+    for penalty in penalties:
+        is_right = left_out.scores(features, labels, penalty=penalty).argmax(dim=1) == labels
+        correct = torch.bincount(labels, weights=is_right.to(torch.float64))
+        accuracies[penalty] = float((correct / rows)[rows > 0].mean())
+    best = max(accuracies, key=lambda penalty: (accuracies[penalty], penalty))
+    return best, accuracies[best]

@@ -22,7 +22,7 @@ from etf_adapt.data.long_tail import check_labels, even_cap, even_sample
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
-from etf_adapt.geometry.penalty import PENALTIES, choose_penalty
+from etf_adapt.geometry.leave_one_out import PENALTIES, choose_penalty
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import (
@@ -116,8 +116,8 @@ def align_head(
         raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
     data = as_batches(data, inspect.signature(model.forward).parameters, collator)
     counts = _count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
-    width = max(head.weight.shape[1] for head in heads.values())
-    rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // width))
+    kept = MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in heads.values())
+    rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, kept))
 
     set_heads = [
         _set_head(head, statistics, features, rows, frame, penalty, seed)
@@ -146,8 +146,8 @@ def align_head(
         rows=int(rows.statistics[0].counts.sum()),
         length=length,
         rows_seen=tuple(
-            _rows_seen(rows, index, Form(frame, penalty, head.bias is not None, scale))
-            for index, (head, penalty) in enumerate(zip(heads.values(), penalties, strict=True))
+            _rows_seen(rows, index, Form(frame, penalties[index], head.bias is not None, scale))
+            for index, head in enumerate(heads.values())
         ),
         statistics=tuple(rows.statistics),
     )

@@ -77,8 +77,6 @@ class SeenRows:
         self._take(self.form)
         return self
 
-    # Left out
-
     def logits(self, logits: Tensor, features: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
         """Change a head's logits (batch, ..., num_classes) for features (batch, ..., in_features): each row is left out.
 
@@ -107,8 +105,6 @@ class SeenRows:
         """Return where rows (batch,) are held, and whether they are."""
         places = torch.searchsorted(self.row_ids, row_ids).clamp_max(len(self.row_ids) - 1)
         return places, self.row_ids[places] == row_ids
-
-    # Set anew
 
     def note(self, row_ids: Tensor, features: Tensor) -> None:
         """Note what the head reads of rows (batch,) in a step: (batch, in_features)."""
@@ -141,8 +137,6 @@ class SeenRows:
         head.set_class_vectors(form.scale * weight, form.scale * bias)
         self._take(form)
         return True
-
-    # Checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds but its form, for a file."""

@@ -22,10 +22,7 @@ class UnfinishedFolderError(ValueError):
 
 
 def check_folder(folder: str | os.PathLike[str], *, statistics: bool = False) -> list[str]:
-    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path.
-
-    The sums over each class's features go out with ``statistics`` only: of a class of few rows they are nearly the rows.
-    """
+    """Return the names of the files to publish; refuse a folder that lacks something or shows a token or a local path."""
     path = Path(folder)
     try:
         if not path.is_dir():
@@ -39,6 +36,7 @@ def check_folder(folder: str | os.PathLike[str], *, statistics: bool = False) ->
             raise UnfinishedFolderError(
                 f"holds no {STATISTICS_FILE} to publish: leave `statistics` (--statistics) out, or set the head by refit."
             )
+        # Only if asked for: sums over the features of a class of few rows are nearly the rows.
         found = [file for file in found if statistics or file.name != STATISTICS_FILE]
         names = [file.relative_to(path).as_posix() for file in found]
         _check_weights(path, names)

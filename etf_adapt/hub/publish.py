@@ -28,9 +28,8 @@ def publish(
 ) -> str:
     """Publish the folder of a finished run, or of ``save_pretrained``, as one commit, and return the commit's address.
 
-    The card of a run is first written anew under the model's name on the Hub. A card that was edited in the folder is
-    published as it is; one that was edited on the Hub stays. ``statistics`` sends the statistics of the head's rows too, by
-    which others can extend the model; the card says what they tell of these rows. Failures are ``HubError``.
+    The card of a run is first written anew under the model's name; one that was edited here is published as it is, one that
+    was edited there stays. ``statistics`` sends those of the head's rows too, and the card says so. Failures are ``HubError``.
     """
     options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
     options["statistics"] = statistics

@@ -49,10 +49,7 @@ def send_folder(
 ) -> str:
     """Send a finished folder as one commit, which also removes stale weights, and return the commit's address.
 
-    Retries and resumption are those of ``HfApi.upload_folder``: called again after a failure it sends what is missing.
-    Repository and branch (``revision``) are made where they do not exist; ``private=None`` leaves that to the owner's
-    settings; ``statistics`` sends what set the head too; ``command`` carries on after a failure; ``kept`` names files that
-    are not sent where the repository has them.
+    ``command`` carries on after a failure, with what is missing; ``kept`` files are not sent where the repository has them.
     """
     from huggingface_hub import HfApi
 
@@ -140,12 +137,7 @@ def carry_on_command(
     commit_message: str | None = None,
     statistics: bool = False,
 ) -> str:
-    """Return the command that publishes a folder, from the start or after a failure; arguments as in ``send_folder``.
-
-    Example:
-        >>> carry_on_command("out/my run", "me/net", private=True)
-        "etf-adapt publish 'out/my run' me/net --private"
-    """
+    """Return the command that publishes a folder, from the start or after a failure; arguments as in ``send_folder``."""
     words = ["etf-adapt", "publish", str(folder), repo_id]
     words += [] if private is None else ["--private" if private else "--public"]
     words += [] if revision is None else ["--revision", revision]

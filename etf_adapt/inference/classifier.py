@@ -142,10 +142,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def classify(classifier: Classifier, inputs: Iterable[Any], **options: Any) -> Iterator[tuple[Input, np.ndarray | str]]:
-    """Yield each input, in order, with its probabilities (num_classes,), or the reason why it cannot be read.
-
-    ``options`` are those of ``Classifier.batches``. Inputs are read as they are needed: a batch of images, a window of texts.
-    """
+    """Yield each input, in order, with its probabilities (num_classes,), or why it cannot be read; options of ``batches``."""
     waiting: dict[int, tuple[Input, np.ndarray | str]] = {}
     due = 0
     for batch in classifier.batches(inputs, **options):
@@ -178,7 +175,7 @@ def evaluate_split(
     split: str | None = None,
     unknown_classes: str = "fail",
     class_counts: Sequence[int] | None = None,
-    shot_bounds: tuple[float, float] = SHOT_BOUNDS,
+    shot_bounds: Sequence[float] = SHOT_BOUNDS,
     revision: str | None = None,
     columns: Mapping[str, Any] | None = None,
     **options: Any,
@@ -192,17 +189,16 @@ def evaluate_split(
         if len(splits) == 1 and split in (None, "test"):  # a lone file is what to test on, and says nothing of training
             splits = {"test": next(iter(splits.values()))}
         split = choose_split(splits, split, dataset=dataset)
-    found = find_columns(splits[split], **(columns or {}))
+    rows = splits[split]
+    found = find_columns(rows, **(columns or {}))
     if found.task != classifier.task:
         raise DataError(f"The model reads {classifier.task}s, and column `{found.input}` holds {found.task}s.")
-    if labels_are_hidden(splits[split], found.label):
+    if labels_are_hidden(rows, found.label):
         raise DataError(f"The labels of split {split} are hidden (-1): take another.")
-    labels = match_names(
-        splits[split], found.label, classifier.label_names, split=split, unknown_classes=unknown_classes
-    )
+    labels = match_names(rows, found.label, classifier.label_names, split=split, unknown_classes=unknown_classes)
     kept = np.flatnonzero(labels >= 0)
     counts, counted = _training_counts(classifier, splits, found.label, class_counts)
-    rows = splits[split] if len(kept) == len(labels) else splits[split].select(kept, keep_in_memory=True)
+    rows = rows if len(kept) == len(labels) else rows.select(kept, keep_in_memory=True)
     inputs = column_of(rows, classifier.task, column=tuple(filter(None, (found.input, found.pair))), folder=folder)
     targets, files = torch.from_numpy(labels[kept]), [""] * len(kept)
 

@@ -154,15 +154,9 @@ def extend(
         changed = {path: dataclasses.replace(part, unread=unread) for path, part in changed.items()}
     totals = next(iter(changed.values())).class_counts
     counts = {names[index]: int(totals[place]) for place, index in enumerate(kept.tolist())}
-    settings = made.etf_settings
+    own = {"trainable": made.etf_settings["head"]["trainable"], "loss": made.etf_settings["loss"]}
     adapt(
-        made,
-        len(counts),
-        id2label=dict(enumerate(counts)),
-        head_path=list(heads),
-        trainable=settings["head"]["trainable"],
-        loss=settings["loss"],
-        class_counts=[*counts.values()],
+        made, len(counts), id2label=dict(enumerate(counts)), class_counts=[*counts.values()], head_path=[*heads], **own
     )
     set_heads(made, changed)
     dropped = [name for name in names if name not in counts]

@@ -37,10 +37,7 @@ def read_classes(
     max_rows: int | None = None,
     **options: Any,
 ) -> TrainingRows:
-    """Read what the heads are given of rows; label i of the data set is class ``classes[i]`` of the model.
-
-    Of more than ``max_rows`` these are a sample even over the classes. ``options`` are ``batch_size`` and ``num_workers``.
-    """
+    """Read what the heads are given of at most so many rows, evenly; label i of the data set is class ``classes[i]``."""
 
     def collate(batch: list[Any]) -> dict[str, Any]:
         made: dict[str, Any] = collator(batch)

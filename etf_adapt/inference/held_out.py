@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from etf_adapt.geometry.closed_form import closed_form_vectors
-from etf_adapt.geometry.leave_one_out import LeaveOneOut, in_chunks
-from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.geometry.leave_one_out import PENALTIES, LeaveOneOut
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.inference.head_statistics import HeadStatistics, logit_norm
@@ -20,6 +19,8 @@ from etf_adapt.metrics.calibration import fit_balanced
 
 GREATEST_PENALTY = 1e4  # the grid goes on to it while its last one is the best
 _LOGITS = 2**22  # by which a penalty is chosen: a fit of the scale reads them some thirty times
+
+Score = Callable[[float, Tensor], Tensor]  # from a penalty and the indices of rows to their logits by the head
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,10 @@ class Choice:
 
 
 def choose_by_log_loss(
-    score: Callable[[float, Tensor], Tensor],
-    labels: Tensor,
-    counts: Tensor,
-    *,
-    penalties: Sequence[float] = PENALTIES,
-    adjusts: bool = True,
+    score: Score, labels: Tensor, counts: Tensor, *, penalties: Sequence[float] = PENALTIES, adjusts: bool = True
 ) -> Choice:
-    """Choose a penalty by the class-balanced log loss of held-out rows, after scale and prior adjustment were fitted to them.
-
-    ``score(penalty, rows)`` are the logits of rows, by their indices, of the head with this penalty. A proper score tells more
-    than an accuracy where rows are few; classes of few rows share their weight.
-    """
+    """Choose a penalty by the class-balanced log loss of held-out rows, scale and prior adjustment fitted to them too."""
+    # A proper score tells more than an accuracy where rows are few; classes of few rows share their weight.
     prior = counts if adjusts else None
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     some = order[: max(1, _LOGITS // len(counts))]
@@ -67,9 +60,7 @@ def choose_by_log_loss(
     return Choice(best, scale, strength, loss, scale * logits - strength * log_prior(counts, logits))
 
 
-def choose_nothing(
-    score: Callable[[float, Tensor], Tensor], penalty: float, labels: Tensor, before: Tensor | None
-) -> Choice:
+def choose_nothing(score: Score, penalty: float, labels: Tensor, before: Tensor | None) -> Choice:
     """Return the head with a given penalty, its logits as long as those of the head before; all of it without held-out rows."""
     logits = score(penalty, torch.arange(len(labels)))
     scale = 1.0 if before is None else float(vertex_products(before)[1].mean() / vertex_products(logits)[1].mean())
@@ -79,14 +70,13 @@ def choose_nothing(
 def mean_logits(features: Sequence[Tensor], vectors: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     """Return the logits of features, float64; of several heads their mean, as most models take it."""
     parts = zip(features, vectors, strict=True)
-    return torch.stack(
-        [kept.double() @ weight.T + (0 if bias is None else bias) for kept, (weight, bias) in parts]
-    ).mean(0)
+    logits = [kept.double() @ weight.T + (0 if bias is None else bias) for kept, (weight, bias) in parts]
+    return torch.stack(logits).mean(0)
 
 
 def score_features(
     statistics: Sequence[ClassStatistics], features: Sequence[Tensor], intercepts: Sequence[bool]
-) -> Callable[[float, Tensor], Tensor]:
+) -> Score:
     """Return ``score`` for rows that are not among the statistics, of each head."""
 
     def score(penalty: float, rows: Tensor) -> Tensor:
@@ -99,17 +89,16 @@ def score_features(
 
 def score_left_out(
     statistics: Sequence[ClassStatistics], features: Sequence[Tensor], labels: Tensor, intercepts: Sequence[bool]
-) -> Callable[[float, Tensor], Tensor]:
+) -> Score:
     """Return ``score`` for rows of the statistics, each by the heads that would have been set without it."""
     left_out = [LeaveOneOut(each, intercept=own) for each, own in zip(statistics, intercepts, strict=True)]
 
     def score(penalty: float, rows: Tensor) -> Tensor:
         found = []
         for each, kept, own, without in zip(statistics, features, intercepts, left_out, strict=True):
-            chunks = in_chunks(each, kept[rows], labels[rows])
-            logits = [without.scores(*part, penalty=penalty) for part in chunks]
             vectors = closed_form_vectors(each, "whitened", penalty=penalty, intercept=own)
-            found.append(torch.cat(logits) / logit_norm(each, *vectors))
+            logits = without.scores(kept[rows], labels[rows], penalty=penalty)
+            found.append(logits / logit_norm(each, *vectors))
         return torch.stack(found).mean(dim=0)
 
     return score

@@ -17,10 +17,7 @@ _MALLOC_OPTIONS = {-4: 0, -1: -1}  # of malloc.h: M_MMAP_MAX none, M_TRIM_THRESH
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Set the CPU threads of this process, and return their number.
-
-    Where None, the usable cores are shared by the processes of this machine if a launcher started them.
-    """
+    """Set the CPU threads of this process, and return them; by default a launcher's processes share the usable cores."""
     # `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1, by which two cores would run as one.
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if threads is None and launched:
@@ -67,10 +64,7 @@ def first_process_decides(decide: Callable[[], Value]) -> Value:
 
 
 def unmet_requests(distributed_type: str) -> list[str]:
-    """Return a warning for each thing that a launcher was asked for and that does not happen.
-
-    ``distributed_type`` is what Accelerate does: a value of ``accelerate.DistributedType``.
-    """
+    """Return a warning for each request to a launcher that what Accelerate does (its ``DistributedType``) does not meet."""
     # `accelerate launch --cpu --num_processes 2` starts one process without a word; it leaves MASTER_ADDR behind, which it sets
     # for more than one only. FSDP and DeepSpeed are passed over on CPUs (accelerate 1.15).
     warnings = []

@@ -76,14 +76,18 @@ def predict_rows(
 ) -> RowPredictions:
     """Predict each row once, over all processes, keeping no logits but what ``keep(logits, labels)`` returns of a batch's.
 
-    ``batches`` are this process's, with ``labels`` and ``row_id`` (batch,), by which rows repeated to fill a batch count once;
-    without ``row_id`` rows are numbered as they come, which needs a single process. ``num_rows`` is checked where given.
+    A ``row_id`` that is repeated to fill a batch counts once; without it rows are numbered as they come, on a single process.
     ``offsets`` (num_classes,) were added to the logits by a prior adjustment.
     """
 
     def reduced() -> Iterator[tuple[Tensor, ...]]:
         for row_ids, labels, logits in _scored(model, batches):
-            kept = () if keep is None else (_one_tensor(keep(logits, labels), len(labels)),)
+            kept = () if keep is None else (keep(logits, labels),)
+            if kept and not (isinstance(kept[0], Tensor) and len(kept[0]) == len(labels)):
+                raise ValueError(
+                    f"`preprocess_logits_for_metrics` (={type(kept[0]).__name__}) must return one tensor with a line for each "
+                    "row of the batch: logits come as a single tensor (batch, num_classes)."
+                )
             yield *_reduced(row_ids, labels, logits, offsets), *kept
 
     rows = RowPredictions(*(column.numpy() for column in _each_row_once(reduced())))
@@ -114,23 +118,17 @@ def score_rows(
 ) -> dict[str, float | None]:
     """Return the metrics of ``ShotAccuracy`` for predictions of rows with labels."""
     check_labels(rows.labels)
-    scores: dict[str, float | None] = ShotAccuracy(class_counts, shot_bounds=(shot_bounds[0], shot_bounds[1])).compute(
+    return ShotAccuracy(class_counts, shot_bounds=(shot_bounds[0], shot_bounds[1])).compute(
         predictions=rows.predictions, references=rows.labels, confidences=rows.confidences, losses=rows.losses
     )
-    return scores
 
 
 def calibrate(
-    model: ETFModel,
-    batches: Iterable[Mapping[str, Any]],
-    class_counts: Sequence[int] | np.ndarray | None = None,
+    model: ETFModel, batches: Iterable[Mapping[str, Any]], class_counts: Sequence[int] | np.ndarray | None = None
 ) -> tuple[float, float]:
-    r"""Fit a factor s of the logits, and with class counts an adjustment t by the prior, on held-out rows; fold them in.
+    """Fit a factor s of the logits, and with class counts an adjustment t by the prior, on held-out rows; return both.
 
-    .. math:: W \leftarrow s W, \qquad b \leftarrow s b - t \log \pi
-
-    The head becomes a stock layer if it is none, and what was folded in before is replaced. Returns s and t, the same on every
-    process; t is 0 without the training rows of each class.
+    W <- s W and b <- s b - t log prior, in place of what was folded in before; the head becomes a stock layer if it is none.
     """
     model.fold_heads()
     model.set_calibration(1.0)
@@ -166,15 +164,6 @@ def _each_row_once(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
     columns = [torch.cat(chunks) for chunks in zip(*gathered, strict=True)]
     first = torch.from_numpy(np.unique(columns[0].numpy(), return_index=True)[1])
     return [column[first] for column in columns]
-
-
-def _one_tensor(kept: Any, num_rows: int) -> Tensor:
-    if not isinstance(kept, Tensor) or len(kept) != num_rows:
-        raise ValueError(
-            f"`preprocess_logits_for_metrics` (={type(kept).__name__}) must return one tensor with a line for each row of the "
-            "batch: logits come as a single tensor (batch, num_classes)."
-        )
-    return kept
 
 
 def _scored(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -16,24 +16,18 @@ from torch import Tensor
 from etf_adapt.data.load import ClassificationData, load_data
 from etf_adapt.data.long_tail import EVEN_IMBALANCE
 from etf_adapt.errors import DataError, check_choice
-from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
 from etf_adapt.inference.head_statistics import set_heads
-from etf_adapt.inference.held_out import (
-    Choice,
-    choose_by_log_loss,
-    choose_nothing,
-    mean_logits,
-    score_features,
-    score_left_out,
-)
+from etf_adapt.inference.held_out import choose_by_log_loss, choose_nothing, mean_logits, score_features, score_left_out
 from etf_adapt.inference.launch import join_processes
+from etf_adapt.inference.predictions import predictions_of, score_rows
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.metrics.calibration import fit_balanced
-from etf_adapt.metrics.shots import classification_scores
+from etf_adapt.metrics.shots import SHOT_BOUNDS
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.folders import locate
 from etf_adapt.models.names import ENTRY
@@ -168,9 +162,8 @@ def refit(
     location = locate(model, fetch=True)
     run = _run_of(location, dataset)
     itself = held_out == "auto" and (new_labels or run.get("freeze") == "backbone")
-    data = load_data(
-        dataset, **{**run.get("options", {}), **({"validation_fraction": 0.0} if itself else {}), **data_options}
-    )
+    whole = {"validation_fraction": 0.0} if itself else {}
+    data = load_data(dataset, **{**run.get("options", {}), **whole, **data_options})
     judge = _Judge("each training row scored without itself") if itself else _find_judge(held_out, data, run)
 
     # The model with its own head, then with a head of ours in its place.
@@ -218,7 +211,7 @@ def refit(
     # Set the head for the last time, with the rows that had been kept out.
     parts = zip(paths, train.statistics, judged.statistics, intercepts, strict=True)
     heads = {path: choice.head(part + other if judge.joins else part, own, unread) for path, part, other, own in parts}
-    helps = before is None or force or _helps(choice, before, judged.labels, counts)
+    helps = before is None or force or _helps(choice.log_loss, before, judged.labels, counts)
     if helps:
         set_heads(made, heads)
     else:
@@ -247,7 +240,10 @@ def _run_of(location: str, dataset: str) -> dict[str, Any]:
     """Return what a run of this library on this data set left beside the model; nothing for other models and data sets."""
     file, facts = Path(location, ARGUMENTS_FILE), read_facts(location)
     arguments = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if facts is None or not _is_same(str(arguments.get("dataset", "digits")), dataset):
+    own = str(arguments.get("dataset", "digits"))
+    paths = [Path(name).expanduser() for name in (own, dataset)]
+    is_same = own == dataset or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+    if facts is None or not is_same:
         return {}
     options = {name: arguments[name] for name in _OPTIONS_OF_ROWS if arguments.get(name) is not None}
     return {
@@ -255,12 +251,6 @@ def _run_of(location: str, dataset: str) -> dict[str, Any]:
         "freeze": arguments.get("freeze"),
         "row_ids": facts.dataset["row_ids_sha256"],
     }
-
-
-def _is_same(dataset: str, other: str) -> bool:
-    """Return whether two names mean one data set: the same text, or the same place on this machine."""
-    paths = [Path(name).expanduser() for name in (dataset, other)]
-    return dataset == other or (all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve())
 
 
 def _find_judge(held_out: str, data: ClassificationData, run: Mapping[str, Any]) -> _Judge:
@@ -297,11 +287,9 @@ def _take_old_heads(model: Any, paths: Sequence[str], location: str) -> list[_La
 
 def _match(label_names: Sequence[str], names: Sequence[str]) -> list[int]:
     """Return the model's class of each class of the data set, by name."""
-    unknown, empty = set(label_names) - set(names), set(names) - set(label_names)
+    unknown, empty = sorted({*label_names} - {*names}), sorted({*names} - {*label_names})
     if unknown or empty:
-        what = (
-            f"unknown to the model: {quoted(sorted(unknown))}" if unknown else f"without rows: {quoted(sorted(empty))}"
-        )
+        what = f"unknown to the model: {quoted(unknown)}" if unknown else f"without rows: {quoted(empty)}"
         raise DataError(
             f"The classes of the data set are not those of the model; {what}. Rename them, or make the model a classifier of "
             "these classes with new labels (`new_labels`, --new_labels); extend adds classes to a model that was refitted."
@@ -309,18 +297,14 @@ def _match(label_names: Sequence[str], names: Sequence[str]) -> list[int]:
     return [list(names).index(name) for name in label_names]
 
 
-def _helps(choice: Choice, before: Tensor, labels: Tensor, counts: Tensor) -> bool:
+def _helps(log_loss: float, before: Tensor, labels: Tensor, counts: Tensor) -> bool:
     """Return whether held-out rows are scored better than by the old head, its scale fitted too; unseen: uneven classes."""
-    if math.isnan(choice.log_loss):
+    if math.isnan(log_loss):
         return bool(counts.max() / counts.min() >= EVEN_IMBALANCE)
-    return choice.log_loss < fit_balanced(before, labels)[2]
+    return log_loss < fit_balanced(before, labels)[2]
 
 
 def _scores(logits: Tensor, labels: Tensor, counts: Tensor) -> dict[str, float | None]:
     if len(labels) == 0:
         return {}
-    confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return classification_scores(
-        predictions.numpy(), labels.numpy(), confidences.numpy(), losses.numpy(), class_counts=counts.int().numpy()
-    )
+    return score_rows(predictions_of(torch.arange(len(labels)), labels, logits), counts.int().numpy(), SHOT_BOUNDS)

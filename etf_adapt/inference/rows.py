@@ -51,22 +51,12 @@ def prepare_rows(
     if data.task == "image":
         if image_size is not None:
             set_image_size(model, processor, image_size)
-        plain = image_transforms(processor, train=False, image_size=image_size)
-        augmented = image_transforms(
-            processor, train=True, image_size=image_size, augment=augment, allow_flip=data.allow_flip
-        )
-        # Decoded images are kept where they are read each epoch and never augmented.
-        images = {
-            name: None
-            if split is None
-            else ImageDataset(
-                split,
-                augmented if name == "train" else plain,
-                seed=seed,
-                keep=name in ("alignment", "validation"),
-            )
-            for name, split in splits.items()
-        }
+        options: dict[str, Any] = {"image_size": image_size, "augment": augment, "allow_flip": data.allow_flip}
+        kept = ("alignment", "validation")  # in memory, decoded: they are read each epoch and never augmented
+        images = {}
+        for name, split in splits.items():
+            transform = image_transforms(processor, train=name == "train", **options)
+            images[name] = None if split is None else ImageDataset(split, transform, seed=seed, keep=name in kept)
         return ModelRows(**images, collator=default_collate, processor=processor)
     length = token_limit(model, processor, max_length)
     if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length

@@ -19,10 +19,8 @@ _SAMPLE = 2**22  # logits on which the fit begins
 
 
 def fit_logit_scale(logits: Tensor, labels: Tensor) -> float:
-    """Fit the factor s = 1/T of the logits by held-out likelihood (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
-
-    Within ``FACTORS``; 1.0 without rows. Logits (rows, num_classes), labels (rows,).
-    """
+    """Fit the factor s = 1/T of the logits, within ``FACTORS``, by held-out likelihood; 1.0 without rows."""
+    # Guo et al. 2017, https://arxiv.org/abs/1706.04599
     weights, prior = torch.ones(logits.shape[1]).double(), torch.zeros(logits.shape[1]).double()
     return _fit(logits, labels, weights, prior, strengths=(0.0, 0.0))[0]
 
@@ -39,11 +37,8 @@ def fit_prior_adjustment(logits: Tensor, labels: Tensor, class_counts: Tensor | 
 def fit_balanced(
     logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int] | None = None, *, min_rows: int = 5
 ) -> tuple[float, float, float]:
-    """Fit s, and with class counts t, as ``fit_prior_adjustment`` does; return them and the class-balanced log loss reached.
-
-    It is a proper score by which logits are compared. Classes with fewer than ``min_rows`` rows share their weight: the loss of
-    one row alone is mostly chance.
-    """
+    """Fit s, and with class counts t, as ``fit_prior_adjustment`` does; return them and the class-balanced log loss reached."""
+    # Classes with few rows share their weight: the loss of one row alone is mostly chance.
     rows = torch.bincount(labels, minlength=logits.shape[1]).double()
     small = (rows > 0) & (rows < min_rows)
     rows[small] = rows[small].mean()

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import List, Value
 
-from etf_adapt.data.long_tail import check_labels
-from etf_adapt.metrics.shots import Floats, Ids, InMemoryMetric, to_float64
+from etf_adapt.data.long_tail import Ids, check_labels
+from etf_adapt.metrics.shots import Floats, InMemoryMetric, to_float64
 
 _EPS = np.finfo(np.float64).eps
 

@@ -11,12 +11,11 @@ import torch
 from datasets import Features, Value
 from numpy.typing import NDArray
 
-from etf_adapt.data.long_tail import check_labels
+from etf_adapt.data.long_tail import Ids, check_labels
 
 SHOT_BOUNDS = (20, 100)  # least and greatest training count of a medium class (Liu et al. 2019)
 CALIBRATION_BINS = 15
 
-Ids: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Counts: TypeAlias = Sequence[int] | Ids
 
@@ -190,11 +189,8 @@ def classification_scores(
 
 
 def class_groups(class_counts: Counts, shot_bounds: Sequence[float] = SHOT_BOUNDS) -> dict[str, Ids]:
-    """Return the class ids of ``many``, ``medium`` and ``few``, by the bounds, and of thirds by falling training count.
-
-    Ties follow the class id. Head and tail third are equally large, the middle one differs by one class at most: of two classes
-    one is head, the other tail.
-    """
+    """Return the class ids of ``many``, ``medium`` and ``few``, by the bounds, and of thirds by falling training count."""
+    # Ties follow the class id. Of two classes one is head, the other tail.
     counts, (least, greatest) = np.asarray(class_counts, np.int64), shot_bounds
     order = np.argsort(-counts, kind="stable")
     size = (len(order) + 1) // 3
@@ -208,18 +204,14 @@ def class_groups(class_counts: Counts, shot_bounds: Sequence[float] = SHOT_BOUND
     }
 
 
-def pooled_balanced_accuracy(predictions: Ids, labels: Ids, *, min_rows: int = 5) -> float:
-    """Compute the balanced accuracy with one recall for all classes that have fewer than ``min_rows`` rows.
-
-    Each class keeps its weight: it is the balanced accuracy where no class is small, and the accuracy where all are.
-    """
+def pooled_class_mean(values: NDArray[Any], labels: Ids, *, min_rows: int = 5) -> float:
+    """Compute the mean over classes of each one's mean value (rows,); classes of fewer than ``min_rows`` rows share theirs."""
     # The recall of a class with one row is 0 or 1, and a mean over many of those chooses by chance.
-    recalls, _ = _recalls_and_f1(predictions, labels, None)
-    is_small = np.bincount(labels, minlength=len(recalls)) < min_rows
-    rows = is_small[labels]
-    if rows.any():
-        recalls[is_small & ~np.isnan(recalls)] = (predictions == labels)[rows].mean()
-    return float(np.nanmean(recalls))
+    rows, sums = np.bincount(labels), np.bincount(labels, weights=values)
+    is_small = (rows > 0) & (rows < min_rows)
+    own = rows >= min_rows
+    shared = is_small.sum() * sums[is_small].sum() / max(rows[is_small].sum(), 1)
+    return float((shared + (sums[own] / rows[own]).sum()) / (rows > 0).sum())
 
 
 def _recalls_and_f1(predictions: Ids, references: Ids, class_counts: Counts | None) -> tuple[Floats, Floats]:

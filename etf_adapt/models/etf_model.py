@@ -127,10 +127,7 @@ class ETFModel(_Base):
         self._loss_settings, self._class_counts = chosen, counts
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode; BatchNorm stays in evaluation mode under an aligned, fixed head (``freeze_batch_norm``).
-
-        ``without_dropout`` keeps all but the heads there.
-        """
+        """Set training mode; ``freeze_batch_norm`` and ``without_dropout`` keep some or all but the head in evaluation mode."""
         super().train(mode)
         if mode and self.without_dropout:
             kept = {self, *(part for head in head_modules(self).values() for part in head.modules())}

@@ -17,27 +17,20 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from etf_adapt.results import run_folder
 from etf_adapt.results.card_metadata import is_finite, metadata, one_line, pipeline_of
+from etf_adapt.results.claim import read_object
 from etf_adapt.results.figures import draw_class_counts, draw_recalls
-from etf_adapt.results.run_folder import (
-    CARD_FILE,
-    COUNTS_FIGURE,
-    FACTS_FILE,
-    NEW_CARD_FILE,
-    RECALLS_FIGURE,
-    STATISTICS_FILE,
-    write_json,
-)
 from etf_adapt.results.tables import percent
 
 logger = logging.getLogger(__name__)
 
-CARD_FILES = (CARD_FILE, FACTS_FILE, COUNTS_FIGURE, RECALLS_FIGURE)
+CARD_FILES = (run_folder.CARD_FILE, run_folder.FACTS_FILE, run_folder.COUNTS_FIGURE, run_folder.RECALLS_FIGURE)
 
 _NUM_WORST = 10
 _STATISTICS_NOTE = (
-    f"`{STATISTICS_FILE}` holds the sum of each class's features in the training examples, by which `etf_adapt.extend` adds "
-    "examples and classes: of a class of few examples it tells nearly as much as these themselves.\n\n"
+    f"`{run_folder.STATISTICS_FILE}` holds the sum of each class's features in the training examples, by which "
+    "`etf_adapt.extend` adds examples and classes: of a class of few examples it tells nearly as much as these themselves.\n\n"
 )
 _DIGEST = "<!-- Written by etf_adapt, which does not overwrite it once it is edited. SHA-256 of the above: {} -->\n"
 
@@ -64,33 +57,27 @@ class CardFacts:
     command: str  # without private paths; empty where there is none
     seeds: Mapping[str, Any]  # by name
     environment: Mapping[str, Any]  # versions and hardware
-    recalls: Sequence[
-        float | None
-    ] = ()  # of each class on the split; None or NaN where it has no row; empty without a split
+    # Of each class on the split; None or NaN where it has no row; empty without a split.
+    recalls: Sequence[float | None] = ()
     row_counts: Sequence[int] = ()  # rows of each class in the split
     shot_bounds: Sequence[int] = (20, 100)  # training rows (at least, at most) of a medium class
     logit_scale: float = 1.0  # factor of the logits from calibration
     alignment: Mapping[str, Any] = field(default_factory=dict)  # fields of the last ``AlignmentResult``
     collapse: Mapping[str, Any] = field(default_factory=dict)  # measures of neural collapse by name
-    inherited: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # licence and languages from ``card_metadata.read_base_card``
+    inherited: Mapping[str, Any] = field(default_factory=dict)  # ``card_metadata.read_base_card``
 
 
 def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> Path:
-    """Write the card, its figures and its facts beside a model, and return the card's file.
-
-    A card that a person has edited stays as it is; the new one is then ``README.new.md``.
-    """
+    """Write card, figures and facts beside a model; return the card's file, ``README.new.md`` beside one that was edited."""
     bounds = {"shot_bounds": facts.shot_bounds}
-    draw_class_counts(Path(folder, COUNTS_FIGURE), facts.class_counts, **bounds)
+    draw_class_counts(Path(folder, run_folder.COUNTS_FIGURE), facts.class_counts, **bounds)
     if any(map(is_finite, facts.recalls)):
-        draw_recalls(Path(folder, RECALLS_FIGURE), facts.class_counts, facts.recalls, **bounds)
+        draw_recalls(Path(folder, run_folder.RECALLS_FIGURE), facts.class_counts, facts.recalls, **bounds)
     _write_state(folder, facts=dataclasses.asdict(facts))
-    file = Path(folder, CARD_FILE)
+    file = Path(folder, run_folder.CARD_FILE)
     if is_edited(file):
-        file = Path(folder, NEW_CARD_FILE)
-        logger.warning("%s was edited and stays as it is; the new card is %s.", CARD_FILE, NEW_CARD_FILE)
+        file = Path(folder, run_folder.NEW_CARD_FILE)
+        logger.warning("%s was edited and stays as it is; the new card is %s.", run_folder.CARD_FILE, file.name)
     file.write_text(make_card(facts), encoding="utf-8")
     return file
 
@@ -117,7 +104,7 @@ def write_short_card(
     )
     if lines:
         text += "\n## How it was made\n\n" + "".join(f"- {escape_markdown(line)}\n" for line in lines)
-    Path(folder, CARD_FILE).write_text(with_digest(text), encoding="utf-8")
+    Path(folder, run_folder.CARD_FILE).write_text(with_digest(text), encoding="utf-8")
 
 
 def read_facts(folder: str | os.PathLike[str]) -> CardFacts | None:
@@ -131,12 +118,12 @@ def read_facts(folder: str | os.PathLike[str]) -> CardFacts | None:
 def note_published(folder: str | os.PathLike[str]) -> None:
     """Record that the card went to the Hub as it is now, so that a later edit there is recognised."""
     if read_facts(folder) is not None:
-        _write_state(folder, published_sha256=_digest(Path(folder, CARD_FILE).read_text(encoding="utf-8")))
+        _write_state(folder, published_sha256=_digest(Path(folder, run_folder.CARD_FILE).read_text(encoding="utf-8")))
 
 
 def note_statistics(folder: str | os.PathLike[str], *, are_published: bool) -> None:
     """Let a card that no person edited say whether the statistics of the head's rows go out with the model."""
-    file = Path(folder, CARD_FILE)
+    file = Path(folder, run_folder.CARD_FILE)
     if file.is_file() and not is_edited(file):
         body = file.read_text(encoding="utf-8").rstrip().rpartition("\n")[0] + "\n"
         body = body.replace(_STATISTICS_NOTE, "") + (_STATISTICS_NOTE if are_published else "")
@@ -145,7 +132,7 @@ def note_statistics(folder: str | os.PathLike[str], *, are_published: bool) -> N
 
 def is_edited_on_hub(folder: str | os.PathLike[str], card: Path) -> bool:
     """Return whether a repository's card was edited there: neither written by us nor published from this folder."""
-    own, text = Path(folder, CARD_FILE), card.read_text(encoding="utf-8")
+    own, text = Path(folder, run_folder.CARD_FILE), card.read_text(encoding="utf-8")
     is_same = own.is_file() and own.read_text(encoding="utf-8") == text
     return is_edited(card) and not is_same and _digest(text) != _read_state(folder).get("published_sha256")
 
@@ -181,13 +168,8 @@ def make_card(facts: CardFacts) -> str:
     }
     known = {title: facts.scores.get(name) for name, title in scores.items()}
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)  # we escape Markdown
-    environment.filters |= {
-        "md": escape_markdown,
-        "count": "{:,}".format,
-        "percent": percent,
-        "quoted": json.dumps,
-        "settings": _settings,
-    }
+    environment.filters |= {"md": escape_markdown, "settings": _settings, "quoted": json.dumps}
+    environment.filters |= {"count": "{:,}".format, "percent": percent}
     environment.tests["finite"] = is_finite
     text = files("etf_adapt.results").joinpath("card_template.md").read_text(encoding="utf-8")
     card = environment.from_string(text).render(
@@ -197,8 +179,8 @@ def make_card(facts: CardFacts) -> str:
         imbalance=f"{max(counts) / max(1, min(counts)):.3g}",
         headline=", ".join(f"{title} **{percent(share)} %**" for title, share in known.items() if is_finite(share)),
         pipeline=pipeline_of(facts.task),
-        recalls_figure=RECALLS_FIGURE if any(map(is_finite, facts.recalls)) else None,
-        counts_figure=COUNTS_FIGURE,
+        recalls_figure=run_folder.RECALLS_FIGURE if any(map(is_finite, facts.recalls)) else None,
+        counts_figure=run_folder.COUNTS_FIGURE,
         worst=_worst_classes(facts),
         collapse=", ".join(f"{name} {value:.3g}" for name, value in facts.collapse.items() if is_finite(value)),
         dataset={key: value for key, value in _short(data).items() if key not in ("name", "num_classes", "task")},
@@ -213,27 +195,18 @@ def make_card(facts: CardFacts) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    r"""Return any value as one line of plain text that neither Markdown nor HTML takes for markup.
-
-    Example:
-        >>> print(escape_markdown("a|b <script> my_class\n_x_"))
-        a\|b &lt;script&gt; my_class \_x\_
-    """
+    """Return any value as one line of plain text that neither Markdown nor HTML takes for markup."""
     line = html.escape(one_line(text), quote=False)
     within_word = r"(?<=[^\W_])_(?=[^\W_])"  # no markup there, and common in names
     return re.sub(within_word + r"|([\\`*_{}\[\]|~$])", lambda match: "\\" + match[0] if match[1] else match[0], line)
 
 
 def _read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(folder, FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(Path(folder, run_folder.FACTS_FILE))
 
 
 def _write_state(folder: str | os.PathLike[str], **changes: Any) -> None:
-    write_json(Path(folder, FACTS_FILE), _read_state(folder) | changes)
+    run_folder.write_json(Path(folder, run_folder.FACTS_FILE), _read_state(folder) | changes)
 
 
 def _digest(text: str) -> str:

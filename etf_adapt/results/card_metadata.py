@@ -75,12 +75,7 @@ def read_base_card(location: str | Path) -> dict[str, Any]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a Hub id and is no local path.
-
-    Example:
-        >>> is_hub_id("google/vit-base-patch16-224"), is_hub_id("./encoder"), is_hub_id("vit")
-        (True, False, False)
-    """
+    """Return whether a name has the form of a Hub id and is no local path."""
     try:
         validate_repo_id(name)
     except ValueError:

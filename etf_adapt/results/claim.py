@@ -12,9 +12,7 @@ from uuid import uuid4
 
 from etf_adapt.errors import OutputFolderError
 
-CLAIM_FILE = (
-    ".etf_run.json"  # locked while a run writes to the folder; stays, and names the run that the folder belongs to
-)
+CLAIM_FILE = ".etf_run.json"  # locked while a run writes to the folder; stays, and names the folder's run
 _LENGTH = 160  # of its text, always: it is replaced by one write, so that no reader and no kill finds half of it
 
 # The claims of this process: descriptors of the locked files, and what was written into them. The system drops a lock when
@@ -23,10 +21,9 @@ _held: dict[Path, tuple[int, bytes]] = {}
 
 
 def claim(folder: str | os.PathLike[str], *, resume: bool = False, run: str | None = None) -> str:
-    """Take a folder until ``release`` or the end of this process; return the identity of the run.
+    """Take a folder until ``release`` or the end of this process, refuse one that another process holds; return its run.
 
-    Refuse a folder that another running process holds. With ``resume`` the folder keeps its run, or becomes that of ``run``
-    where it has none; without, it is a new one's. A folder that this process holds already is claimed anew.
+    With ``resume`` the folder keeps its run, or becomes that of ``run`` where it has none; without, it is a new one's.
     """
     path = Path(folder).resolve()
     path.mkdir(parents=True, exist_ok=True)
@@ -58,7 +55,7 @@ def released() -> Iterator[None]:
 
 def read_run(folder: str | os.PathLike[str]) -> str | None:
     """Return the identity of the run that a folder belongs to, None if there is none or it cannot be read."""
-    run = _read(Path(folder, CLAIM_FILE)).get("run")
+    run = read_object(Path(folder, CLAIM_FILE)).get("run")
     return run if isinstance(run, str) else None
 
 
@@ -88,19 +85,20 @@ def _lock(file: Path) -> int:
         os.close(descriptor)
         raise OutputFolderError(
             f"`output_dir` (={str(file.parent)!r}) is being written by another run (process "
-            f"{_read(file).get('process', 'unknown')}): wait for its end, or choose another folder (--output_dir)."
+            f"{read_object(file).get('process', 'unknown')}): wait for its end, or choose another folder (--output_dir)."
         ) from None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: the last claim holds, and ends the run before it at its next save
     return descriptor
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; an empty one where it cannot be read."""
     try:
-        mark = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return mark if isinstance(mark, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _forget() -> None:

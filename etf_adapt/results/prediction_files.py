@@ -26,10 +26,7 @@ def check_output(output: str) -> None:
 
 
 def write_rows(rows: Rows, output: str | None) -> int:
-    """Write rows of the same columns and return their number; None is csv on the standard output.
-
-    The file appears under its name when all rows are in it: half a file is never taken for a whole one.
-    """
+    """Write rows of the same columns, to a file that is there when all are in it, or as csv to stdout; return their number."""
     if output is None:
         return _write_csv(rows, sys.stdout)
     path = Path(output)

@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -46,13 +47,7 @@ _STAGES = ("do_train", "do_eval", "do_predict")  # fields of TrainingArguments t
 
 
 def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds an earlier run, without ``resume`` or ``overwrite``, or files of no run.
-
-    A missing folder, an empty one, and that of a run that ended before its first checkpoint are free. Nothing is changed.
-
-    Example:
-        >>> check_output_dir("a folder that does not exist yet")
-    """
+    """Refuse a folder with files of no run, or with a run past its first checkpoint, without ``resume`` or ``overwrite``."""
     path = Path(folder)
     if path.is_file():
         raise OutputFolderError(f"`output_dir` (={str(folder)!r}) is a file: name a folder.")
@@ -102,21 +97,13 @@ def write_json(file: str | os.PathLike[str], content: Any) -> None:
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(
-        json.dumps(plain_value(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(plain_value(content), indent=2, ensure_ascii=False, allow_nan=False)
+    draft.write_text(f"{text}\n", encoding="utf-8")
     draft.replace(path)
 
 
 def public_value(value: Any) -> Any:
-    """Return a value, ready for JSON, without secrets in dicts and without absolute paths, which tell who ran it where.
-
-    Of an absolute path the part below the working folder stays, else the last name.
-
-    Example:
-        >>> public_value("/home/me/models/vit"), public_value({"lr": 1.0, "token": "hf_x"})
-        ('vit', {'lr': 1.0})
-    """
+    """Return a value for JSON, without secrets in dicts; of absolute paths the part below the working folder, or a name."""
     value = _without_secrets(value)
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.relpath(value) if Path(value).is_relative_to(Path.cwd()) else Path(value).name
@@ -151,12 +138,7 @@ def recorded_arguments(*groups: Any) -> dict[str, Any]:
 
 
 def public_command(argv: Sequence[str]) -> str:
-    """Return the command line of a run without tokens and private paths; ``argv`` lacks the program.
-
-    Example:
-        >>> public_command(["--model", "/home/me/vit", "--hub_token", "hf_x", "--seed", "1"])
-        'etf-adapt finetune --model vit --seed 1'
-    """
+    """Return the command line of a run without tokens and private paths; ``argv`` lacks the program."""
     words: list[str] = []
     skip = False
     for word in argv:
@@ -174,12 +156,9 @@ def describe_environment() -> dict[str, Any]:
 
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found["platform"] = f"{platform.system()} {platform.machine()}"
-    found["cpu_count"] = os.cpu_count()
+    found |= {"platform": f"{platform.system()} {platform.machine()}", "cpu_count": os.cpu_count()}
     found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
@@ -205,17 +184,13 @@ def write_predictions(
     label_names: Sequence[str],
     files: Sequence[str] | None = None,
 ) -> None:
-    """Write CSV with the label, the prediction and its calibrated probability for each row of a split, by class name.
-
-    ``files`` names the file of each row, for images that lie in files.
-    """
+    """Write CSV with label, prediction, its calibrated probability and its file, if there are ``files``, for each row."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("row_id", "label", "prediction", "confidence", *(() if files is None else ("file",))))
         places = [()] * len(row_ids) if files is None else [(file,) for file in files]
-        for row_id, label, prediction, confidence, place in zip(
-            row_ids, labels, predictions, confidences, places, strict=True
-        ):
+        rows = zip(row_ids, labels, predictions, confidences, places, strict=True)
+        for row_id, label, prediction, confidence, place in rows:
             writer.writerow((int(row_id), label_names[label], label_names[prediction], f"{confidence:.6f}", *place))
 
 
@@ -229,13 +204,7 @@ def share_weights(folder: str | os.PathLike[str]) -> None:
 
 
 def loading_lines(folder: str | os.PathLike[str], library: str, task: str) -> str:
-    """Return the Python that loads a finished run, a folder or a Hub id, with a stock library.
-
-    Example:
-        >>> print(loading_lines("out/x", "timm", "image"))
-        from transformers import pipeline
-        classify = pipeline("image-classification", model="out/x")
-    """
+    """Return the Python that loads a finished run, a folder or a Hub id, with a stock library."""
     name = json.dumps(str(folder))
     if library == "sentence_transformers":
         return f"from sentence_transformers import SentenceTransformer\nscore = SentenceTransformer({name}).encode  # logits"

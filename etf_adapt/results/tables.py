@@ -12,12 +12,7 @@ GROUPS = ("many", "medium", "few", "head_third", "middle_third", "tail_third")
 UNADJUSTED = ("balanced_accuracy", "few", "tail_third")
 # In all_results.json with the prefix `eval_` (validation) and with `test_`; `_unadjusted` is before the prior adjustment.
 SCORES = (
-    "accuracy",
-    "balanced_accuracy",
-    "macro_f1",
-    *GROUPS,
-    "ece",
-    "loss",
+    *("accuracy", "balanced_accuracy", "macro_f1", *GROUPS, "ece", "loss", "balanced_loss"),
     *(f"{name}_unadjusted" for name in UNADJUSTED),
 )
 
@@ -25,17 +20,9 @@ SCORES = (
 def flat_results(
     train: Mapping[str, Any], validation: Mapping[str, Any] | None, test: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Join the figures of a run: those of training as named, then ``eval_<score>`` and ``test_<score>``, None where missing.
-
-    Example:
-        >>> flat_results({"epoch": 2.0}, {"accuracy": 0.5}, None)["eval_accuracy"]
-        0.5
-    """
-    results = dict(train)
-    for prefix, scores in (("eval", validation), ("test", test)):
-        for name in SCORES:
-            results[f"{prefix}_{name}"] = None if scores is None else scores.get(name)
-    return results
+    """Join the figures of a run: those of training as named, then ``eval_<score>`` and ``test_<score>``, None where missing."""
+    sets = {"eval": validation or {}, "test": test or {}}
+    return {**train, **{f"{prefix}_{name}": sets[prefix].get(name) for prefix in sets for name in SCORES}}
 
 
 def shot_table(
@@ -45,14 +32,7 @@ def shot_table(
     *,
     shot_bounds: Sequence[int] = (20, 100),
 ) -> list[tuple[str, str, int, int, float | None]]:
-    """Return accuracy by the number of training rows of a class: shot groups, thirds, mean of classes, mean of rows.
-
-    A line is (name, training rows of a class, classes, evaluated rows, accuracy in [0, 1] or None).
-
-    Example:
-        >>> shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2]
-        ('few', '< 20', 1, 10, 0.5)
-    """
+    """Return lines of (group of classes, training rows of a class, classes, evaluated rows, accuracy in [0, 1] or None)."""
     # Here, because it imports torch, which a check of arguments must not wait for.
     from etf_adapt.metrics.shots import class_groups
 
@@ -78,10 +58,5 @@ def format_table(table: Iterable[tuple[str, str, int, int, float | None]]) -> st
 
 
 def percent(share: float | None) -> str:
-    """Return a share as per cent with one decimal, a dash for None or NaN.
-
-    Example:
-        >>> percent(0.1234), percent(None)
-        ('12.3', '-')
-    """
+    """Return a share as per cent with one decimal, a dash for None or NaN."""
     return "-" if share is None or not math.isfinite(share) else f"{100.0 * share:.1f}"

@@ -43,11 +43,7 @@ class Columns:
 
 
 def find_columns(
-    dataset: Dataset,
-    *,
-    image_column: str | None = None,
-    text_column: Names = None,
-    label_column: str | None = None,
+    dataset: Dataset, *, image_column: str | None = None, text_column: Names = None, label_column: str | None = None
 ) -> Columns:
     """Find the input and the label column by their types and, where that leaves several, by their usual names.
 
@@ -124,10 +120,8 @@ def _settled_label(dataset: Dataset, label: str | None, rest: Sequence[str]) -> 
     return label
 
 
-def _ask_for_label(dataset: Dataset, fitting: Sequence[str]) -> DataError:
-    which = (
-        f"{quoted(fitting)} could each be the label" if len(fitting) > 1 else "No column is known to hold the classes"
-    )
+def _ask_for_label(dataset: Dataset, names: Sequence[str]) -> DataError:
+    which = f"{quoted(names)} could each be the label" if len(names) > 1 else "No column is known to hold the classes"
     return DataError(f"{which}: name it with `label_column` (--label_column); there are {describe_columns(dataset)}.")
 
 
@@ -258,23 +252,16 @@ def describe_columns(dataset: Dataset) -> str:
 
 
 def encode_labels(dataset: Dataset, column: str, *, split: str) -> tuple[np.ndarray, list[str]]:
-    """Encode a column of `ClassLabel`s, strings, integers or booleans as labels (rows,) int64; return also the class names.
-
-    The names of a `ClassLabel` keep their order; strings are sorted, integers by value, and False precedes True.
-    """
+    """Encode a column as labels (rows,) int64 and class names: of a `ClassLabel` in their order, other values sorted."""
     feature = dataset.features[column]
     values = arrow_column(dataset, column)
     dtype = values.type
-    if not (pa.types.is_integer(dtype) or pa.types.is_boolean(dtype) or is_string(dataset, column)):
+    if not _can_be_label(dataset, column):
         missing = pa.types.is_floating(dtype) and pc.any(pc.is_null(values, nan_is_null=True)).as_py()
         why = "some are missing" if missing else "a class is a string, an integer or a boolean, one for each row"
         raise DataError(f"Label column `{column}` of split {split} holds {dtype} values: {why}.")
-    absent = pc.is_null(values)
-    if isinstance(feature, ClassLabel):
-        absent = pc.or_(absent, pc.fill_null(pc.equal(values, -1), False))
-    elif is_string(dataset, column):
-        absent = pc.or_(absent, pc.fill_null(pc.equal(values, ""), False))
-    row = first_true(absent)
+    empty = -1 if isinstance(feature, ClassLabel) else "" if is_string(dataset, column) else None
+    row = first_true(pc.is_null(values) if empty is None else pc.fill_null(pc.equal(values, empty), True))
     if row is not None:
         raise DataError(f"Row {row} of split {split} has no label in column `{column}`: fill it or remove the row.")
 

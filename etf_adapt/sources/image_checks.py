@@ -40,11 +40,8 @@ def as_images(dataset: Dataset, *, folder: Path | None) -> Dataset:
 
 
 def check_images(dataset: Dataset, *, rows: np.ndarray, split: str, report: Callable[[int], None]) -> None:
-    """Read the header of each image of these rows of a split; refuse what cannot be read or converted to 8-bit RGB.
-
-    ``report`` is called now and then with the number of images read.
-    An image that breaks off behind its header is found when it is decoded, by `image_dataset.ImageDataset`.
-    """
+    """Read the header of each image of these rows of a split; refuse what cannot be read or converted to 8-bit RGB."""
+    # An image that breaks off behind its header is found when it is decoded, by `image_dataset.ImageDataset`.
     stored = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     stored = stored.select(rows, keep_in_memory=True)
     known_format: list[str] | None = None  # of the image before: to try every format costs five times as much

@@ -24,13 +24,8 @@ from etf_adapt.sources.tables import read_tables
 logger = logging.getLogger(__name__)
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls a table of images
-_LAYOUT = (
-    "name",
-    "version",
-    "data_dir",
-    "data_files",
-    "description",
-)  # of a configuration: which files, not what is in them
+# Of a configuration: which files, not what is in them.
+_LAYOUT = ("name", "version", "data_dir", "data_files", "description")
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,8 @@ def _image_rows(classes: Mapping[str, Sequence[Path]]) -> Dataset:
     names = sorted(classes, key=int if numeric else str)
     paths = [str(file) for name in names for file in classes[name]]
     labels = [index for index, name in enumerate(names) for _ in classes[name]]
-    return Dataset.from_dict(
-        {"image": paths, "label": labels}, features=Features({"image": Image(), "label": ClassLabel(names=names)})
-    )
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": paths, "label": labels}, features=features)
 
 
 def _open_files(files: Sequence[Path], folder: Path, names: ImageNames, *, are_chosen: bool) -> Source:

@@ -109,11 +109,14 @@ def _records(file: Path) -> Iterator[tuple[int, list[str]]]:
             "doubled, and the cell is put between quotation marks."
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"`{file}` is not encoded in UTF-8 ({error.reason} after line {line}): save it anew."
-        ) from error
+        raise not_utf8(file, error, line) from error
     finally:
         csv.field_size_limit(before)
+
+
+def not_utf8(file: Path | str, error: UnicodeDecodeError, line: int) -> DataError:
+    """Return the error of a file of another encoding, which the lines up to this one do not show."""
+    return DataError(f"`{file}` is not encoded in UTF-8 ({error.reason} after line {line}): save it anew.")
 
 
 def _chunks(file: Path, rows: Iterable[tuple[int, list[str]]], width: int) -> Iterator[list[list[str]]]:
@@ -178,9 +181,7 @@ def _objects(file: Path) -> Iterator[dict[str, Any]]:
         line_number = before + error.lineno
         raise DataError(f"`{file}` cannot be read: {error.msg} on line {line_number}. Mend or replace it.") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"`{file}` is not encoded in UTF-8 ({error.reason} after line {before}): save it anew."
-        ) from error
+        raise not_utf8(file, error, before) from error
     if isinstance(whole, dict):
         columns = [list(values.values()) if isinstance(values, dict) else values for values in whole.values()]
         if all(isinstance(values, list) and len(values) == len(columns[0]) for values in columns):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from etf_adapt.errors import check_choice
-from etf_adapt.training.best_metric import more_is_better
+from etf_adapt.results.best_metric import more_is_better
 from etf_adapt.training.settings import TrainingSettings
 
 SAMPLER_POWERS = {"instance": 0.0, "sqrt": 0.5, "balanced": 1.0}
@@ -143,7 +143,7 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
     def _check_parts(self) -> None:
         """Make what would be made later only, so that a missing package or a wrong option is known now."""
         kwargs: Any = self.lr_scheduler_kwargs
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate or 1.0)
         parts: dict[str, Callable[[], Any]] = {
             # Optimizers with target modules need the model.
             "optim": lambda: self.optim_target_modules or Trainer.get_optimizer_cls_and_kwargs(self),
@@ -193,7 +193,7 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
             raise ValueError(f"`head_learning_rate` (={self.head_learning_rate}) must be positive.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` (={self.label_smoothing}) must lie in [0, 1).")
-        if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:
+        if (self.mixup or self.cutmix) and (self.per_device_train_batch_size or 0) % 2:
             raise ValueError(
                 f"`per_device_train_batch_size` (={self.per_device_train_batch_size}) must be even with mixup or CutMix: "
                 "they mix pairs of rows of a batch."

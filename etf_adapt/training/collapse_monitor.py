@@ -18,8 +18,8 @@ from etf_adapt.data.progress import progress
 from etf_adapt.data.splits import take_per_class
 from etf_adapt.heads.in_model import evaluation_mode, head_modules, read_features
 from etf_adapt.metrics.collapse import NeuralCollapse
+from etf_adapt.results.best_metric import MEASURES
 from etf_adapt.training.arguments import ETFTrainingArguments
-from etf_adapt.training.best_metric import MEASURES
 
 _CLASS_STREAM, _ROWS_A_CLASS = 31, 2
 

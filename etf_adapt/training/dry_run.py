@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -33,7 +33,7 @@ def dry_run(trainer: ETFTrainer, data: ClassificationData) -> list[str]:
     loader = trainer.get_train_dataloader()
     batches = list(islice(cycle(loader), MEASURED_STEPS))
     per_epoch = max(1, len(loader) // args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else round(per_epoch * cast(float, args.num_train_epochs))
     epochs = steps / per_epoch
 
     model.train()

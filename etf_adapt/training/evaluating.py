@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from etf_adapt.data.progress import progress
 from etf_adapt.inference.predictions import UNLABELLED, RowPredictions, predict_rows, score_rows
-from etf_adapt.metrics.shots import pooled_balanced_accuracy
+from etf_adapt.metrics.shots import pooled_class_mean
 from etf_adapt.training.collapse_monitor import CollapseMonitor
 from etf_adapt.training.parameters import require_finite
 from etf_adapt.training.resumable import ResumableTrainer
@@ -72,8 +72,9 @@ class EvaluatingTrainer(ResumableTrainer):
     def _score(self, rows: RowPredictions, prefix: str) -> dict[str, Any]:
         """Return our metrics, and those of ``compute_metrics``, which win where both have a name."""
         metrics: dict[str, Any] = score_rows(rows, self.class_counts, self.args.shot_bounds)
-        metrics["balanced_accuracy_pooled"] = pooled_balanced_accuracy(
-            rows.predictions, rows.labels, min_rows=self.args.min_validation_rows
+        is_right = rows.predictions == rows.labels
+        metrics["balanced_accuracy_pooled"] = pooled_class_mean(
+            is_right, rows.labels, min_rows=self.args.min_validation_rows
         )
         if self.is_in_train and prefix == "eval":
             for sample, monitor in self._monitors.items():

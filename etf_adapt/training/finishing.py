@@ -14,7 +14,7 @@ import torch
 
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError, check_choice, message_of
-from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.inference.head_statistics import describe_heads, save_statistics, set_heads
 from etf_adapt.inference.held_out import choose_by_log_loss, score_features
@@ -26,7 +26,7 @@ from etf_adapt.inference.predictions import (
     predictions_of,
     score_rows,
 )
-from etf_adapt.metrics.shots import ShotAccuracy
+from etf_adapt.metrics.shots import ShotAccuracy, pooled_class_mean
 from etf_adapt.models.adapters import merge_adapters
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.names import micro_folder
@@ -178,6 +178,9 @@ def _score(trainer: AligningTrainer, found: RowPredictions) -> dict[str, float |
     scores = score_rows(found, trainer.class_counts, trainer.args.shot_bounds)
     before = replace(found, predictions=found.unadjusted)
     unadjusted = score_rows(before, trainer.class_counts, trainer.args.shot_bounds)
+    scores["balanced_loss"] = pooled_class_mean(
+        found.losses, found.labels, min_rows=trainer.args.min_validation_rows
+    )  # by which settings are compared
     return scores | {f"{name}_unadjusted": unadjusted[name] for name in tables.UNADJUSTED}
 
 

@@ -61,6 +61,7 @@ class ResumableTrainer(StoppableTrainer):
     args: ETFTrainingArguments
     model: ETFModel
     train_labels: NDArray[np.int64] | None = None
+    _chosen_rate: float | None = None  # where the arguments named none
     misses = 0
     """Evaluations since the best one: ``early_stopping_patience`` of them end the run."""
 
@@ -101,6 +102,8 @@ class ResumableTrainer(StoppableTrainer):
             raise ValueError(
                 f"`{checkpoint}` was written with `save_only_model` and cannot be resumed: start another run."
             )
+        if self._chosen_rate is not None:  # by the steps of this run, which may be more now
+            self._chosen_rate = self.args.learning_rate = state["draw"]["learning_rate"]
         for name, value in self.draw_settings().items():
             if (before := state["draw"].get(name)) != value:
                 raise ValueError(

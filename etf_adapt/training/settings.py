@@ -17,9 +17,13 @@ class TrainingSettings:
     """Fields of a run with their defaults; ``ETFTrainingArguments`` checks them."""
 
     # Fields of TrainingArguments with other defaults
-    num_train_epochs: float = _option(10.0, "Passes over the training rows.")
-    learning_rate: float = _option(1e-4, "Peak learning rate of the backbone.")
-    per_device_train_batch_size: int = _option(64, "Training rows of a batch, on each process.")
+    num_train_epochs: float | None = _option(None, "Passes over the training rows; default: 4 to 10, by their number.")
+    learning_rate: float | None = _option(
+        None, "Peak learning rate of the backbone; default: by the number of steps, within 1e-4 and 1e-3."
+    )
+    per_device_train_batch_size: int | None = _option(
+        None, "Training rows of a batch, on each process; default: 16 to 64, by their number."
+    )
     per_device_eval_batch_size: int = _option(128, "Rows of a batch in evaluation, on each process.")
     lr_scheduler_type: str = _option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = _option(0.1, "Steps of rising learning rate; below 1 a share of all steps.")

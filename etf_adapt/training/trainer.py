@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -24,13 +25,15 @@ from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.inference.launch import set_threads
 from etf_adapt.models.etf_model import ETFModel
+from etf_adapt.results.advice import advise
+from etf_adapt.results.best_metric import check_metric, require_measurable
 from etf_adapt.training.aligning import AligningTrainer
 from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
-from etf_adapt.training.best_metric import check_metric, require_measurable
+from etf_adapt.training.budget import choose_rate, fill_budget
 from etf_adapt.training.callbacks import ProgressBar, ProgressPrinter, Realign, RunLog
 from etf_adapt.training.collapse_monitor import make_monitors
 from etf_adapt.training.finishing import finish
-from etf_adapt.training.messages import advise, describe_alignment, describe_run
+from etf_adapt.training.messages import describe_alignment, describe_run
 from etf_adapt.training.parameters import (
     check_optimizers,
     fix_parameters,
@@ -134,6 +137,7 @@ class ETFTrainer(AligningTrainer):
                     f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
                 )
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
+        fill_budget(args, 0 if self.train_labels is None else len(self.train_labels))
         if model is not None:
             self._take_up(model)
         self._train_sampler: RowDraws | None = None
@@ -201,6 +205,10 @@ class ETFTrainer(AligningTrainer):
     def _settle(self) -> None:
         """Resolve what depends on the settings and the model, both of which a trial may change."""
         args = self.args
+        if args.learning_rate in (None, self._chosen_rate):  # not one that a trial has set
+            epochs, steps_in_epoch = cast(float, args.num_train_epochs), self._count_steps()
+            steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * steps_in_epoch)
+            self._chosen_rate = args.learning_rate = choose_rate(steps, self.first_head.weight[0].numel())
         self.model.without_dropout = args.dropout == "off"
         self.realignment = self._resolve_realignment()
         self._training_logits.leaves_out, self._training_logits.notes = args.leave_one_out, self.realignment == "steps"
@@ -210,6 +218,11 @@ class ETFTrainer(AligningTrainer):
         self._soft_labels = SoftLabels(
             self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
+
+    def _count_steps(self) -> int:
+        """Return the steps of an epoch."""
+        rows = 0 if self.train_labels is None else len(self.train_labels)
+        return math.ceil(rows / self.get_total_train_batch_size(self.args))
 
     # Training
 
@@ -252,7 +265,7 @@ class ETFTrainer(AligningTrainer):
     def _begin(self, checkpoint: Path | None) -> None:
         """Say what runs, and take up the checkpoint or align a fresh head."""
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
-        freed = fix_parameters(self.model, freeze=self.args.freeze, steps=steps)
+        freed = fix_parameters(self.model, freeze=self.args.freeze, steps=cast(float, steps))
         if freed:
             self.print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
         changes = [] if checkpoint is None else self.restore(checkpoint)
@@ -303,7 +316,7 @@ class ETFTrainer(AligningTrainer):
         if self.given_optimizer is not None:
             return sorted({group["lr"] for group in self.given_optimizer.param_groups})
         _, options = self.optimizer_cls_and_kwargs or (None, {})
-        return [options.get("lr", self.args.learning_rate)]
+        return [options.get("lr", cast(float, self.args.learning_rate))]
 
     def hyperparameter_search(
         self,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from etf_adapt.geometry import leave_one_out
-from etf_adapt.geometry.leave_one_out import LeaveOneOut, usable_sample
-from etf_adapt.geometry.penalty import choose_penalty
+from etf_adapt.geometry.leave_one_out import LeaveOneOut, choose_penalty, usable_sample
 from etf_adapt.geometry.statistics import ClassStatistics
 
 COUNTS = (14, 9, 4, 2, 7)

@@ -412,6 +412,7 @@ def test_a_card_that_cannot_be_read_there_is_not_replaced(hub, run_folder, metho
     publish(run_folder, "me/net")
     edit_there(hub, "---\nlicense: mit\n---\n# Theirs\n")
     hub.fail(method, "/resolve/.*README", status=503, times=math.inf)
+    assert send.carry_on_command("a run", "me/net", private=True) == "etf-adapt publish 'a run' me/net --private"
     with pytest.raises(HubError, match=r"To carry on: etf-adapt publish"):
         publish(run_folder, "me/net")
     assert card_there(hub) == "---\nlicense: mit\n---\n# Theirs\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from etf_adapt.geometry.closed_form import closed_form_vectors
-from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.inference.head_statistics import logit_norm
 from etf_adapt.inference.held_out import choose_by_log_loss, score_features, score_left_out

@@ -27,8 +27,7 @@ from etf_adapt.hub.check import check_folder
 from etf_adapt.inference.head_statistics import follows, load_statistics
 from etf_adapt.inference.refit import SEEN_PENALTY
 from etf_adapt.inference.rows import prepare_rows
-from etf_adapt.results.card import FACTS_FILE
-from etf_adapt.results.run_folder import ARGUMENTS_FILE, STATISTICS_FILE, write_json
+from etf_adapt.results.run_folder import ARGUMENTS_FILE, FACTS_FILE, STATISTICS_FILE, write_json
 
 COUNTS = {"ash": 60, "birch": 15, "cedar": 4}
 EVEN = dict.fromkeys(COUNTS, 12)

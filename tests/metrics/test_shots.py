@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from etf_adapt.metrics.shots import ShotAccuracy, class_groups, pooled_balanced_accuracy
+from etf_adapt.metrics.shots import ShotAccuracy, class_groups, pooled_class_mean
 
 NUM_CLASSES = 12
 OVERALL = ["accuracy", "balanced_accuracy", "macro_f1"]
@@ -164,11 +164,18 @@ def test_thirds_split_by_count():
 
 
 def test_pooling_lies_between_balanced_accuracy_and_accuracy(rows):
-    predictions, labels = np.array([0, 0, 0, 0, 1, 0]), np.array([0, 0, 0, 0, 1, 2])
-    assert pooled_balanced_accuracy(predictions, labels, min_rows=3) == pytest.approx((1.0 + 2 * 0.5) / 3)
-    pair, results = (rows["predictions"], rows["references"]), compute([rows])
-    assert pooled_balanced_accuracy(*pair, min_rows=1) == pytest.approx(results["balanced_accuracy"], abs=1e-15)
-    assert pooled_balanced_accuracy(*pair, min_rows=999) == pytest.approx(results["accuracy"], abs=1e-15)
+    labels, results = rows["references"], compute([rows])
+    is_right = rows["predictions"] == labels
+    assert pooled_class_mean(is_right, labels, min_rows=1) == pytest.approx(results["balanced_accuracy"], abs=1e-15)
+    assert pooled_class_mean(is_right, labels, min_rows=999) == pytest.approx(results["accuracy"], abs=1e-15)
+
+
+def test_small_classes_share_one_mean():
+    labels = np.array([0] * 6 + [1] * 5 + [2, 2, 3, 5])
+    values = np.array([1.0] * 3 + [0.0] * 3 + [1.0] * 5 + [1.0, 0.0, 0.0, 3.0])
+    assert pooled_class_mean(values, labels) == pytest.approx((0.5 + 1.0 + 3 * 4 / 4) / 5)
+    assert pooled_class_mean(values, labels, min_rows=1) == pytest.approx((0.5 + 1.0 + 0.5 + 0.0 + 3.0) / 5)
+    assert pooled_class_mean(values, labels, min_rows=99) == pytest.approx(values.mean())
 
 
 def test_recalls_of_the_classes_are_at_hand_until_the_next_round(rows):

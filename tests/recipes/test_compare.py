@@ -127,10 +127,10 @@ class TestMethod:
     def test_every_row_is_one_that_finetune_understands(self):
         options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])
         for row in compare.chosen_methods(options):
-            run = compare.tuning_runs(row, options)[0]
-            model, data, _, rest = read_arguments([*run.flags, "--output_dir", "unused"])
+            runs = compare.tuning_runs(row, options) if row.is_tuned else compare.final_runs(row, options)
+            model, data, _, rest = read_arguments([*runs[0].flags, "--output_dir", "unused"])
             args = parse_training(rest)
-            assert not data.evaluate_test and args.learning_rate == run.learning_rate
+            assert data.evaluate_test is not row.is_tuned and args.learning_rate == runs[0].learning_rate
             assert row.trains_head == (model.head in ("linear", "cosine") or model.head_trainable)
             assert (row.kind == "baseline") == (model.head in ("linear", "cosine"))
             assert row.kind != "family" or model.loss in (None, "dot_regression", "margin_dot_regression")

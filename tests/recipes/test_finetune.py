@@ -136,7 +136,7 @@ class TestResult:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--learning_rate", "0.01"], "`learning_rate` (=0.01) was 0.0001 when the run in out/refused began"),
+            (["--learning_rate", "0.01"], "`learning_rate` (=0.01) was None when the run in out/refused began"),
             (["--augment", "false"], "`augment` (=False) was True"),
             (["--loss", "cross_entropy"], "`loss` (='cross_entropy') was None"),
             (["--per_device_train_batch_size", "16"], "with batch size 32, and this run has 16"),

@@ -39,6 +39,7 @@ def test_a_folder_of_this_machine_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "models/vit").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_hub_id("models/vit") and is_hub_id("other/vit")
+    assert is_hub_id("google/vit-base-patch16-224") and not is_hub_id("./encoder") and not is_hub_id("vit")
 
 
 def test_the_licence_is_the_base_models_and_is_never_made_up(tmp_path):
@@ -73,6 +74,7 @@ def test_names_cannot_break_out_of_yaml_markdown_or_html(name):
 
 def test_escaping_leaves_one_line():
     assert "\n" not in escape_markdown("two\nlines") and "<" not in escape_markdown("<b>")
+    assert escape_markdown("a|b <script> my_class\n_x_") == r"a\|b &lt;script&gt; my_class \_x\_"
 
 
 def test_the_worst_classes_come_first_and_those_without_rows_are_named_in_the_limits():

@@ -93,6 +93,9 @@ def test_arguments_tell_no_token_and_no_place_of_this_machine(tmp_path, monkeypa
 
 
 def test_the_command_tells_no_token_and_no_place_of_this_machine():
+    assert run_folder.public_value({"lr": 1.0, "token": "hf_x"}) == {"lr": 1.0}
+    words = ["--model", "/home/me/vit", "--hub_token", "hf_x", "--seed", "1"]
+    assert run_folder.public_command(words) == "etf-adapt finetune --model vit --seed 1"
     argv = [
         "--model",
         "/home/somebody/vit",
@@ -128,6 +131,8 @@ def test_the_environment_names_versions_and_no_machine():
 
 
 def test_loading_lines_are_python(tmp_path):
+    lines = run_folder.loading_lines("out/x", "timm", "image").splitlines()
+    assert lines == ["from transformers import pipeline", 'classify = pipeline("image-classification", model="out/x")']
     pairs = (("timm", "image"), ("transformers", "image"), ("transformers", "text"), ("sentence_transformers", "text"))
     for library, task in pairs:
         compile(run_folder.loading_lines(tmp_path / 'quo"te', library, task), "lines", "exec")

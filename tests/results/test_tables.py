@@ -19,4 +19,12 @@ def test_groups_and_thirds_each_hold_every_class_once():
 
 def test_an_empty_group_is_a_dash():
     table = tables.shot_table({"many": None}, [50, 50], [1, 1])
+    assert tables.shot_table({"few": 0.5, "balanced_accuracy": 0.7}, [200, 8], [10, 10])[2] == (
+        "few",
+        "< 20",
+        1,
+        10,
+        0.5,
+    )
+    assert (tables.percent(0.1234), tables.percent(None)) == ("12.3", "-")
     assert "many" in (line := tables.format_table(table).splitlines()[1]) and line.endswith(" -")

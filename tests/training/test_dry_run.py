@@ -17,7 +17,7 @@ def test_it_describes_data_model_steps_time_and_memory_and_leaves_nothing(tmp_pa
         r"example: \d: image of 8 x 8 pixels\n(example: .*\n){2}",
         r"head: etf, whitened frame to be set",
         r"trained: [\d,]+ of [\d,]+ parameters",
-        r"steps: 18 \(3 epochs of 6\); 4 passes over the rows to set the head",
+        r"steps: 69 \(3 epochs of 23\); 4 passes over the rows to set the head",
         r"time: about \d+ s",
         r"memory: about [\d.]+ GB",
     ):

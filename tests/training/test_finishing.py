@@ -16,7 +16,7 @@ from transformers import ViTForImageClassification
 
 from etf_adapt import ETFForImageClassification
 from etf_adapt.errors import DataError
-from etf_adapt.geometry.penalty import PENALTIES
+from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.inference.head_statistics import load_statistics
 from etf_adapt.inference.held_out import score_features

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from small_run import make_trainer
 
-from etf_adapt.geometry.penalty import PENALTIES
-from etf_adapt.training.messages import _standard_error, advise, describe_alignment
+from etf_adapt.geometry.leave_one_out import PENALTIES
+from etf_adapt.results.advice import _standard_error, advise
+from etf_adapt.training.messages import describe_alignment
 
 GOOD = {
     "frame": "whitened",

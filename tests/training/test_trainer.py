@@ -29,7 +29,6 @@ from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DiskFullError
 from etf_adapt.heads.in_model import batch_norms
-from etf_adapt.metrics.shots import pooled_balanced_accuracy
 from etf_adapt.models.auto import adapt
 from etf_adapt.results import claim as claims
 from etf_adapt.results.claim import read_run
@@ -490,14 +489,6 @@ def test_what_does_not_fit_is_known_before_training(tmp_path):
             make_model(), ETFTrainingArguments(str(tmp_path)), train_dataset=NoisyRows((2, 2, 2), 0), labels=[0, 1, 2]
         )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_small_classes_share_one_recall():
-    labels = np.array([0] * 6 + [1] * 5 + [2, 2, 3])
-    predictions = np.array([0] * 3 + [1] * 3 + [1] * 5 + [2, 0, 0])
-    assert pooled_balanced_accuracy(predictions, labels) == pytest.approx((0.5 + 1.0 + 2 * 1 / 3) / 4)
-    assert pooled_balanced_accuracy(predictions, labels, min_rows=1) == pytest.approx((0.5 + 1.0 + 0.5 + 0.0) / 4)
-    assert pooled_balanced_accuracy(predictions, labels, min_rows=99) == pytest.approx(9 / 14)
 
 
 @pytest.mark.parametrize(

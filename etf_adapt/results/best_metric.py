@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etf_adapt.errors import nearest_names
-from etf_adapt.metrics.shots import class_groups
 from etf_adapt.results.tables import GROUPS
 
 ERRORS = ("loss", "ece")
@@ -56,6 +55,8 @@ def require_measurable(
     monitors: Mapping[str, Any],
 ) -> None:
     """Refuse a metric that no evaluation gives: recall of a group that has no class or no row, collapse of too few rows."""
+    from etf_adapt.metrics.shots import class_groups  # late: it imports torch
+
     name = metric.removeprefix("eval_")
     least, greatest = shot_bounds
     if name in GROUPS:

@@ -6,7 +6,7 @@ import pytest
 from small_run import NoisyRows, make_trainer
 
 from etf_adapt.commands.finetune_arguments import parse_training
-from etf_adapt.training.best_metric import COLLAPSE, ERRORS, SCORES, more_is_better
+from etf_adapt.results.best_metric import COLLAPSE, ERRORS, SCORES, more_is_better
 
 
 @pytest.fixture

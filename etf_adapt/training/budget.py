@@ -1,0 +1,42 @@
+"""Batch, epochs and learning rate of a run that does not name them: how far its features may move, and in how many steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+BATCH_SIZES = (16, 32, 64)  # rows of a step
+STEPS_IN_EPOCH = 24  # that a batch should leave
+EPOCHS = (4, 10)  # at least and at most
+STEPS = 250  # that a run should have
+MOVEMENT = 0.035  # learning rate times steps, of features of WIDTH numbers
+RATES = (1e-4, 1e-3)  # at least and at most, of these
+WIDTH = 384
+
+
+def choose_batch_size(num_rows: int) -> int:
+    """Return how many rows a step reads: the fewer there are, the smaller, so that a small data set gets its steps."""
+    return max((size for size in BATCH_SIZES if size * STEPS_IN_EPOCH <= num_rows), default=BATCH_SIZES[0])
+
+
+def choose_epochs(steps_in_epoch: int) -> float:
+    """Return the number of epochs that makes ``STEPS`` of them, within ``EPOCHS``."""
+    return float(min(max(math.ceil(STEPS / max(steps_in_epoch, 1)), EPOCHS[0]), EPOCHS[1]))
+
+
+def fill_budget(args: Any, num_rows: int) -> None:
+    """Set batch and epochs of arguments that name none, for so many training rows over all processes."""
+    if args.per_device_train_batch_size is None:
+        args.per_device_train_batch_size = choose_batch_size(num_rows // args.world_size)
+    if args.num_train_epochs is None:
+        rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        args.num_train_epochs = choose_epochs(math.ceil(num_rows / rows_a_step))
+
+
+def choose_rate(num_steps: int, in_features: int) -> float:
+    """Return the peak learning rate of AdamW for a run of so many steps, of a backbone of so wide features.
+
+    The best rate times the steps times the width was nearly one number over data sets and models (recipes/README.md).
+    """
+    rate = min(max(MOVEMENT / max(num_steps, 1), RATES[0]), RATES[1])
+    return float(f"{min(rate * WIDTH / in_features, RATES[1]):.2g}")

@@ -1,0 +1,59 @@
+"""Batch, epochs and learning rate follow the number of rows where none are named."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import make_trainer
+
+from etf_adapt.training import budget
+from etf_adapt.training.checkpoints import list_checkpoints
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "batch", "epochs", "rate"),
+    [
+        (12, 384, 16, 10, 1e-3),
+        (367, 160, 16, 10, 3.7e-4),  # digits, micro
+        (3_183, 384, 64, 5, 1.4e-4),  # CLINC150, MiniLM
+        (3_874, 192, 64, 5, 2.3e-4),  # CIFAR-100, ViT-tiny
+        (12_000, 384, 64, 4, 1e-4),
+        (1_000_000, 384, 64, 4, 1e-4),
+        (1_000_000, 768, 64, 4, 5e-5),
+    ],
+)
+def test_fewer_rows_have_smaller_batches_and_more_epochs_and_rates_follow(rows, width, batch, epochs, rate):
+    assert budget.choose_batch_size(rows) == batch
+    steps_in_epoch = -(-rows // batch)
+    assert budget.choose_epochs(steps_in_epoch) == epochs
+    assert budget.choose_rate(round(epochs * steps_in_epoch), width) == rate
+
+
+FREE = {"num_train_epochs": None, "learning_rate": None, "per_device_train_batch_size": None}
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({}, [16, 10, 5.8e-4]),
+        ({"learning_rate": 3e-3}, [16, 10, 3e-3]),
+        ({"max_steps": 600}, [16, 10, 1e-4]),
+        ({"per_device_train_batch_size": 44, "num_train_epochs": 100}, [44, 100, 1.8e-4]),
+        ({"gradient_accumulation_steps": 2, "num_train_epochs": 70}, [16, 70, 1.7e-4]),
+    ],
+)
+def test_what_is_named_stays(tmp_path, monkeypatch, named, expected):
+    monkeypatch.setattr(budget, "WIDTH", 16)  # that of the model here
+    args = make_trainer(tmp_path, **FREE | named).args
+    assert [args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate] == expected
+
+
+def test_a_run_that_is_resumed_for_longer_keeps_its_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "WIDTH", 16)
+    settings = {"learning_rate": None, "load_best_model_at_end": False}
+    make_trainer(tmp_path, num_train_epochs=1, **settings).train()
+    resumed = make_trainer(tmp_path, num_train_epochs=40, **settings)
+    assert resumed.args.learning_rate < 1e-3
+    resumed.restore(list_checkpoints(tmp_path)[-1])
+    assert resumed.args.learning_rate == 1e-3
+    with pytest.raises(ValueError, match=r"was written with learning_rate 0\.001, and this run has 0\.01"):
+        make_trainer(tmp_path, num_train_epochs=2, load_best_model_at_end=False).restore(list_checkpoints(tmp_path)[-1])
