@@ -164,7 +164,8 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made
         made_by,
         f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All methods had the same tuning effort: "
         f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the log loss of validation "
-        f"rows, a mean over classes, of seed {lists['seeds'][0]}; of equals the higher.",
+        f"rows, a mean over classes, of seed {lists['seeds'][0]}, of equals the higher (of runs before 2026-11-29: by balanced "
+        "accuracy, of equals the lower).",
         f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
         "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
         f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of methods; bold where all of the interval "

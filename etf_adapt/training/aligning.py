@@ -62,9 +62,10 @@ class AligningTrainer(EvaluatingTrainer):
             name: value for name, value in vars(result).items() if name not in ("rows_seen", "statistics")
         }
         self._statistics = self.state.global_step, result.statistics
+        is_wanted = self.args.leave_one_out or self.realignment == "steps"
         seen = zip(self.heads.items(), result.rows_seen, strict=True)
-        fixed = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed}
-        self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in fixed.items()}
+        kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
+        self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in kept.items()}
 
     def realign(self, ends_epoch: bool, ends_run: bool) -> None:
         """Align again where it is due after a step: by a pass, or from what training has read of the rows."""

@@ -32,6 +32,7 @@ def describe_run(trainer: Any) -> list[str]:
             f"{trainer.realign_steps} steps, from what training reads" if trainer.realignment == "steps" else "epoch"
         )
         learns = f"fixed but for an alignment every {steps}"
+    dropout = "; dropout off" if trainer.model.without_dropout else ""
     frame = f"{head.frame} frame"
     if trainer.needs_alignment():
         frame = f"{args.frame if head.is_stock_layer else 'means'} frame to be set"
@@ -50,7 +51,7 @@ def describe_run(trainer: Any) -> list[str]:
     return [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
-        f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}",
+        f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}{dropout}",
         learning,
         f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
         *args.without_effect(),

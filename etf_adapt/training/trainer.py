@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
@@ -137,6 +138,7 @@ class ETFTrainer(AligningTrainer):
                     f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
                 )
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
+        args = copy(args)  # which may be another run's too
         fill_budget(args, 0 if self.train_labels is None else len(self.train_labels))
         if model is not None:
             self._take_up(model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from small_run import make_trainer
+from small_run import NoisyRows, collate, make_model, make_trainer
 
 from etf_adapt.training import budget
+from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.checkpoints import list_checkpoints
+from etf_adapt.training.trainer import ETFTrainer
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,15 @@ def test_what_is_named_stays(tmp_path, monkeypatch, named, expected):
     monkeypatch.setattr(budget, "WIDTH", 16)  # that of the model here
     args = make_trainer(tmp_path, **FREE | named).args
     assert [args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate] == expected
+
+
+def test_arguments_that_name_nothing_serve_several_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "WIDTH", 16)
+    args = ETFTrainingArguments(str(tmp_path), eval_strategy="no")
+    rows = NoisyRows((60, 21, 7), 0), NoisyRows((1600, 20, 10), 0)
+    small, large = (ETFTrainer(make_model(), args, collate, part, labels=part.labels) for part in rows)
+    assert [trainer.args.per_device_train_batch_size for trainer in (small, large)] == [16, 64]
+    assert small.args.learning_rate > large.args.learning_rate and args.learning_rate is None
 
 
 def test_a_run_that_is_resumed_for_longer_keeps_its_rate(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from transformers import (
 from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DiskFullError
-from etf_adapt.heads.in_model import batch_norms
+from etf_adapt.heads.in_model import batch_norms, has_dropout
 from etf_adapt.models.auto import adapt
 from etf_adapt.results import claim as claims
 from etf_adapt.results.claim import read_run
@@ -371,6 +371,17 @@ def test_the_head_changes_when_it_is_aligned_again(tmp_path, realign, unnoted, c
     trainer = make_trainer(tmp_path, callbacks=(Watch(),), **settings, **unnoted)
     trainer.train()
     assert trainer.state.max_steps == 12 and steps == changed
+
+
+def test_without_dropout_all_but_the_head_is_in_evaluation_mode(tmp_path):
+    model = make_trainer(tmp_path).model
+    assert {module.training for module in model.train().modules() if "Drop" in type(module).__name__} == {False}
+    assert model.training and model.classifier.training
+    model.gradient_checkpointing_enable()
+    assert any(layer.training for layer in model.train().vit.modules()), "layers that compute activations again"
+    assert has_dropout(make_model()) and not has_dropout(make_model(drop=0.0)) and not has_dropout(model)
+    model = make_trainer(tmp_path, dropout="model").model
+    assert {module.training for module in model.train().modules()} == {True}
 
 
 @pytest.mark.parametrize("dropout", [None, "model"])
