@@ -1,6 +1,7 @@
 r"""Time single parts on synthetic rows, one thread; each line is printed as it is measured.
 
     python recipes/benchmarks/parts.py head --classes 1000 10000 100000
+    python recipes/benchmarks/parts.py realign --classes 1000 10000 --width 768
     python recipes/benchmarks/parts.py alignment --rows 1000000 --classes 10000 --width 768
     python recipes/benchmarks/parts.py draw --rows 10000000 --classes 10000
     python recipes/benchmarks/parts.py calibration --rows 24426 --classes 8142
@@ -30,14 +31,15 @@ BATCH = 128
 def main() -> None:
     """Time the part that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["head", "alignment", "draw", "calibration", "start"])
+    parser.add_argument("part", choices=["head", "realign", "alignment", "draw", "calibration", "start"])
     parser.add_argument("--classes", nargs="+", type=int, default=[1000])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    parts = {"head": time_head, "alignment": time_alignment, "draw": time_draw, "calibration": time_calibration}
+    parts = {"head": time_head, "realign": time_realign, "alignment": time_alignment}
+    parts |= {"draw": time_draw, "calibration": time_calibration}
     for num_classes in options.classes:
         parts.get(options.part, time_start)(num_classes, options)
 
@@ -68,11 +70,8 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     from etf_adapt.heads.training_logits import TrainingLogits
     from etf_adapt.losses.registry import make_loss
 
-    features, labels, ids = (
-        torch.randn(BATCH, options.width),
-        torch.randint(num_classes, (BATCH,)),
-        torch.arange(BATCH),
-    )
+    features, ids = torch.randn(BATCH, options.width), torch.arange(BATCH)
+    labels = torch.randint(BATCH // 4, (BATCH,))  # of some rows each, so that they are left out
     fixed = LinearHead(options.width, num_classes, trainable=False)
     left_out = TrainingLogits({"head": fixed})
     means = torch.randn(num_classes, options.width)
@@ -105,6 +104,33 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     found = in_turns(options.rounds, times, ours=ours, trained=trained, products=products)
     print(num_classes, {name: f"{1e3 * value:.2f} ms" for name, value in found.items()}, end=" ")
     print(f"ours / products {found['ours'] / found['products']:.2f}", flush=True)
+
+
+def time_realign(num_classes: int, options: argparse.Namespace) -> None:
+    """Time what an alignment without a pass costs a step: the rows noted, and the head set anew every so many steps."""
+    from etf_adapt.heads.layers import ETFHead
+    from etf_adapt.heads.seen_rows import Form, SeenRows
+
+    steps = max(10, num_classes // 100)  # as AligningTrainer.realign_steps
+    features, labels = torch.randn(options.rows, options.width), torch.arange(options.rows) % num_classes
+    ids, form = torch.arange(options.rows), Form("whitened", 1.0, True, 1.0)
+    rows = SeenRows.of(ids, labels, features, torch.zeros(num_classes, options.width), form)
+    head, batches = ETFHead(options.width, num_classes), torch.randperm(options.rows).split(BATCH)
+
+    def realign() -> None:
+        for step in range(steps):
+            rows.note(batches[step], features[: len(batches[step])])
+        rows.set_anew(head)
+
+    weight, gradient = head.weight.detach(), torch.randn(BATCH, num_classes)
+
+    def products() -> None:
+        for _ in range(steps):
+            _ = features[:BATCH] @ weight.T, gradient @ weight
+
+    found = in_turns(options.rounds, 1, realign=realign, products=products)
+    milliseconds = {name: f"{1e3 * value / steps:.2f} ms" for name, value in found.items()}
+    print(num_classes, f"a step, of {steps}:", milliseconds, f"{peak_gb():.2f} GB", flush=True)
 
 
 def time_alignment(num_classes: int, options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ class FakeRuns:
         self.write(**call)
         return 0, ["done"]
 
-    def score(self, *, head: str, learning_rate: str, head_learning_rate: str = "0", **_: str) -> float:
+    def score(self, *, learning_rate: str = "0.0001", head_learning_rate: str = "0", **_: str) -> float:
         """Return a validation score: best at 1e-4, and for the head at 1e-3."""
         return 0.9 - 0.1 * (learning_rate != "0.0001") - 0.05 * (head_learning_rate not in ("0", "0.001"))
 
@@ -62,7 +62,7 @@ class FakeRuns:
         ]
         (folder / run_folder.LOG_FILE).write_text("\n".join(map(json.dumps, [*entries, {"loss": 0.1}])))
         test = {"balanced_accuracy": [0.7, 0.8, 0.9][int(seed)], "few": None} if evaluate_test == "true" else None
-        validation = {"balanced_accuracy": score} if self.has_validation else None
+        validation = {"balanced_accuracy": score, "balanced_loss": 1.0 - score} if self.has_validation else None
         run_folder.write_json(
             folder / run_folder.RESULTS_FILE, tables.flat_results({"train_runtime": 3.0}, validation, test)
         )
@@ -118,11 +118,20 @@ class TestMethod:
         final = [(call["learning_rate"], call.get("head_learning_rate")) for call in runs.calls[6:]]
         assert final == [("0.0001", "0.001")] * 2 + [("0.0001", None)] * 2
 
-    def test_of_equally_good_rates_the_lowest_is_taken(self, runs, monkeypatch):
+    def test_of_equally_good_rates_the_highest_is_taken(self, runs, monkeypatch):
         monkeypatch.setattr(runs, "score", lambda **_: 0.5)
         compare.main([*TWO_ROWS, *SHARED])
         final = [(call["learning_rate"], call.get("head_learning_rate")) for call in runs.calls[6:]]
-        assert final == [("0.0001", "0.0001")] * 2 + [("0.0001", None)] * 2
+        assert final == [("0.001", "0.01")] * 2 + [("0.001", None)] * 2
+
+    def test_a_method_that_is_not_tuned_names_no_rate_and_sees_the_test_split_once_a_seed(self, runs):
+        compare.main(["--results", "r", "--rows", "linear_ce", "etf_untuned", *TWO_ROWS[5:], *SHARED])
+        untuned = [call for call in runs.calls if call["head"] == "etf"]
+        assert [(call["evaluate_test"], call["seed"]) for call in untuned] == [("true", "0"), ("true", "1")]
+        assert not any("learning_rate" in name for call in untuned for name in call)
+        assert "| by the rule | - | 0 | - |" in Path("r/table.md").read_text()
+        compare.main(["--results", "r", "--table_only"])
+        assert len(files()) == 4 + 2 + 2
 
     def test_every_row_is_one_that_finetune_understands(self):
         options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from comparison import (
+    best_of,
     epochs_to_reach,
     format_difference,
     mean_and_deviation,
@@ -148,6 +149,14 @@ def test_only_an_interval_above_zero_is_bold():
 
 
 LABELS = np.repeat([0, 1], 20)
+
+
+def test_the_best_of_runs_has_the_least_log_loss_and_of_equals_is_the_last():
+    def run(accuracy, loss):
+        return {"all_results": {"eval_balanced_accuracy": accuracy, "eval_balanced_loss": loss}}
+
+    assert best_of([run(1.0, 0.3), run(0.9, 0.1), run(1.0, 0.1), run(0.9, 0.2)]) == 2
+    assert best_of([run(0.9, 0.1), run(1.0, None), run(1.0, 0.3)]) == 1, "runs of earlier versions"
 
 
 def table_row(name: str, kind: str, *, validation: list[float], right: int, resumed: bool = False):
