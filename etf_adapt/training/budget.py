@@ -9,9 +9,9 @@ BATCH_SIZES = (16, 32, 64)  # rows of a step
 STEPS_IN_EPOCH = 24  # that a batch should leave
 EPOCHS = (4, 10)  # at least and at most
 STEPS = 250  # that a run should have
-MOVEMENT = 0.035  # learning rate times steps, of features of WIDTH numbers
+MOVEMENT = 0.035  # learning rate times steps, of SIZE trained parameters
 RATES = (1e-4, 1e-3)  # at least and at most, of these
-WIDTH = 384
+SIZE = 22e6  # of MiniLM
 
 
 def choose_batch_size(num_rows: int) -> int:
@@ -33,10 +33,10 @@ def fill_budget(args: Any, num_rows: int) -> None:
         args.num_train_epochs = choose_epochs(math.ceil(num_rows / rows_a_step))
 
 
-def choose_rate(num_steps: int, in_features: int) -> float:
-    """Return the peak learning rate of AdamW for a run of so many steps, of a backbone of so wide features.
+def choose_rate(num_steps: int, num_trained: int) -> float:
+    """Return the peak learning rate of AdamW for a run of so many steps, of so many trained parameters.
 
-    The best rate times the steps times the width was nearly one number over data sets and models (recipes/README.md).
+    The best rate times steps times the root of the size was nearly one number over data sets and models (recipes/README.md).
     """
     rate = min(max(MOVEMENT / max(num_steps, 1), RATES[0]), RATES[1])
-    return float(f"{min(rate * WIDTH / in_features, RATES[1]):.2g}")
+    return float(f"{min(rate * math.sqrt(SIZE / max(num_trained, 1)), RATES[1]):.2g}")

@@ -20,7 +20,7 @@ class TrainingSettings:
     num_train_epochs: float | None = _option(None, "Passes over the training rows; default: 4 to 10, by their number.")
     learning_rate: float | None = _option(
         None,
-        "Peak learning rate of the backbone; default: by the number of steps and the width of the features, up to 1e-3.",
+        "Peak learning rate of the backbone; default: by the number of steps and of trained parameters, up to 1e-3.",
     )
     per_device_train_batch_size: int | None = _option(
         None, "Training rows of a batch, on each process; default: 16 to 64, by their number."

@@ -210,7 +210,8 @@ class ETFTrainer(AligningTrainer):
         if args.learning_rate in (None, self._chosen_rate):  # not one that a trial has set
             epochs, steps_in_epoch = cast(float, args.num_train_epochs), self._count_steps()
             steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * steps_in_epoch)
-            self._chosen_rate = args.learning_rate = choose_rate(steps, self.first_head.weight[0].numel())
+            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            self._chosen_rate = args.learning_rate = choose_rate(steps, trained)
         self.model.without_dropout = args.dropout == "off"
         self.realignment = self._resolve_realignment()
         self._training_logits.leaves_out, self._training_logits.notes = args.leave_one_out, self.realignment == "steps"

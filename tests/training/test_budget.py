@@ -12,22 +12,23 @@ from etf_adapt.training.trainer import ETFTrainer
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "batch", "epochs", "rate"),
+    ("rows", "trained", "batch", "epochs", "rate"),
     [
-        (12, 384, 16, 10, 1e-3),
-        (367, 160, 16, 10, 3.7e-4),  # digits, micro
-        (3_183, 384, 64, 5, 1.4e-4),  # CLINC150, MiniLM
-        (3_874, 192, 64, 5, 2.3e-4),  # CIFAR-100, ViT-tiny
-        (12_000, 384, 64, 4, 1e-4),
-        (1_000_000, 384, 64, 4, 1e-4),
-        (1_000_000, 768, 64, 4, 5e-5),
+        (12, 22e6, 16, 10, 1e-3),
+        (367, 0.9e6, 16, 10, 7.5e-4),  # digits, micro
+        (2_920, 2.2e6, 64, 6, 4e-4),  # blood cells, MobileNetV2
+        (3_183, 22e6, 64, 5, 1.4e-4),  # CLINC150, MiniLM
+        (3_874, 5.5e6, 64, 5, 2.3e-4),  # CIFAR-100, ViT-tiny
+        (12_000, 22e6, 64, 4, 1e-4),
+        (1_000_000, 22e6, 64, 4, 1e-4),
+        (1_000_000, 88e6, 64, 4, 5e-5),
     ],
 )
-def test_fewer_rows_have_smaller_batches_and_more_epochs_and_rates_follow(rows, width, batch, epochs, rate):
+def test_fewer_rows_have_smaller_batches_and_more_epochs_and_rates_follow(rows, trained, batch, epochs, rate):
     assert budget.choose_batch_size(rows) == batch
     steps_in_epoch = -(-rows // batch)
     assert budget.choose_epochs(steps_in_epoch) == epochs
-    assert budget.choose_rate(round(epochs * steps_in_epoch), width) == rate
+    assert budget.choose_rate(round(epochs * steps_in_epoch), trained) == rate
 
 
 FREE = {"num_train_epochs": None, "learning_rate": None, "per_device_train_batch_size": None}
@@ -44,13 +45,13 @@ FREE = {"num_train_epochs": None, "learning_rate": None, "per_device_train_batch
     ],
 )
 def test_what_is_named_stays(tmp_path, monkeypatch, named, expected):
-    monkeypatch.setattr(budget, "WIDTH", 16)  # that of the model here
+    monkeypatch.setattr(budget, "SIZE", 3136)  # that of the model here
     args = make_trainer(tmp_path, **FREE | named).args
     assert [args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate] == expected
 
 
 def test_arguments_that_name_nothing_serve_several_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "WIDTH", 16)
+    monkeypatch.setattr(budget, "SIZE", 3136)
     args = ETFTrainingArguments(str(tmp_path), eval_strategy="no")
     rows = NoisyRows((60, 21, 7), 0), NoisyRows((1600, 20, 10), 0)
     small, large = (ETFTrainer(make_model(), args, collate, part, labels=part.labels) for part in rows)
@@ -59,7 +60,7 @@ def test_arguments_that_name_nothing_serve_several_runs(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_resumed_for_longer_keeps_its_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "WIDTH", 16)
+    monkeypatch.setattr(budget, "SIZE", 3136)
     settings = {"learning_rate": None, "load_best_model_at_end": False}
     make_trainer(tmp_path, num_train_epochs=1, **settings).train()
     resumed = make_trainer(tmp_path, num_train_epochs=40, **settings)
