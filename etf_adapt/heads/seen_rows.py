@@ -116,7 +116,7 @@ class SeenRows:
         self._noted = []
         return self._pending
 
-    def see(self, row_ids: Tensor, features: Tensor) -> None:
+    def replace(self, row_ids: Tensor, features: Tensor) -> None:
         """Put what a head has read of rows (batch,), (batch, in_features), in place of what it read before."""
         places, is_held = self._places(row_ids)
         places, order = places[is_held].sort(stable=True)
@@ -126,12 +126,12 @@ class SeenRows:
         self.statistics.replace_(self.features[places], features, self.labels[places.cpu()])
         self.features[places] = features
 
-    def set_anew(self, head: ClassifierHead) -> bool:
+    def realign(self, head: ClassifierHead) -> bool:
         """Set a head from the rows as last seen; return whether any were noted since the last time."""
         pending = self.gather()
         if not pending:
             return False
-        self.see(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
+        self.replace(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
         self._pending, form = [], self.form
         weight, bias = closed_form_vectors(self.statistics, form.frame, penalty=form.penalty, intercept=form.intercept)
         head.set_class_vectors(form.scale * weight, form.scale * bias)

@@ -55,14 +55,16 @@ def soft_margins(scores: Tensor, *, temperature: float = 1.0) -> Tensor:
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` (={temperature}) must be at least 0.")
     best = scores.argmax(dim=1, keepdim=True)
-    without_best = _soft_maximum(scores.scatter(1, best, -torch.inf), temperature)
+    others = scores.scatter(1, best, -torch.inf)
     if temperature == 0.0:
         rivals = scores.gather(1, best).expand_as(scores)
+        without_best = others.amax(dim=1, keepdim=True)
     else:
         # The others' sum is that of all less one's own, which is at most half of it unless one is the best.
         scaled = scores / temperature
         share = scaled.softmax(dim=1).scatter(1, best, 0.0)
         rivals = temperature * (scaled.logsumexp(dim=1, keepdim=True) + torch.log1p(-share))
+        without_best = temperature * torch.logsumexp(others / temperature, dim=1, keepdim=True)
     return scores - rivals.scatter(1, best, without_best)
 
 
@@ -103,12 +105,6 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield tensors (batch, ...) by blocks of rows, as many as of the first, the logits, a block holds."""
     rows = max(1, _BLOCK // tensors[0].shape[1]) if tensors[0].device.type == "cpu" else len(tensors[0])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def _soft_maximum(scores: Tensor, temperature: float) -> Tensor:
-    if temperature == 0.0:
-        return scores.amax(dim=1, keepdim=True)
-    return temperature * torch.logsumexp(scores / temperature, dim=1, keepdim=True)
 
 
 def log_prior(class_counts: Tensor | Sequence[int], logits: Tensor) -> Tensor:

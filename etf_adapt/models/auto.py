@@ -38,7 +38,6 @@ class _Factory(ETFModel):
     """Loading, common to both tasks."""
 
     _auto_model: Any
-    _task: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"{type(self).__name__} is not instantiated: use {type(self).__name__}.from_pretrained(...).")
@@ -214,13 +213,11 @@ class _Factory(ETFModel):
             raise ValueError(f"The checkpoint {location} cannot be loaded: {error} Take another one.") from error
         heads = head_modules(model).values()
         is_stock = all(head.is_stock_layer for head in heads)  # as under a pooling of our own
-        if is_stock and _was_changed([(head.weight, head.bias) for head in heads], saved["head"]):
-            for head in heads:
-                head.frame = "changed"
-            model.reset_calibration()
-            return model
+        was_changed = is_stock and _was_changed([(head.weight, head.bias) for head in heads], saved["head"])
         for head in heads:
-            head.frame = saved["head"]["frame"]
+            head.frame = "changed" if was_changed else saved["head"]["frame"]
+        if was_changed:
+            model.reset_calibration()
         return model
 
 

@@ -65,6 +65,7 @@ class ETFModel(_Base):
     without_dropout: bool = False  # in training mode
     processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
     _stock_class: type[PreTrainedModel]
+    _task: str  # "image" or "text"
     _loss: Loss | None = None
     _loss_settings: Mapping[str, Any] = MappingProxyType({})
     _class_counts: list[int] | None = None
@@ -294,7 +295,7 @@ class ETFModel(_Base):
         check_name_and_token(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, fold=True, max_shard_size=max_shard_size)
-            write_short_card(folder, repo_id, library=self.etf_settings["library"], task=factory_of(type(self))._task)
+            write_short_card(folder, repo_id, library=self.etf_settings["library"], task=self._task)
             return send_folder(
                 folder,
                 repo_id,

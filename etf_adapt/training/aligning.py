@@ -54,10 +54,7 @@ class AligningTrainer(EvaluatingTrainer):
                 penalty=self.args.frame_penalty,
                 seed=self.args.seed,
             )
-        for head in self.heads.values():
-            for parameter in (head.weight, head.bias):
-                if parameter is not None:
-                    broadcast(parameter.data)  # Processes may round the same sums differently.
+        self._share_heads()
         self.alignment = {
             name: value for name, value in vars(result).items() if name not in ("rows_seen", "statistics")
         }
@@ -66,6 +63,13 @@ class AligningTrainer(EvaluatingTrainer):
         seen = zip(self.heads.items(), result.rows_seen, strict=True)
         kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
         self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in kept.items()}
+
+    def _share_heads(self) -> None:
+        """Give all processes the heads of the first: they may round the same sums differently."""
+        for head in self.heads.values():
+            for parameter in (head.weight, head.bias):
+                if parameter is not None:
+                    broadcast(parameter.data)
 
     def realign(self, ends_epoch: bool, ends_run: bool) -> None:
         """Align again where it is due after a step: by a pass, or from what training has read of the rows."""
@@ -77,7 +81,8 @@ class AligningTrainer(EvaluatingTrainer):
         if self.realignment == "steps" and is_due and not ends_run and not (ends_epoch and chooses):
             rows = self._training_logits.rows
             # Where rows have no numbers, are mixed, or are scored token by token, nothing was noted.
-            if rows and all([rows[path].set_anew(self.heads[path]) for path in rows]):
+            if rows and all([rows[path].realign(self.heads[path]) for path in rows]):
+                self._share_heads()
                 return
         if ends_run or ends_epoch:
             self.align()

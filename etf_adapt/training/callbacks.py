@@ -51,23 +51,19 @@ class RunLog(TrainerCallback):
             self._train = logs
         scores = _scores(logs)
         if scores or ("loss" in logs and args.eval_strategy == "no"):
+            seconds = time.monotonic() - self._start
+            line = f"epoch {state.epoch or 0.0:.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else "step"
+            line += f" ({state.global_step}/{state.max_steps} steps, {seconds:.0f} s)"
+            if self._train:
+                line += " | train loss {loss:.4f}, learning rate {learning_rate:.2e}".format_map(self._train)
             if state.is_world_process_zero:
-                tqdm.write(self._progress(args, state) + _training(self._train) + scores)
+                tqdm.write(line + scores)
             self._train = {}
-
-    def _progress(self, args: TrainingArguments, state: TrainerState) -> str:
-        seconds = time.monotonic() - self._start
-        epochs = f"epoch {state.epoch or 0.0:.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else "step"
-        return f"{epochs} ({state.global_step}/{state.max_steps} steps, {seconds:.0f} s)"
 
     def _write(self, state: TrainerState) -> None:
         folder = Path(self.folder())
         if state.is_world_process_zero and folder.is_dir():
             write_log(folder / LOG_FILE, state.log_history)
-
-
-def _training(logs: Mapping[str, Any]) -> str:
-    return f" | train loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}" if logs else ""
 
 
 def _scores(logs: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -240,11 +241,8 @@ def _is_own(folder: Path) -> bool:
 
 
 def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(stream).hex()
 
 
 def _hash_of_mark(mark: Mapping[str, Any]) -> str:

@@ -72,10 +72,8 @@ class EvaluatingTrainer(ResumableTrainer):
     def _score(self, rows: RowPredictions, prefix: str) -> dict[str, Any]:
         """Return our metrics, and those of ``compute_metrics``, which win where both have a name."""
         metrics: dict[str, Any] = score_rows(rows, self.class_counts, self.args.shot_bounds)
-        is_right = rows.predictions == rows.labels
-        metrics["balanced_accuracy_pooled"] = pooled_class_mean(
-            is_right, rows.labels, min_rows=self.args.min_validation_rows
-        )
+        least, is_right = self.args.min_validation_rows, rows.predictions == rows.labels
+        metrics["balanced_accuracy_pooled"] = pooled_class_mean(is_right, rows.labels, min_rows=least)
         if self.is_in_train and prefix == "eval":
             for sample, monitor in self._monitors.items():
                 collapse = monitor.measure(self.model, self.compute_loss_context_manager())

@@ -30,7 +30,6 @@ from etf_adapt.metrics.shots import ShotAccuracy, pooled_class_mean
 from etf_adapt.models.adapters import merge_adapters
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.names import micro_folder
-from etf_adapt.models.stock_subclass import factory_of
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CardFacts, write_card
 from etf_adapt.results.card_metadata import read_base_card
@@ -99,7 +98,7 @@ def finish(
     if trainer.args.should_save and trainer.args.keep_statistics:
         save_statistics(str(trainer.args.output_dir), heads)
     trainer.accelerator.wait_for_everyone()
-    stock = load_stock(str(trainer.args.output_dir), _task(trainer.model)).to(trainer.args.device)  # type: ignore[arg-type]
+    stock = load_stock(str(trainer.args.output_dir), trainer.model._task).to(trainer.args.device)  # type: ignore[arg-type]
     scored: dict[str, Scored] = {}
     for split, rows in {"validation": held_out, "test": test_dataset}.items():
         if rows is not None and split not in unread:
@@ -178,9 +177,10 @@ def _score(trainer: AligningTrainer, found: RowPredictions) -> dict[str, float |
     scores = score_rows(found, trainer.class_counts, trainer.args.shot_bounds)
     before = replace(found, predictions=found.unadjusted)
     unadjusted = score_rows(before, trainer.class_counts, trainer.args.shot_bounds)
+    least = trainer.args.min_validation_rows
     scores["balanced_loss"] = pooled_class_mean(
-        found.losses, found.labels, min_rows=trainer.args.min_validation_rows
-    )  # by which settings are compared
+        found.losses, found.labels, min_rows=least
+    )  # settings are compared by it
     return scores | {f"{name}_unadjusted": unadjusted[name] for name in tables.UNADJUSTED}
 
 
@@ -223,7 +223,7 @@ def _report(
         CardFacts(
             model_id=repo_id or run_folder.public_value(str(folder)),
             on_hub=repo_id is not None,
-            task=_task(trainer.model),
+            task=trainer.model._task,
             library=trained["library"],
             base_model=base_model or public_origin or type(trainer.model).__name__,
             dataset={**description, "name": run_folder.public_value(description["name"])},
@@ -248,12 +248,8 @@ def _report(
             inherited=read_base_card(base_model or origin) if base_model or origin else {},
         ),
     )
-    lines = run_folder.loading_lines(folder, trained["library"], _task(trainer.model)).replace("\n", "\n    ")
+    lines = run_folder.loading_lines(folder, trained["library"], trainer.model._task).replace("\n", "\n    ")
     trainer.print(f"\nmodel, card (README.md), {run_folder.RESULTS_FILE}: {folder}\nload it:\n\n    {lines}")
-
-
-def _task(model: ETFModel) -> str:
-    return factory_of(type(model))._task
 
 
 @contextmanager

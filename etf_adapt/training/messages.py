@@ -18,9 +18,8 @@ def describe_run(trainer: Any) -> list[str]:
     processes, threads = PartialState().num_processes, torch.get_num_threads()
     runs = f"{processes} process{'es' if processes > 1 else ''} of {threads} threads"
     kind = f" ({distributed_type})" if processes > 1 else ""
-    precision = "float32"
-    if args.mixed_precision != "no":
-        precision = f"{args.mixed_precision} autocast over float32 weights"
+    mixed = f"{args.mixed_precision} autocast over float32 weights"
+    precision = "float32" if args.mixed_precision == "no" else mixed
     counts = [] if trainer.class_counts is None else [rows for rows in trainer.class_counts.tolist() if rows]
     classes = f"{len(counts)} classes of {min(counts):,} to {max(counts):,} rows" if counts else "no classes"
     imbalance = f" (imbalance {max(counts) / min(counts):.4g})" if counts else ""

@@ -25,35 +25,14 @@ from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.weights import without_bars
 from etf_adapt.results.claim import check_claim, read_run
 from etf_adapt.results.run_folder import public_value
+from etf_adapt.training import checkpoints
 from etf_adapt.training.arguments import FIXED_ON_RESUME, LENGTH, ETFTrainingArguments
-from etf_adapt.training.checkpoints import (
-    begin_checkpoint,
-    complete_checkpoint,
-    find_flaw,
-    read_state,
-    read_tensors,
-    room_for,
-    rotate_checkpoints,
-    write_tensors,
-)
 from etf_adapt.training.parameters import describe_learning, require_finite
 from etf_adapt.training.stopping import StoppableTrainer
 
 
 class ResumableTrainer(StoppableTrainer):
     """Mend what transformers' ``Trainer`` (5.24) gets wrong where a run is saved, stopped, resumed and published.
-
-    - A checkpoint is marked as complete when all processes have written theirs; only then are older ones deleted, and of
-      those only our own.
-    - Weights that are not finite are not saved; nor are the arguments, which the stock class pickles with the Hub token in
-      clear.
-    - The count of evaluations without improvement is part of the checkpoint, and a run that had ended when it was saved has
-      ended when it is resumed: the stock class trains one more step.
-    - The best checkpoint is found in a folder that was moved, and is not taken where it is damaged or another run's.
-    - A run is resumed with the settings that it began with, but for its length; the stock class takes some from the arguments
-      and others from the checkpoint, whose rate of a first step may be that of a schedule of another length.
-    - A finished folder is published in one commit. The stock class makes the repository before the first step, and sends the
-      whole output folder, with the pickle that holds the token.
 
     Subclasses set ``train_labels`` (rows,), and define what else belongs to a checkpoint.
     """
@@ -68,9 +47,7 @@ class ResumableTrainer(StoppableTrainer):
     def draw_settings(self) -> dict[str, Any]:
         """Return all that decides which rows are drawn when and what they train, in values for JSON by names for a person."""
         labels = np.zeros(0, np.int64) if self.train_labels is None else self.train_labels
-        trained = [
-            (name, *parameter.shape) for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        ]
+        trained = [(name, *value.shape) for name, value in self.model.named_parameters() if value.requires_grad]
         return {
             "trained parameters": f"of hash {sha256(repr(sorted(trained)).encode()).hexdigest()[:12]}",
             "sampler": self.args.sampler,
@@ -97,13 +74,14 @@ class ResumableTrainer(StoppableTrainer):
 
         The part of transformers follows in ``train``.
         """
-        state = read_state(checkpoint)
+        state = checkpoints.read_state(checkpoint)
         if state["save_only_model"]:
             raise ValueError(
                 f"`{checkpoint}` was written with `save_only_model` and cannot be resumed: start another run."
             )
         if self._chosen_rate is not None:  # by the steps of this run, which may be more now
             self._chosen_rate = self.args.learning_rate = state["draw"]["learning_rate"]
+        # The stock class takes some settings from the arguments and others from the checkpoint.
         for name, value in self.draw_settings().items():
             if (before := state["draw"].get(name)) != value:
                 raise ValueError(
@@ -111,7 +89,7 @@ class ResumableTrainer(StoppableTrainer):
                     "otherwise than it began. Resume with the same settings, or start another run."
                 )
         self.misses = state["misses"]
-        self.restore_own_state(state["own"], read_tensors(checkpoint))
+        self.restore_own_state(state["own"], checkpoints.read_tensors(checkpoint))
         lengths = {name: (before, getattr(self.args, name)) for name, before in state["length"].items()}
         return [
             f"`{name}` was {before:g} and is {now:g}: the learning rate follows the schedule of the new length from here on"
@@ -133,32 +111,29 @@ class ResumableTrainer(StoppableTrainer):
             check_claim(str(self.args.output_dir))
         with self._room_for(folder):
             if self.args.should_save:
-                begin_checkpoint(folder)
+                checkpoints.begin_checkpoint(folder)
             self.accelerator.wait_for_everyone()
             with self._without_stock_rotation():
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._complete_checkpoint(folder)
+                own, tensors = self.own_state()
+                checkpoints.write_tensors(folder, tensors)
+                state = {
+                    "draw": self.draw_settings(),
+                    "length": {name: getattr(self.args, name) for name in LENGTH},
+                    "save_only_model": self.args.save_only_model,
+                    "misses": self.misses,
+                    "own": own,
+                    "next": self._next_of_save,
+                }
+                checkpoints.complete_checkpoint(folder, state, run=read_run(self.run_dir))
         self._saved_step, self._is_saved = self.state.global_step, True
         if self.args.should_save:
-            rotate_checkpoints(folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
-
-    def _complete_checkpoint(self, folder: Path) -> None:
-        own, tensors = self.own_state()
-        write_tensors(folder, tensors)
-        state = {
-            "draw": self.draw_settings(),
-            "length": {name: getattr(self.args, name) for name in LENGTH},
-            "save_only_model": self.args.save_only_model,
-            "misses": self.misses,
-            "own": own,
-            "next": self._next_of_save,
-        }
-        complete_checkpoint(folder, state, run=read_run(self.run_dir))
+            checkpoints.rotate_checkpoints(folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
     def _room_for(self, folder: Path) -> AbstractContextManager[None]:
-        return room_for(folder, output_dir=self.run_dir, count_bytes=self._count_bytes)
+        return checkpoints.room_for(folder, output_dir=self.run_dir, count_bytes=self._count_bytes)
 
     def _count_bytes(self) -> int:
         states = [] if self.optimizer is None else self.optimizer.state.values()
@@ -166,12 +141,9 @@ class ResumableTrainer(StoppableTrainer):
         return sum(getattr(value, "nbytes", 0) for value in held)
 
     def _load_best_model(self) -> None:
-        best, run = str(self.state.best_model_checkpoint), read_run(self.run_dir)
-        if flaw := first_process_decides(partial(find_flaw, best, run)):
-            step = self.state.global_step
-            self.print(
-                f"{best}, the best by {self.args.metric_for_best_model}, cannot be used: {flaw}. Step {step} is kept."
-            )
+        best, metric = str(self.state.best_model_checkpoint), self.args.metric_for_best_model
+        if flaw := first_process_decides(partial(checkpoints.find_flaw, best, read_run(self.run_dir))):
+            self.print(f"{best}, the best by {metric}, cannot be used: {flaw}. Step {self.state.global_step} is kept.")
         else:
             super()._load_best_model()
 
@@ -180,9 +152,9 @@ class ResumableTrainer(StoppableTrainer):
             return
         folder = output_dir or str(self.args.output_dir)
         with self._room_for(Path(folder)), without_bars():
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-                folder, state_dict=state_dict
-            )
+            # Without the arguments, which the stock class pickles with the Hub token in clear.
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(folder, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -206,19 +178,18 @@ class ResumableTrainer(StoppableTrainer):
         return self.misses >= (self.args.early_stopping_patience or math.inf)
 
     def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
+        self, max_steps: int, steps_in_epoch: int, num_epochs: int, resume: str | None, trial: Any
     ) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
-        )
-        self._steps_in_epoch = num_update_steps_per_epoch
+        epochs, batches = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, resume, trial)
+        self._steps_in_epoch = steps_in_epoch
         if resume is None:
             self.misses = 0
             return epochs, batches
         self.state.compute_steps(self.args, max_steps)  # the checkpoint holds those of the earlier arguments
-        self._checkpoint, self._next_of_checkpoint = resume, read_state(resume)["next"]
+        state = checkpoints.read_state(resume)
+        self._checkpoint, self._next_of_checkpoint = resume, state["next"]
         # Once more: the weights were loaded in between, by which a head that changed counts as a new one.
-        self.restore_own_state(read_state(resume)["own"], read_tensors(resume))
+        self.restore_own_state(state["own"], checkpoints.read_tensors(resume))
         # The stock class forgets the best checkpoint of a folder that was moved; the best step may have none of its own.
         noted = TrainerState.load_from_json(str(Path(resume, TRAINER_STATE_NAME))).best_model_checkpoint
         best = Path(self.run_dir, Path(noted or "").name)
@@ -226,7 +197,7 @@ class ResumableTrainer(StoppableTrainer):
         if noted and not best.is_dir():
             self.print(f"{best}, the best so far, is gone: the best of what follows, or else the last, will be taken.")
         if self._is_out_of_patience or self.state.global_step >= max_steps:
-            return num_train_epochs, 0
+            return num_epochs, 0  # the stock class would train one more step
         return epochs, batches
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:

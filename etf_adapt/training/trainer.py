@@ -144,26 +144,13 @@ class ETFTrainer(AligningTrainer):
             self._take_up(model)
         self._train_sampler: RowDraws | None = None
         self.given_optimizer = optimizers[0]
-        ours: list[Any] = [
-            Realign(lambda: self._steps_in_epoch, self.realign),
-            RunLog(lambda: self.run_dir),
-            ProgressPrinter() if args.disable_tqdm else ProgressBar(),
-        ]
+        shown = ProgressPrinter() if args.disable_tqdm else ProgressBar()
+        ours = [Realign(lambda: self._steps_in_epoch, self.realign), RunLog(lambda: self.run_dir), shown]
         super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            model_init,
-            compute_loss_func,
-            compute_metrics,
-            [*ours, *(callbacks or ())],
-            optimizers,
-            optimizer_cls_and_kwargs,
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
+            compute_metrics, [*ours, *(callbacks or ())], optimizers, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
-        )
+        )  # fmt: skip
         self.remove_callback(self.callback_handler.callbacks[-1])  # the stock printer or bar, which comes last
         self._settle()
         require_embeddings(self.model, args.neftune_noise_alpha)
@@ -193,7 +180,12 @@ class ETFTrainer(AligningTrainer):
                 "`model` has no head and loss of etf_adapt: load it with ETFFor..., or call adapt(model, ...)."
             )
         if self.train_labels is not None:
-            self.class_counts = _count_classes(self.train_labels, self.first_head.num_classes)
+            self.class_counts = np.bincount(self.train_labels, minlength=self.first_head.num_classes)
+            if len(self.class_counts) > self.first_head.num_classes:
+                raise ValueError(
+                    f"`train_dataset` has label {len(self.class_counts) - 1}, but the head has {self.first_head.num_classes} "
+                    f"classes: load the model with num_labels={len(self.class_counts)}."
+                )
             model.set_loss(model.etf_settings["loss"], class_counts=self.class_counts.tolist())
         self.alignment = {}
         self._training_logits = TrainingLogits(self.heads)
@@ -208,8 +200,9 @@ class ETFTrainer(AligningTrainer):
         """Resolve what depends on the settings and the model, both of which a trial may change."""
         args = self.args
         if args.learning_rate in (None, self._chosen_rate):  # not one that a trial has set
-            epochs, steps_in_epoch = cast(float, args.num_train_epochs), self._count_steps()
-            steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * steps_in_epoch)
+            rows = 0 if self.train_labels is None else len(self.train_labels)
+            epochs, steps_in_epoch = args.num_train_epochs, math.ceil(rows / self.get_total_train_batch_size(args))
+            steps = args.max_steps if args.max_steps > 0 else math.ceil(cast(float, epochs) * steps_in_epoch)
             trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
             self._chosen_rate = args.learning_rate = choose_rate(steps, trained)
         self.model.without_dropout = args.dropout == "off"
@@ -221,11 +214,6 @@ class ETFTrainer(AligningTrainer):
         self._soft_labels = SoftLabels(
             self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
         )
-
-    def _count_steps(self) -> int:
-        """Return the steps of an epoch."""
-        rows = 0 if self.train_labels is None else len(self.train_labels)
-        return math.ceil(rows / self.get_total_train_batch_size(self.args))
 
     # Training
 
@@ -395,14 +383,3 @@ class ETFTrainer(AligningTrainer):
                 "last checkpoint: lower `learning_rate`, set `max_grad_norm`, or train in float32."
             )
         return (loss, outputs) if return_outputs else loss
-
-
-def _count_classes(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Return the rows of each class (num_classes,), if there is a class for each label."""
-    counts = np.bincount(labels, minlength=num_classes)
-    if len(counts) > num_classes:
-        raise ValueError(
-            f"`train_dataset` has label {len(counts) - 1}, but the head has {num_classes} classes: load the model with "
-            f"num_labels={len(counts)}."
-        )
-    return counts

@@ -120,7 +120,7 @@ def time_realign(num_classes: int, options: argparse.Namespace) -> None:
     def realign() -> None:
         for step in range(steps):
             rows.note(batches[step], features[: len(batches[step])])
-        rows.set_anew(head)
+        rows.realign(head)
 
     weight, gradient = head.weight.detach(), torch.randn(BATCH, num_classes)
 

@@ -81,7 +81,7 @@ def test_the_rows_are_returned_with_the_form_in_units_of_the_head(rows, frame):
     assert torch.equal(seen.labels, rows[1])
     seen.note(seen.row_ids, seen.features)
     (head,) = head_modules(model).values()
-    assert seen.set_anew(head)
+    assert seen.realign(head)
     for again, first in zip(vectors_of(model)[0], before, strict=True):
         torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-5)
 

@@ -94,14 +94,14 @@ def test_rows_that_are_not_held_keep_their_logits():
 def test_the_head_is_set_as_the_closed_form_of_the_rows_as_they_were_seen_last(frame, intercept):
     first, later, last = (features_of(seed) for seed in range(3))
     rows, head = rows_of(first, frame, intercept), ETFHead(WIDTH, CLASSES, bias=intercept)
-    assert not rows.set_anew(head), "nothing was read"
+    assert not rows.realign(head), "nothing was read"
     seen = first.clone()
     for part, source in (([0, 3, 5], later), ([2, 3], last), ([8], later)):  # row 3 is drawn twice
         part = torch.tensor(part)
         rows.note(10 + part, source[part])
         seen[part] = source[part]
     rows.note(torch.tensor([99]), torch.randn(1, WIDTH))  # not one of these rows
-    assert rows.set_anew(head)
+    assert rows.realign(head)
     weight, bias = closed_form(seen, rows.form)
     torch.testing.assert_close(head.weight.double(), weight, rtol=1e-5, atol=1e-5)
     if intercept:
@@ -110,14 +110,14 @@ def test_the_head_is_set_as_the_closed_form_of_the_rows_as_they_were_seen_last(f
     ids, logits = 10 + torch.arange(len(LABELS)), torch.randn(len(LABELS), CLASSES)
     left, expected = (each.logits(logits.clone(), last, ids, LABELS) for each in (rows, again))
     torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-4)
-    assert not rows.set_anew(head)
+    assert not rows.realign(head)
 
 
 def test_of_a_row_that_a_batch_holds_twice_the_later_reading_counts():
     rows, head = rows_of(features_of(0)), ETFHead(WIDTH, CLASSES)
     features = torch.randn(3, WIDTH)
     rows.note(torch.tensor([12, 11, 12]), features)
-    rows.set_anew(head)
+    rows.realign(head)
     assert torch.equal(rows.features[rows.row_ids == 12], features[2:])
 
 

@@ -55,7 +55,7 @@ def test_what_is_written_into_a_checkpoint_comes_back(notes):
     for name, value in rows.tensors().items():
         assert torch.equal(restored.tensors()[name], value)
     heads, restored_head = (ETFHead(5, 3) for _ in range(2))
-    assert rows.set_anew(heads) is restored.set_anew(restored_head) is notes
+    assert rows.realign(heads) is restored.realign(restored_head) is notes
     if notes:
         assert torch.equal(heads.weight, restored_head.weight) and torch.equal(heads.bias, restored_head.bias)
     again.restore({}, {}, torch.device("cpu"))
