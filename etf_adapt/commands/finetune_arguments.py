@@ -16,6 +16,7 @@ from etf_adapt.commands.flags import translate
 from etf_adapt.errors import nearest_names
 from etf_adapt.models.names import model_task
 from etf_adapt.results import run_folder
+from etf_adapt.training.settings import option
 
 if TYPE_CHECKING:
     from etf_adapt.training.arguments import ETFTrainingArguments
@@ -23,39 +24,35 @@ if TYPE_CHECKING:
 ETF_SCALE = 16.0  # of the logits of an ETF head under a cross-entropy: unscaled they reach about one
 
 
-def _option(value: Any, text: str) -> Any:
-    return field(default=value, metadata={"help": text})
-
-
 @dataclass
 class ModelArguments:
     """Which model, and what becomes of its head."""
 
-    model: str = _option("micro", "Short name, Hub id, timm name or folder.")
-    model_revision: str | None = _option(None, "Branch, tag or commit of a Hub model.")
-    head: Literal["etf", "linear", "cosine", "paper"] = _option(
+    model: str = option("micro", "Short name, Hub id, timm name or folder.")
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    head: Literal["etf", "linear", "cosine", "paper"] = option(
         "etf", "Classifier: fixed simplex frame, or one to compare with."
     )
     # The names of losses.registry, which would import torch.
     loss: Literal["dot_regression", "margin_dot_regression", "cross_entropy", "focal", "logit_adjusted"] | None = (
-        _option(None, "By default the head's own.")
+        option(None, "By default the head's own.")
     )
-    class_weights: Literal["none", "balanced"] = _option(
+    class_weights: Literal["none", "balanced"] = option(
         "none", "Factors of the loss: balanced weights each class by n / (K n_c)."
     )
-    loss_options: str | None = _option(None, "JSON with options of the loss (etf_adapt.losses.registry.make_loss).")
-    head_trainable: bool = _option(False, "Train the etf head on from its start.")
-    head_path: str | None = _option(None, "Module path of the head, if it is not found.")
-    pooling: Literal["stock", "mean"] | None = _option(
+    loss_options: str | None = option(None, "JSON with options of the loss (etf_adapt.losses.registry.make_loss).")
+    head_trainable: bool = option(False, "Train the etf head on from its start.")
+    head_path: str | None = option(None, "Module path of the head, if it is not found.")
+    pooling: Literal["stock", "mean"] | None = option(
         None, "Of a text's tokens: stock (as the model's class has it) or their mean."
     )
-    peft: str | None = _option(None, "Train adapters in place of the backbone: lora, or a JSON file for peft.")
-    prior_adjustment: Literal["auto", "fit", "none"] = _option(
+    peft: str | None = option(None, "Train adapters in place of the backbone: lora, or a JSON file for peft.")
+    prior_adjustment: Literal["auto", "fit", "none"] = option(
         "auto", "Prior adjustment after training; auto: fit for etf heads, else none."
     )
-    paper: bool = _option(False, "The published method: head, loss and sampling of the paper.")
-    pretrained: bool = _option(True, "Start from the pretrained weights, not random ones.")
-    checkpoint_path: str | None = _option(
+    paper: bool = option(False, "The published method: head, loss and sampling of the paper.")
+    pretrained: bool = option(True, "Start from the pretrained weights, not random ones.")
+    checkpoint_path: str | None = option(
         None, "File of weights (.safetensors, .pth) for the architecture that --model names."
     )
 
@@ -97,30 +94,30 @@ class ModelArguments:
 class DataArguments:
     """Which data, and what the model sees of them."""
 
-    dataset: str = _option("digits", "digits, a Hub id, a file or a folder.")
-    dataset_revision: str | None = _option(None, "Branch, tag or commit of a Hub data set.")
-    image_column: str | None = _option(None, "Column of the images, if it is not found.")
-    image_root: str | None = _option(None, "Folder of the images that a table names.")
-    text_column: list[str] | None = _option(  # noqa: RUF009 - a field, as the others
+    dataset: str = option("digits", "digits, a Hub id, a file or a folder.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
+    image_column: str | None = option(None, "Column of the images, if it is not found.")
+    image_root: str | None = option(None, "Folder of the images that a table names.")
+    text_column: list[str] | None = option(  # noqa: RUF009 - a field, as the others
         None, "Column of the texts, if it is not found; two columns are read as pairs."
     )
-    label_column: str | None = _option(None, "Column of the labels, if it is not found.")
-    imbalance_factor: float | None = _option(
+    label_column: str | None = option(None, "Column of the labels, if it is not found.")
+    imbalance_factor: float | None = option(
         None, "Make train long-tailed: largest over smallest class count, at least 1."
     )
-    imbalance_profile: Literal["exponential", "step"] = _option("exponential", "Shape of the long tail.")
-    class_order: Literal["label", "permuted"] = _option(
+    imbalance_profile: Literal["exponential", "step"] = option("exponential", "Shape of the long tail.")
+    class_order: Literal["label", "permuted"] = option(
         "label", "Rank of the classes by count: label order, or permuted by the seed."
     )
-    validation_fraction: float = _option(0.1, "Share of train for a missing validation split.")
-    validation_before_long_tail: bool = _option(False, "Cut it before the long tail, balanced, as benchmarks do.")
-    max_train_rows: int | None = _option(None, "Train on at most so many rows.")
-    image_size: int | None = _option(None, "Pixels a side, for models that allow another size.")
-    max_length: int | None = _option(
+    validation_fraction: float = option(0.1, "Share of train for a missing validation split.")
+    validation_before_long_tail: bool = option(False, "Cut it before the long tail, balanced, as benchmarks do.")
+    max_train_rows: int | None = option(None, "Train on at most so many rows.")
+    image_size: int | None = option(None, "Pixels a side, for models that allow another size.")
+    max_length: int | None = option(
         None, "Tokens to cut texts to, as the saved tokenizer will; by default its own, up to 512."
     )
-    augment: bool = _option(True, "Crop and mirror training images at random.")
-    evaluate_test: bool = _option(True, "Score the test split at the end; off while settings are being chosen.")
+    augment: bool = option(True, "Crop and mirror training images at random.")
+    evaluate_test: bool = option(True, "Score the test split at the end; off while settings are being chosen.")
 
     def load_options(self) -> dict[str, Any]:
         """Return the arguments of ``load_data``."""
@@ -133,8 +130,8 @@ class DataArguments:
 class OutputArguments:
     """Where the result goes; the folder itself is output_dir of TrainingArguments."""
 
-    overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir.")
-    dry_run: bool = _option(False, "Show what a run would do, its time and memory, and stop.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run in output_dir.")
+    dry_run: bool = option(False, "Show what a run would do, its time and memory, and stop.")
     is_named: bool = field(default=True, init=False)  # whether output_dir was given: another name is not taken then
 
 

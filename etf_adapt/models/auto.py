@@ -157,7 +157,7 @@ class _Factory(ETFModel):
                 )
             settings: dict[str, Any] = {"trainable": trainable, "loss": loss, "class_counts": class_counts}
             settings |= {"head": head or "etf", "head_path": head_path, "seed": seed}
-            model = _adapt(factory, model, count or before, names, **settings)
+            model = adapt(model, count or before, id2label=names, factory=factory, **settings)
         model.processor = find_processor(location, factory._task, model.config, kwargs)
         if factory._task == "text":
             _set_padding(model)
@@ -265,35 +265,26 @@ def adapt(
     *,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     label2id: Mapping[str, int] | None = None,
-    **options: Any,
-) -> _Model:
-    """Give a stock classification model of transformers, or timm's in its TimmWrapper, a head and a loss, in place.
-
-    Options are ``head``, ``trainable``, ``loss``, ``class_counts``, ``head_path`` and ``seed``, as in ``from_pretrained``.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
-            "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
-        )
-    is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
-    factory = ETFForImageClassification if is_image else ETFForSequenceClassification
-    return cast(_Model, _adapt(factory, model, num_labels, _label_names(id2label, label2id), **options))
-
-
-def _adapt(
-    factory: type[_Factory],
-    model: PreTrainedModel,
-    num_labels: int,
-    names: Mapping[int, str] | None,
-    *,
     head: str = "etf",
     trainable: bool | None = None,
     loss: Mapping[str, Any] | str | None = None,
     class_counts: Sequence[int] | None = None,
     head_path: str | Sequence[str] | None = None,
     seed: int = 0,
-) -> Any:
+    factory: type[_Factory] | None = None,
+) -> _Model:
+    """Give a stock classification model of transformers, or timm's in its TimmWrapper, a head and a loss, in place.
+
+    Arguments are those of ``from_pretrained``; the factory is that of the model's task where None.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, not a model of transformers: etf_adapt.swap_head replaces the head of any "
+            "timm model, and ETFForImageClassification.from_pretrained('timm/<name>') loads one."
+        )
+    if factory is None:
+        is_image = "ImageClassification" in type(model).__name__ or model.main_input_name == "pixel_values"
+        factory = ETFForImageClassification if is_image else ETFForSequenceClassification
     if isinstance(model, ETFModel):
         model.fold_heads()  # so that the new layer has the bias of the stock one
     elif "forward" in vars(model):
@@ -302,6 +293,7 @@ def _adapt(
             "does, and would pass by our loss: load the model on one device."
         )
     paths = find_heads(model, head=head_path)
+    names = _label_names(id2label, label2id)
     has_bias = {path: getattr(model.get_submodule(path), "bias", None) is not None for path in paths}
     with seeded_torch(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -313,7 +305,7 @@ def _adapt(
     made._class_counts, made._has_trained = None, False
     made.reset_calibration()
     made.set_loss(loss, class_counts)
-    return made
+    return cast(_Model, made)
 
 
 def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str, Any]) -> Any:
@@ -330,7 +322,7 @@ def _restore(factory: type[_Factory], model: PreTrainedModel, saved: Mapping[str
     counts = saved["class_counts"] if len(saved["class_counts"] or ()) == num_labels else None
     kind = "linear" if entry["folded"] else entry["kind"]
     settings = {"trainable": entry["trainable"], "loss": _known_loss(saved["loss"], counts), "class_counts": counts}
-    model = _adapt(factory, model, num_labels, None, head=kind, head_path=paths, **settings)
+    model = adapt(model, num_labels, head=kind, head_path=paths, factory=factory, **settings)
     for head, (weight, bias) in zip(head_modules(model).values(), tensors, strict=True):
         if not is_live(saved):
             head.set_class_vectors(weight, bias)

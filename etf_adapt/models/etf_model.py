@@ -119,11 +119,10 @@ class ETFModel(_Base):
         weights: Any = chosen.get("class_weights")
         if hasattr(weights, "tolist"):  # an array or tensor, which config.json cannot hold
             weights = chosen["class_weights"] = weights.tolist()
+        num_classes = heads[0].num_classes
         for name, values in (("class_counts", counts), ("class_weights", weights)):
-            if isinstance(values, Sequence) and not isinstance(values, str) and len(values) != heads[0].num_classes:
-                raise ValueError(
-                    f"`{name}` has {len(values)} entries, but the head has {heads[0].num_classes} classes."
-                )
+            if isinstance(values, Sequence) and not isinstance(values, str) and len(values) != num_classes:
+                raise ValueError(f"`{name}` has {len(values)} entries, but the head has {num_classes} classes.")
         self._loss = make_loss(chosen, class_counts=counts)
         self._loss_settings, self._class_counts = chosen, counts
 
@@ -261,9 +260,7 @@ class ETFModel(_Base):
         is_pooled = fold and isinstance(self, PooledEncoder)
         is_timm = isinstance(self, TimmWrapperForImageClassification) and getattr(self, "hf_quantizer", None) is None
         if not is_pooled and not is_timm:  # timm's layout cannot tell how weights are quantized
-            super().save_pretrained(
-                cast(str, save_directory), is_main_process=is_main_process, state_dict=tensors, **kwargs
-            )
+            super().save_pretrained(cast(str, save_directory), is_main_process, tensors, **kwargs)
         elif is_main_process and is_pooled:
             write_sentence_folder(save_directory, self, tensors)
         elif is_main_process:
@@ -296,17 +293,11 @@ class ETFModel(_Base):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, fold=True, max_shard_size=max_shard_size)
             write_short_card(folder, repo_id, library=self.etf_settings["library"], task=self._task)
-            return send_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-                command=f"model.push_to_hub({repo_id!r}), or model.save_pretrained(folder) and "
-                + carry_on_command("folder", repo_id, private=private, revision=revision),
-                kept=("README.md",),
-            )
+            options: dict[str, Any] = {"private": private, "revision": revision}
+            command = f"model.push_to_hub({repo_id!r}), or model.save_pretrained(folder) and "
+            command += carry_on_command("folder", repo_id, **options)
+            options |= {"commit_message": commit_message, "token": token, "kept": ("README.md",)}
+            return send_folder(folder, repo_id, command=command, **options)
 
     def _entry(self, tensors: dict[str, Tensor], *, fold: bool) -> dict[str, Any] | None:
         """Return the entry of ``config.json``; heads that are to be folded are folded in ``tensors``."""

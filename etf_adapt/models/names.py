@@ -1,4 +1,4 @@
-"""Names of models: short names, timm names, folders and Hub ids."""
+"""Names of models: short names, timm names, folders and Hub ids; whether their files can be had from the Hub or its cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from etf_adapt.errors import nearest_names
-from etf_adapt.models.hub_files import UnavailableError, ask_hub, cached_folder
 
 ENTRY = "etf_adapt"
 """Name of our one entry in a model's ``config.json``. Stock readers pass over it, and transformers keeps it when it saves."""
@@ -51,6 +50,10 @@ TEXT_MODELS = {
 }
 
 MODEL_NAMES = IMAGE_MODELS | TEXT_MODELS
+
+
+class UnavailableError(OSError):
+    """The files of a model cannot be fetched and are not cached."""
 
 
 def micro_folder() -> str:
@@ -121,6 +124,29 @@ def is_timm_elsewhere(location: str) -> bool:
         return False
     config = timm.get_pretrained_cfg(name)
     return config is not None and config.has_weights and config.hf_hub_id != location
+
+
+def ask_hub(location: str, revision: str | None = None) -> Exception | None:
+    """Ask the Hub for a model's config.json by one HEAD request; return the error, None where it is found."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(location, "config.json", revision=revision), timeout=5.0)
+    except Exception as error:  # the transport's errors have another base class in each major version of the client
+        return error
+    return None
+
+
+def cached_folder(location: str, revision: str | None = None) -> str | None:
+    """Return the newest cached snapshot that holds configuration and weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
+    except OSError:
+        return None
+    weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
+    return str(folder) if weights and (folder / "config.json").is_file() else None
 
 
 def locate_model(location: str, revision: str | None = None) -> str:

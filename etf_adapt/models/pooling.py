@@ -25,6 +25,7 @@ from etf_adapt.models.folders import NOT_STOCK, find_file, hub_options, load_con
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.positions import max_positions
 from etf_adapt.models.weights import load_noting_new
+from etf_adapt.results.run_folder import write_json
 
 POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
 _POOLING_FOLDER = "1_Pooling"
@@ -60,9 +61,7 @@ class PooledEncoder(PreTrainedModel):
             options["config"] = config
         encoder: Any = load_noting_new(AutoModel, location, **options)
         model = cls(encoder.config, encoder)
-        model._new_weights = tuple(
-            f"encoder.{name}" for name in encoder._new_weights if not name.startswith(cls._unread)
-        )
+        model._new_weights = tuple(f"encoder.{key}" for key in encoder._new_weights if not key.startswith(cls._unread))
         if (getattr(encoder.config, ENTRY, None) or {}).get("pooling") == cls.pooling:  # written by this library
             dense = f"{_DENSE_FOLDERS[cls.pooling]}/model.safetensors"
             file = find_file(location, dense, is_needed=True, **hub_options(options))
@@ -74,12 +73,11 @@ class PooledEncoder(PreTrainedModel):
 
 
 class MeanPoolingForSequenceClassification(PooledEncoder):
-    r"""A text encoder, the mean of its tokens and a linear layer.
+    r"""A text encoder, the mean of its tokens (last hidden states z, mask a) and a linear layer.
 
     .. math:: h = \frac{\sum_t a_t\, z_t}{\sum_t a_t}, \qquad u = W h + b
 
-    with :math:`z_t` the encoder's last hidden state at token t and :math:`a_t` its attention mask: the sentence embedding of
-    Reimers and Gurevych (2019), Sentence-BERT, https://arxiv.org/abs/1908.10084.
+    h is the sentence embedding of Reimers and Gurevych (2019), Sentence-BERT, https://arxiv.org/abs/1908.10084.
     """
 
     # Stock classification classes of most encoders read the first token instead, many through a layer and a hyperbolic tangent
@@ -246,18 +244,14 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
     model.encoder.save_pretrained(folder, state_dict=encoder, max_shard_size="1TB")
     weight, bias = (state_dict[f"classifier.{name}"].detach().cpu().contiguous() for name in ("weight", "bias"))
     dense = _DENSE_FOLDERS[model.pooling]
+    sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
     places = {"Transformer": "", **({"Pooling": _POOLING_FOLDER} if model.pooling == "mean" else {}), "Dense": dense}
     files: dict[str, Any] = {
         "modules.json": [
             {"idx": index, "name": str(index), "path": place, "type": f"sentence_transformers.models.{kind}"}
             for index, (kind, place) in enumerate(places.items())
         ],
-        f"{dense}/config.json": {
-            "in_features": weight.shape[1],
-            "out_features": weight.shape[0],
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        },
+        f"{dense}/config.json": {**sizes, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"},
     }
     if model.pooling == "mean":
         # The number of tokens that tokenizer and position embeddings both have room for.
@@ -274,7 +268,5 @@ def write_sentence_folder(folder: str | Path, model: Any, state_dict: Mapping[st
             "module_output_name": "sentence_embedding",
         }
     for name, contents in files.items():
-        path = Path(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(folder, name), contents)
     save_file({"linear.weight": weight, "linear.bias": bias}, Path(folder, dense, "model.safetensors"))

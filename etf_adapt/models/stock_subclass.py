@@ -21,15 +21,9 @@ _MADE: dict[tuple[type, type], type] = {}
 def made_class(factory: type, stock: type[PreTrainedModel]) -> Any:
     """Make the subclass of a stock class and a factory (and so of ``etf_model.ETFModel``), under the stock class's name."""
     if (factory, stock) not in _MADE:
-        namespace = {
-            # transformers takes a class from another module for custom code, saves it as such, and converts no weights for it.
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "__doc__": stock.__doc__,
-            "__init__": stock.__init__,
-            "_stock_class": stock,
-            "forward": _with_loss(stock),
-        }
+        # transformers takes a class from another module for custom code, saves it as such, and converts no weights for it.
+        namespace = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__", "__init__")}
+        namespace |= {"_stock_class": stock, "forward": _with_loss(stock)}
         _MADE[factory, stock] = type(stock.__name__, (factory, stock), namespace)
     return _MADE[factory, stock]
 

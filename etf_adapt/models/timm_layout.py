@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import TimmWrapperConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from etf_adapt.models.hub_files import UnavailableError
-from etf_adapt.models.names import ENTRY
+from etf_adapt.models.names import ENTRY, UnavailableError
 
 NOTE = f"{ENTRY}: "
 
@@ -65,20 +64,16 @@ def timm_weights(name: str, config: TimmWrapperConfig, *, pretrained: bool) -> d
         ) from error
 
 
-def write_timm_folder(
-    folder: str | Path, config: TimmWrapperConfig, model: Any, state_dict: Mapping[str, Tensor]
-) -> None:
+def write_timm_folder(folder: str | Path, config: TimmWrapperConfig, model: Any, state_dict: dict[str, Tensor]) -> None:
     """Write a model in timm's hub layout, which timm and transformers' TimmWrapper both read."""
     # TimmWrapper's own folder is read by neither timm nor pipeline; timm's own export holds num_classes among model_args, which
     # TimmWrapper refuses, and names no labels, which then become ImageNet's.
     pretrained_cfg = getattr(config, "pretrained_cfg", None)
     if not pretrained_cfg:
         pretrained_cfg = filter_pretrained_cfg(dict(model.pretrained_cfg), remove_source=True, remove_null=True)
-    pretrained_cfg = {
-        name: value
-        for name, value in deepcopy(dict(pretrained_cfg)).items()
-        if name not in ("architecture", "label_names", "label_descriptions", "label_offset")
-    }
+    pretrained_cfg = deepcopy(dict(pretrained_cfg))
+    for name in ("architecture", "label_names", "label_descriptions", "label_offset"):
+        pretrained_cfg.pop(name, None)
     entry = getattr(config, ENTRY, None)
     notes = [note for note in pretrained_cfg.pop("notes", ()) if not note.startswith(NOTE)]
     if entry is not None:  # of all the file, timm keeps this alone when it saves the folder again

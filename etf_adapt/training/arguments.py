@@ -104,7 +104,13 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
     """
 
     def __post_init__(self) -> None:
-        self._map_label_smoothing()
+        if self.label_smoothing_factor:
+            if self.label_smoothing not in (0.0, self.label_smoothing_factor):
+                raise ValueError(
+                    f"`label_smoothing_factor` (={self.label_smoothing_factor}) and `label_smoothing` "
+                    f"(={self.label_smoothing}) are one setting: give one of them."
+                )
+            self.label_smoothing, self.label_smoothing_factor = self.label_smoothing_factor, 0.0
         self._check_ranges()
         # On the command line an empty list and no list are the same.
         self.include_for_metrics = self.include_for_metrics or []
@@ -163,15 +169,6 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
         values = {name: getattr(self, name) for name in WITHOUT_EFFECT if name in defaults}
         changed = {name: value for name, value in values.items() if value != defaults[name]}
         return [f"without effect: `{name}` (={value!r}): {WITHOUT_EFFECT[name]}" for name, value in changed.items()]
-
-    def _map_label_smoothing(self) -> None:
-        if self.label_smoothing_factor:
-            if self.label_smoothing not in (0.0, self.label_smoothing_factor):
-                raise ValueError(
-                    f"`label_smoothing_factor` (={self.label_smoothing_factor}) and `label_smoothing` "
-                    f"(={self.label_smoothing}) are one setting: give one of them."
-                )
-            self.label_smoothing, self.label_smoothing_factor = self.label_smoothing_factor, 0.0
 
     def _check_ranges(self) -> None:
         hints = get_type_hints(TrainingSettings)

@@ -48,10 +48,7 @@ def complete_checkpoint(folder: str | Path, state: Mapping[str, Any], *, run: st
 
 
 def find_damage(folder: str | Path, *, hashes: bool = True) -> str | None:
-    """Return what is wrong with a checkpoint, by the file's name; None where every file is as it was written.
-
-    Without ``hashes`` only the sizes of the files are looked at.
-    """
+    """Return what is wrong with a checkpoint, None where its files are as written; without ``hashes`` by their sizes alone."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -119,8 +116,8 @@ def resolve_checkpoint(
 ) -> Path | None:
     """Return the checkpoint to resume from, or None to start anew; refuse what would mix two runs in one folder.
 
-    ``resume`` is a checkpoint's path, or True for the newest sound one of the run in ``output_dir``: damaged ones and those of
-    other runs are passed over, each with a sentence. A run that ended before it finished a checkpoint starts anew.
+    ``resume`` is a checkpoint's path, or True for the newest sound one of the run in ``output_dir``: others are passed over,
+    each with a sentence. A run that ended before it finished a checkpoint starts anew.
     """
     existing = list_checkpoints(output_dir)
     if not resume:
@@ -180,10 +177,7 @@ def remove_checkpoints(output_dir: str | Path) -> None:
 
 @contextmanager
 def room_for(folder: str | Path, *, output_dir: str | Path, count_bytes: Callable[[], int]) -> Iterator[None]:
-    """Say in one line that the disk is full, by whatever error each library says it; remove what was begun in ``folder``.
-
-    ``count_bytes`` estimates what the folder would have held.
-    """
+    """Say in one line that the disk is full, by whatever error each library says it; remove what was begun in ``folder``."""
     try:
         yield
     except Exception as error:

@@ -85,12 +85,9 @@ class CollapseMonitor:
 
 
 def make_monitors(
-    samples: Mapping[str, tuple[Any, NDArray[np.int64] | None]],
-    num_classes: int,
-    args: ETFTrainingArguments,
-    collate: Any,
+    samples: Mapping[str, tuple[Any, Any]], num_classes: int, args: ETFTrainingArguments, collate: Any
 ) -> dict[str, CollapseMonitor]:
-    """Return a monitor for each data set with labels, by name; none without ``args.collapse_rows``."""
+    """Return a monitor for each data set with labels (rows,), by name; none without ``args.collapse_rows``."""
     train_labels = samples["train_"][1]
     size = min(args.collapse_rows, (0 if train_labels is None else len(train_labels)) // 10)
     options: dict[str, Any] = {"collate": collate, "batch_size": args.eval_batch_size, "seed": args.seed}

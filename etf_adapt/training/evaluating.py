@@ -29,10 +29,8 @@ class EvaluatingTrainer(ResumableTrainer):
     _monitors: Mapping[str, CollapseMonitor] = {}
     # Of the last evaluation: its step, its data set, and what the head read of it.
     _evaluated: tuple[int, Any, RowPredictions] | None = None
-
-    def _reading(self, dataset: Any) -> AbstractContextManager[Callable[[Tensor, Tensor], Tensor] | None]:
-        """Keep what the head reads of rows that a run is evaluated on, if their features are wanted after it."""
-        return nullcontext()
+    # Keeps what the head reads of the rows of a data set, if their features are wanted after it.
+    _reading: Callable[[Any], AbstractContextManager[Callable[[Tensor, Tensor], Tensor] | None]]
 
     def evaluation_loop(
         self,

@@ -124,22 +124,19 @@ def _fit_head(
 
     Return what the head reads of these rows too, where that was needed.
     """
+    args, chosen = trainer.args, ""
     counts, rows, judged = torch.as_tensor(trainer.class_counts), trainer.final_rows(), None
-    chosen = ""
     if rows and trainer.first_head.frame == "whitened":
         # Training rows say too little of it now: the features have seen them, unless nothing of the backbone was trained.
-        known = (
-            trainer.args.frame_penalty is not None or trainer.args.freeze == "backbone" or not trainer.state.global_step
-        )
+        has_learned = args.freeze != "backbone" and trainer.state.global_step > 0
+        known = args.frame_penalty is not None or not has_learned
         penalties = trainer.alignment["penalties"][:1] if known else PENALTIES
         judged = trainer.read_held_out(held_out)
         intercepts = [head.bias is not None for head in trainer.heads.values()]
         score = score_features(rows, judged.features, intercepts)
         choice = choose_by_log_loss(score, judged.labels, counts, penalties=penalties, adjusts=adjusts)
-        set_heads(
-            model,
-            {path: choice.head(part, own) for path, part, own in zip(trainer.heads, rows, intercepts, strict=True)},
-        )
+        parts = zip(trainer.heads, rows, intercepts, strict=True)
+        set_heads(model, {path: choice.head(part, has_bias) for path, part, has_bias in parts})
         trainer.alignment["penalties"] = (choice.penalty,) * len(rows)
         factor, strength = choice.logit_scale, choice.prior_strength
         chosen = "" if known else f"; penalty {choice.penalty:g} by their log loss"
@@ -178,9 +175,8 @@ def _score(trainer: AligningTrainer, found: RowPredictions) -> dict[str, float |
     before = replace(found, predictions=found.unadjusted)
     unadjusted = score_rows(before, trainer.class_counts, trainer.args.shot_bounds)
     least = trainer.args.min_validation_rows
-    scores["balanced_loss"] = pooled_class_mean(
-        found.losses, found.labels, min_rows=least
-    )  # settings are compared by it
+    # By this loss settings are compared.
+    scores["balanced_loss"] = pooled_class_mean(found.losses, found.labels, min_rows=least)
     return scores | {f"{name}_unadjusted": unadjusted[name] for name in tables.UNADJUSTED}
 
 
@@ -201,15 +197,15 @@ def _report(
     if not (folder / run_folder.ARGUMENTS_FILE).exists():
         run_folder.write_json(folder / run_folder.ARGUMENTS_FILE, run_folder.public_arguments(args))
     split = "test" if "test" in scored else "validation"
-    scores: dict[str, float | None] = {}
-    table, recalls, evaluated = [], [], np.zeros(0, dtype=int)
+    figures: dict[str, Any] = {"scores": {}, "table": []}
     if split in scored:
         scores, rows = scored[split]
         evaluated = np.bincount(rows.labels, minlength=len(counts))
         metric = ShotAccuracy(counts)
         metric.add_batch(predictions=rows.predictions, references=rows.labels)
-        recalls = metric.class_recalls().tolist()
         table = tables.shot_table(scores, counts, evaluated, shot_bounds=args.shot_bounds)
+        figures = {"scores": scores, "table": table, "recalls": metric.class_recalls().tolist()}
+        figures["row_counts"] = evaluated.tolist()
         trainer.print(f"\n{split} accuracy, by the training rows of the classes:\n{tables.format_table(table)}")
     if "test" in scored:
         columns = {name: getattr(rows, name) for name in ("row_ids", "labels", "predictions", "confidences")}
@@ -224,23 +220,18 @@ def _report(
             model_id=repo_id or run_folder.public_value(str(folder)),
             on_hub=repo_id is not None,
             task=trainer.model._task,
-            library=trained["library"],
             base_model=base_model or public_origin or type(trainer.model).__name__,
             dataset={**description, "name": run_folder.public_value(description["name"])},
             label_names=names,
             class_counts=counts.tolist(),
-            head=trained["head"],
-            loss=trained["loss"],
+            **{name: trained[name] for name in ("library", "head", "loss")},
             split=split,
-            scores=scores,
-            table=table,
+            **figures,
             is_adjusted=calibrated["prior_adjustment"] is not None,
             calibrated_rows=len(scored["validation"][1].labels) if "validation" in scored else 0,
             command=command,
             seeds={"seed": args.seed, "data_seed": args.data_seed},
             environment=run_folder.describe_environment(),
-            recalls=recalls,
-            row_counts=evaluated.tolist(),
             shot_bounds=args.shot_bounds,
             logit_scale=calibrated["logit_scale"],
             alignment=trainer.alignment,
@@ -276,7 +267,6 @@ def is_adjusted(model: ETFModel, choice: str, *, has_validation: bool) -> bool:
 def _last_collapse(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the last measures of neural collapse on validation rows, in feature and logit space; none unless asked for."""
     logged: Mapping[str, Any] = next((entry for entry in reversed(history) if "eval_nc1" in entry), {})
-    names = [f"{space}nc{number}" for space in ("", "logit_") for number in range(1, 5)]
-    return {
-        name.replace("nc", "NC").replace("_", " "): logged[f"eval_{name}"] for name in names if f"eval_{name}" in logged
-    }
+    spaces = {"eval_": "", "eval_logit_": "logit "}
+    names = {f"{prefix}nc{number}": f"{space}NC{number}" for prefix, space in spaces.items() for number in range(1, 5)}
+    return {shown: logged[name] for name, shown in names.items() if name in logged}

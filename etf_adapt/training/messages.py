@@ -26,15 +26,12 @@ def describe_run(trainer: Any) -> list[str]:
     held_out = count_rows(trainer.eval_dataset)
     validation = "" if held_out is None else f", {held_out:,} to validate"
     learns = "fixed" if head.is_fixed else "learned"
-    if trainer.realignment != "never":
-        steps = (
-            f"{trainer.realign_steps} steps, from what training reads" if trainer.realignment == "steps" else "epoch"
-        )
-        learns = f"fixed but for an alignment every {steps}"
+    intervals = {"steps": f"{trainer.realign_steps} steps, from what training reads", "epochs": "epoch"}
+    if trainer.realignment in intervals:
+        learns = f"fixed but for an alignment every {intervals[trainer.realignment]}"
     dropout = "; dropout off" if trainer.model.without_dropout else ""
-    frame = f"{head.frame} frame"
-    if trainer.needs_alignment():
-        frame = f"{args.frame if head.is_stock_layer else 'means'} frame to be set"
+    fresh = f"{args.frame if head.is_stock_layer else 'means'} frame to be set"
+    frame = fresh if trainer.needs_alignment() else f"{head.frame} frame"
     sizes = {parameter: parameter.numel() for parameter in trainer.model.parameters()}
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     rates = f"learning rate {', '.join(f'{rate:.4g}' for rate in trainer.learning_rates)}"

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from etf_adapt.heads.in_model import batch_norms, head_modules
 from etf_adapt.heads.layers import ClassifierHead
@@ -77,12 +78,8 @@ def describe_learning(model: ETFModel) -> dict[str, Any]:
     }
 
 
-def check_optimizers(
-    args: ETFTrainingArguments,
-    optimizer: torch.optim.Optimizer | None,
-    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None,
-) -> None:
-    """Refuse learning rates that would have no effect."""
+def check_optimizers(args: ETFTrainingArguments, optimizer: Any, optimizer_cls_and_kwargs: Any) -> None:
+    """Refuse learning rates that would have no effect; an optimizer, or its class with options, may be given."""
     if optimizer is not None and args.head_learning_rate is not None:
         raise ValueError(
             f"`head_learning_rate` (={args.head_learning_rate}) has no effect on the optimizer that is given: give the head's "
@@ -95,9 +92,7 @@ def check_optimizers(
         )
 
 
-def set_head_learning_rate(
-    optimizer: torch.optim.Optimizer, heads: Iterable[ClassifierHead], learning_rate: float
-) -> None:
+def set_head_learning_rate(optimizer: Optimizer, heads: Iterable[ClassifierHead], learning_rate: float) -> None:
     """Move the parameters of heads into groups with this learning rate, copies otherwise of the groups where they were."""
     of_heads = {parameter for head in heads for parameter in head.parameters()}
     for group in list(optimizer.param_groups):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -40,6 +40,9 @@ class ResumableTrainer(StoppableTrainer):
     args: ETFTrainingArguments
     model: ETFModel
     train_labels: NDArray[np.int64] | None = None
+    # What a checkpoint holds beyond transformers' own, values for JSON and tensors; and to take it up.
+    own_state: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]
+    restore_own_state: Callable[[Mapping[str, Any], Mapping[str, Tensor]], None]
     _chosen_rate: float | None = None  # where the arguments named none
     misses = 0
     """Evaluations since the best one: ``early_stopping_patience`` of them end the run."""
@@ -59,21 +62,10 @@ class ResumableTrainer(StoppableTrainer):
             **describe_learning(self.model),
         }
 
-    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what a checkpoint holds beyond transformers' own: values for JSON, and tensors."""
-        raise NotImplementedError
-
-    def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Take up what ``own_state`` returned when the checkpoint was written."""
-        raise NotImplementedError
-
     # Checkpoints
 
     def restore(self, checkpoint: Path) -> list[str]:
-        """Take up our part of a checkpoint, if it was written with the same settings; return a line for a change of length.
-
-        The part of transformers follows in ``train``.
-        """
+        """Take up our part of a checkpoint, if it was written with the same settings; return a line for a change of length."""
         state = checkpoints.read_state(checkpoint)
         if state["save_only_model"]:
             raise ValueError(
@@ -109,7 +101,7 @@ class ResumableTrainer(StoppableTrainer):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             check_claim(str(self.args.output_dir))
-        with self._room_for(folder):
+        with checkpoints.room_for(folder, output_dir=self.run_dir, count_bytes=self._count_bytes):
             if self.args.should_save:
                 checkpoints.begin_checkpoint(folder)
             self.accelerator.wait_for_everyone()
@@ -132,9 +124,6 @@ class ResumableTrainer(StoppableTrainer):
         if self.args.should_save:
             checkpoints.rotate_checkpoints(folder, self.args.save_total_limit, keep=self.state.best_model_checkpoint)
 
-    def _room_for(self, folder: Path) -> AbstractContextManager[None]:
-        return checkpoints.room_for(folder, output_dir=self.run_dir, count_bytes=self._count_bytes)
-
     def _count_bytes(self) -> int:
         states = [] if self.optimizer is None else self.optimizer.state.values()
         held = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
@@ -151,7 +140,7 @@ class ResumableTrainer(StoppableTrainer):
         if not self.args.should_save:
             return
         folder = output_dir or str(self.args.output_dir)
-        with self._room_for(Path(folder)), without_bars():
+        with checkpoints.room_for(Path(folder), output_dir=self.run_dir, count_bytes=self._count_bytes), without_bars():
             # Without the arguments, which the stock class pickles with the Hub token in clear.
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             model.save_pretrained(folder, state_dict=state_dict)
@@ -159,16 +148,14 @@ class ResumableTrainer(StoppableTrainer):
                 self.processing_class.save_pretrained(folder)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        if metrics.get(name, 0.0) is None:
-            raise ValueError(
-                f"`{name}` is the best checkpoint's metric and no validation row tells it: choose another."
-            )
+        key = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if metrics.get(key, 0.0) is None:
+            raise ValueError(f"`{key}` is the best checkpoint's metric and no validation row tells it: choose another.")
         # Of equally good checkpoints the latest is the best: few validation rows are soon all right, when training is not done.
         is_better = super()._determine_best_metric(metrics, trial)
         self.misses = 0 if is_better else self.misses + 1
         self.control.should_training_stop |= self._is_out_of_patience
-        is_equal = not is_better and self.state.best_metric is not None and metrics.get(name) == self.state.best_metric
+        is_equal = not is_better and self.state.best_metric is not None and metrics.get(key) == self.state.best_metric
         if is_equal and self.args.save_strategy != "no":
             self.state.best_global_step = self.state.global_step
         return is_better or is_equal
@@ -244,17 +231,13 @@ class ResumableTrainer(StoppableTrainer):
             raise ValueError(f"`push_to_hub` takes no {', '.join(kwargs) or 'blocking=False'}: leave it out.")
         self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
+        private = self.args.hub_private_repo if private is None else private
+        options: dict[str, Any] = {"private": private, "revision": revision or self.args.hub_revision}
+        options |= {"commit_message": commit_message, "token": token}
         url = None
         try:
             if self.is_world_process_zero():
-                url = publish(
-                    str(self.args.output_dir),
-                    str(self.hub_model_id),
-                    private=self.args.hub_private_repo if private is None else private,
-                    revision=revision or self.args.hub_revision,
-                    commit_message=commit_message,
-                    token=token,
-                )
+                url = publish(str(self.args.output_dir), str(self.hub_model_id), **options)
         finally:  # the others wait here, also for what fails
             self.accelerator.wait_for_everyone()
         return url

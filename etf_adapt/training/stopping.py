@@ -18,11 +18,7 @@ from etf_adapt.training.signals import RandomStates, Stopped, StopSignals
 
 
 class StoppableTrainer(Trainer):
-    """Let one run at a time write to a folder, and end it by a signal without loss; the stock class loses up to an epoch.
-
-    A step is more than the optimizer's: alignment, evaluation and saving follow. Where a signal comes in between, the pass over
-    data is left, and the checkpoint notes what is still to be done: the resumed run begins with that.
-    """
+    """Let one run at a time write to a folder, and end it by a signal without loss; the stock class loses up to an epoch."""
 
     model: PreTrainedModel
 
@@ -30,7 +26,8 @@ class StoppableTrainer(Trainer):
     """What a person types to go on, printed where a signal ended the run."""
 
     # What follows on the weights as they are: "step" for all that comes at the end of a step (alignment, evaluation, saving),
-    # "epoch" for what comes at the end of an epoch, None for the next step. A checkpoint notes it, and resuming begins there.
+    # "epoch" for what comes at the end of an epoch, None for the next step. Where a signal comes in between, the pass over data
+    # is left; the checkpoint notes it, and resuming begins there.
     _next: str | None = None
     _next_of_save: str | None = None  # the same after what is under way
     _next_of_checkpoint: str | None = None

@@ -28,6 +28,7 @@ from etf_adapt.inference.launch import set_threads
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.results.advice import advise
 from etf_adapt.results.best_metric import check_metric, require_measurable
+from etf_adapt.training import parameters
 from etf_adapt.training.aligning import AligningTrainer
 from etf_adapt.training.arguments import HEAD_RATE, SAMPLER_POWERS, ETFTrainingArguments
 from etf_adapt.training.budget import choose_rate, fill_budget
@@ -35,14 +36,6 @@ from etf_adapt.training.callbacks import ProgressBar, ProgressPrinter, Realign, 
 from etf_adapt.training.collapse_monitor import make_monitors
 from etf_adapt.training.finishing import finish
 from etf_adapt.training.messages import describe_alignment, describe_run
-from etf_adapt.training.parameters import (
-    check_optimizers,
-    fix_parameters,
-    require_embeddings,
-    require_finite,
-    resolve_batch_norm,
-    set_head_learning_rate,
-)
 from etf_adapt.training.soft_labels import SoftLabels
 
 
@@ -127,16 +120,15 @@ class ETFTrainer(AligningTrainer):
             raise ValueError(
                 f"`model` and `model_init` are {'both None' if model is None else 'both given'}: pass one of them."
             )
-        check_optimizers(args, optimizers[0], optimizer_cls_and_kwargs)
+        parameters.check_optimizers(args, optimizers[0], optimizer_cls_and_kwargs)
         set_threads(args.torch_threads)
         use_bars(not args.disable_tqdm)
         self.train_labels: NDArray[np.int64] | None = None
         if train_dataset is not None:
-            self.train_labels = labels_of(train_dataset) if labels is None else read_labels(labels).ids
-            if len(self.train_labels) != len(train_dataset):  # type: ignore[arg-type]
-                raise ValueError(
-                    f"`labels` has {len(self.train_labels)} entries: give one for each row of `train_dataset`."
-                )
+            ids = labels_of(train_dataset) if labels is None else read_labels(labels).ids
+            if len(ids) != len(train_dataset):  # type: ignore[arg-type]
+                raise ValueError(f"`labels` has {len(ids)} entries: give one for each row of `train_dataset`.")
+            self.train_labels = ids
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
         args = copy(args)  # which may be another run's too
         fill_budget(args, 0 if self.train_labels is None else len(self.train_labels))
@@ -153,7 +145,7 @@ class ETFTrainer(AligningTrainer):
         )  # fmt: skip
         self.remove_callback(self.callback_handler.callbacks[-1])  # the stock printer or bar, which comes last
         self._settle()
-        require_embeddings(self.model, args.neftune_noise_alpha)
+        parameters.require_embeddings(self.model, args.neftune_noise_alpha)
         if args.final_frame is not None:
             self._require_whole_weights("final_frame")
         validation_labels = self._labels_of_evaluation()
@@ -208,12 +200,11 @@ class ETFTrainer(AligningTrainer):
         self.model.without_dropout = args.dropout == "off"
         self.realignment = self._resolve_realignment()
         self._training_logits.leaves_out, self._training_logits.notes = args.leave_one_out, self.realignment == "steps"
-        self.batch_norm = resolve_batch_norm(self.model, self.first_head, args)
+        self.batch_norm = parameters.resolve_batch_norm(self.model, self.first_head, args)
         self.model.freeze_batch_norm = self.batch_norm != "train"
         self.model.without_dropout |= args.dropout is None and self.realignment == "steps"
-        self._soft_labels = SoftLabels(
-            self.first_head.num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=args.label_smoothing
-        )
+        num_classes, smoothing = self.first_head.num_classes, args.label_smoothing
+        self._soft_labels = SoftLabels(num_classes, mixup=args.mixup, cutmix=args.cutmix, smoothing=smoothing)
 
     # Training
 
@@ -242,7 +233,7 @@ class ETFTrainer(AligningTrainer):
                 self.heads = head_modules(self.model)
                 self.align(self.args.final_frame)
                 self.print(f"refitted, {describe_alignment(self.alignment, num_classes=self.first_head.num_classes)}")
-        require_finite(self.model, step=self.state.global_step)
+        parameters.require_finite(self.model, step=self.state.global_step)
         self.train_metrics = output.metrics
         return output
 
@@ -256,7 +247,7 @@ class ETFTrainer(AligningTrainer):
     def _begin(self, checkpoint: Path | None) -> None:
         """Say what runs, and take up the checkpoint or align a fresh head."""
         steps = self.args.max_steps if self.args.max_steps > 0 else self.args.num_train_epochs
-        freed = fix_parameters(self.model, freeze=self.args.freeze, steps=cast(float, steps))
+        freed = parameters.fix_parameters(self.model, freeze=self.args.freeze, steps=cast(float, steps))
         if freed:
             self.print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
         changes = [] if checkpoint is None else self.restore(checkpoint)
@@ -276,12 +267,9 @@ class ETFTrainer(AligningTrainer):
         if self.class_counts is None:
             return []
         labels = self._labels_of_evaluation()
-        advice = advise(
-            self.alignment,
-            class_counts=self.class_counts,
-            in_features=self.first_head.weight[0].numel(),
-            validation_counts=None if labels is None else np.bincount(labels),
-        )
+        counts: dict[str, Any] = {"class_counts": self.class_counts}
+        counts["validation_counts"] = None if labels is None else np.bincount(labels)
+        advice = advise(self.alignment, in_features=self.first_head.weight[0].numel(), **counts)
         return [f"advice: {line}" for line in advice]
 
     # Learning rates
@@ -292,7 +280,7 @@ class ETFTrainer(AligningTrainer):
         optimizer = super().create_optimizer(model)
         if is_new:
             trained = [head for head in self.heads.values() if not head.is_fixed]
-            set_head_learning_rate(optimizer, trained, self.head_learning_rate)
+            parameters.set_head_learning_rate(optimizer, trained, self.head_learning_rate)
         return optimizer
 
     @property

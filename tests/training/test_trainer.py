@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_are_whole(tmp_path, mon
     owner, name, error = {
         "weights": (trainer.model, "save_pretrained", OSError(28, "No space left on device")),
         "optimizer": (trainer, "_save_optimizer_and_scheduler", RuntimeError("unexpected pos 64: file write failed")),
-        "mark": (resumable, "complete_checkpoint", OSError(122, "Disk quota exceeded")),
+        "mark": (resumable.checkpoints, "complete_checkpoint", OSError(122, "Disk quota exceeded")),
     }[where]
     write, calls = getattr(owner, name), iter(range(9))
 
