@@ -41,9 +41,9 @@ with tempfile.TemporaryDirectory() as output_dir:
         model,
         TrainingArguments(
             output_dir,
-            num_train_epochs=2,
+            num_train_epochs=4,
             per_device_train_batch_size=32,
-            learning_rate=1e-4,
+            learning_rate=5e-4,
             remove_unused_columns=False,  # the transform needs the column of images
             logging_strategy="epoch",
             report_to="none",

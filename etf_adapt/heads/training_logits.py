@@ -38,6 +38,7 @@ class TrainingLogits:
         finally:
             self._batch = None
 
+    @torch.compiler.disable  # what it notes grows at each step, and would be compiled anew
     def _change(self, path: str, head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         rows = self.rows.get(path)
         if self._batch is None or rows is None:
