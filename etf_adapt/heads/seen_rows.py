@@ -73,8 +73,10 @@ class SeenRows:
 
     def to(self, device: torch.device) -> SeenRows:
         """Move what a step reads to a device."""
-        self.row_ids, self.features = self.row_ids.to(device), self.features.to(device)
-        self._take(self.form)
+        for name in ("row_ids", "features", "_inverse", "_center", "_means", "_counts"):
+            part = getattr(self, name)
+            setattr(self, name, None if part is None else part.to(device))
+        self._pending = [(row_ids.to(device), features.to(device)) for row_ids, features in self._pending]
         return self
 
     def logits(self, logits: Tensor, features: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:

@@ -121,6 +121,15 @@ def test_of_a_row_that_a_batch_holds_twice_the_later_reading_counts():
     assert torch.equal(rows.features[rows.row_ids == 12], features[2:])
 
 
+def test_all_that_a_step_reads_moves_to_the_device_of_a_resumed_run():
+    rows = rows_of(features_of(0))
+    rows.note(rows.row_ids[:2], rows.features[:2])
+    moved = SeenRows.restored(rows.tensors(), vars(rows.form)).to(torch.device("meta"))
+    pending = [part for both in moved.gather() for part in both]
+    read = (moved.row_ids, moved.features, moved._inverse, moved._center, moved._means, moved._counts, *pending)
+    assert {part.device.type for part in read} == {"meta"} and len(pending) == 2
+
+
 def test_a_class_without_a_row_here_stands_by_its_mean():
     features = features_of(0)
     statistics = ClassStatistics.of(features, LABELS, CLASSES)
