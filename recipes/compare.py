@@ -190,12 +190,13 @@ def tuning_runs(method: Method, options: argparse.Namespace) -> list[Run]:
 
 def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
     """Return the runs of a method at its best rates; none before its tuning is finished."""
-    runs = tuning_runs(method, options) or [Run(method, "tuning", None, None, options.seeds[0])]
-    found = [read_run(run, options) for run in runs] if method.is_tuned else []
-    if any(run is None for run in found):
+    if not method.is_tuned:
+        return [Run(method, "final", None, None, seed) for seed in options.seeds]
+    runs = tuning_runs(method, options)
+    found = [record for run in runs if (record := read_run(run, options)) is not None]
+    if len(found) < len(runs):
         return []
-    best = comparison.best_of(found) if method.is_tuned else 0
-    return [replace(runs[best], stage="final", seed=seed) for seed in options.seeds]
+    return [replace(runs[comparison.best_of(found)], stage="final", seed=seed) for seed in options.seeds]
 
 
 def finish_all(

@@ -36,7 +36,8 @@ class RowDraw(int):
     def __new__(cls, row: int, epoch: int = 0, place: int = 0) -> RowDraw:
         """Make the row id; `int` takes its value here and not in `__init__`."""
         draw = super().__new__(cls, row)
-        draw.epoch, draw.place = epoch, place
+        draw.epoch = epoch
+        draw.place = place
         return draw
 
 

@@ -1,6 +1,6 @@
-"""Logits of training rows by the head that would have been set without each of them.
+"""What heads read of training rows, and the rows' logits by the head that would have been set without each of them.
 
-The head itself stays an ordinary linear layer; hooks change its logits in the steps of training alone.
+The head itself stays an ordinary linear layer; hooks note its features and change its logits in the steps of training alone.
 """
 
 from __future__ import annotations

@@ -165,10 +165,11 @@ class ResumableTrainer(StoppableTrainer):
         return self.misses >= (self.args.early_stopping_patience or math.inf)
 
     def _init_training_state(
-        self, max_steps: int, steps_in_epoch: int, num_epochs: int, resume: str | None, trial: Any
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
     ) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(max_steps, steps_in_epoch, num_epochs, resume, trial)
-        self._steps_in_epoch = steps_in_epoch
+        length = max_steps, num_update_steps_per_epoch, num_train_epochs
+        epochs, batches = super()._init_training_state(*length, resume, trial)
+        self._steps_in_epoch = num_update_steps_per_epoch
         if resume is None:
             self.misses = 0
             return epochs, batches
@@ -184,7 +185,7 @@ class ResumableTrainer(StoppableTrainer):
         if noted and not best.is_dir():
             self.print(f"{best}, the best so far, is gone: the best of what follows, or else the last, will be taken.")
         if self._is_out_of_patience or self.state.global_step >= max_steps:
-            return num_epochs, 0  # the stock class would train one more step
+            return num_train_epochs, 0  # the stock class would train one more step
         return epochs, batches
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
@@ -231,13 +232,17 @@ class ResumableTrainer(StoppableTrainer):
             raise ValueError(f"`push_to_hub` takes no {', '.join(kwargs) or 'blocking=False'}: leave it out.")
         self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
-        private = self.args.hub_private_repo if private is None else private
-        options: dict[str, Any] = {"private": private, "revision": revision or self.args.hub_revision}
-        options |= {"commit_message": commit_message, "token": token}
         url = None
         try:
             if self.is_world_process_zero():
-                url = publish(str(self.args.output_dir), str(self.hub_model_id), **options)
+                url = publish(
+                    str(self.args.output_dir),
+                    str(self.hub_model_id),
+                    private=self.args.hub_private_repo if private is None else private,
+                    revision=revision or self.args.hub_revision,
+                    commit_message=commit_message,
+                    token=token,
+                )
         finally:  # the others wait here, also for what fails
             self.accelerator.wait_for_everyone()
         return url

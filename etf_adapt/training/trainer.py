@@ -267,9 +267,12 @@ class ETFTrainer(AligningTrainer):
         if self.class_counts is None:
             return []
         labels = self._labels_of_evaluation()
-        counts: dict[str, Any] = {"class_counts": self.class_counts}
-        counts["validation_counts"] = None if labels is None else np.bincount(labels)
-        advice = advise(self.alignment, in_features=self.first_head.weight[0].numel(), **counts)
+        advice = advise(
+            self.alignment,
+            class_counts=self.class_counts,
+            in_features=self.first_head.weight[0].numel(),
+            validation_counts=None if labels is None else np.bincount(labels),
+        )
         return [f"advice: {line}" for line in advice]
 
     # Learning rates
