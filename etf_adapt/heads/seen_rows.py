@@ -35,7 +35,7 @@ class SeenRows:
 
     .. math:: u_y^{(-i)} = u_y + (w_y^{(-i)} - w_y)^\top h + b_y^{(-i)} - b_y
 
-    where the mean of the class is that of its other rows, all else as it is. Classes of one row are left as they are.
+    where the mean of the class is that of its other rows, all else as it is. A class of one row is that row, and stays.
     """
 
     def __init__(
@@ -90,8 +90,7 @@ class SeenRows:
         counts, means = self._counts[labels], self._means[labels]
         shift = (self.features[places] - means) / (counts - 1.0).clamp_min(1.0).unsqueeze(1)
         change = self._unit(means - self._center - shift) - self._unit(means - self._center)
-        factor = self.form.scale * (is_held & (counts > 1.0))
-        change = (factor.unsqueeze(1) * change).view(len(labels), *positions, -1)
+        change = ((self.form.scale * is_held).unsqueeze(1) * change).view(len(labels), *positions, -1)
         moved = ((features.float() - self._center) * change).sum(dim=-1, keepdim=True)
         own = labels.view(-1, *positions, 1).expand(*logits.shape[:-1], 1)
         return logits.scatter_add_(-1, own, moved.to(logits.dtype))

@@ -113,12 +113,16 @@ class TestTrainer:
     @pytest.mark.slow
     def test_a_compiled_model_trains_as_one_that_is_not(self, tmp_path):
         trained = []
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         for name, settings in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
             trainer = make_trainer(tmp_path / name, drop=0.0, load_best_model_at_end=False, **settings)
             trainer.train()
             trained.append(weights(trainer))
         for name, value in trained[0].items():
             torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-4)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 2, "one before and one behind the head, for all twelve steps"
 
     def test_a_head_that_was_aligned_before_is_set_as_this_run_would(self, tmp_path, capsys):
         trainer = make_trainer(tmp_path / "run", num_train_epochs=1)
