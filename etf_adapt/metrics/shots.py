@@ -185,6 +185,7 @@ def classification_scores(
         **{name: _mean_recall(recalls[classes]) for name, classes in class_groups(counts, shot_bounds).items()},
         "ece": None if confidences is None else _calibration_error(confidences, correct),
         "loss": None if losses is None else float(losses.mean()),
+        "balanced_loss": None if losses is None else pooled_class_mean(losses, references),
     }
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from etf_adapt.errors import nearest_names
 from etf_adapt.results.tables import GROUPS
 
-ERRORS = ("loss", "ece")
+ERRORS = ("loss", "balanced_loss", "ece")
 SCORES = ("balanced_accuracy_pooled", "balanced_accuracy", "accuracy", "macro_f1", *GROUPS, *ERRORS)
 MEASURES = ("nc1", "nc2", "nc3", "nc4")
 COLLAPSE = tuple(f"{rows}{space}{name}" for rows in ("", "train_") for space in ("", "logit_") for name in MEASURES)

@@ -26,7 +26,7 @@ from etf_adapt.inference.predictions import (
     predictions_of,
     score_rows,
 )
-from etf_adapt.metrics.shots import ShotAccuracy, pooled_class_mean
+from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.models.adapters import merge_adapters
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.names import micro_folder
@@ -174,9 +174,6 @@ def _score(trainer: AligningTrainer, found: RowPredictions) -> dict[str, float |
     scores = score_rows(found, trainer.class_counts, trainer.args.shot_bounds)
     before = replace(found, predictions=found.unadjusted)
     unadjusted = score_rows(before, trainer.class_counts, trainer.args.shot_bounds)
-    least = trainer.args.min_validation_rows
-    # By this loss settings are compared.
-    scores["balanced_loss"] = pooled_class_mean(found.losses, found.labels, min_rows=least)
     return scores | {f"{name}_unadjusted": unadjusted[name] for name in tables.UNADJUSTED}
 
 

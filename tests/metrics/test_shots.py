@@ -14,7 +14,7 @@ from etf_adapt.metrics.shots import ShotAccuracy, class_groups, pooled_class_mea
 NUM_CLASSES = 12
 OVERALL = ["accuracy", "balanced_accuracy", "macro_f1"]
 GROUPS = ["many", "medium", "few", "head_third", "middle_third", "tail_third"]
-KEYS = [*OVERALL, *GROUPS, "ece", "loss"]
+KEYS = [*OVERALL, *GROUPS, "ece", "loss", "balanced_loss"]
 TRAIN_COUNTS = [300, 5, 120, 101, 100, 44, 20, 19, 3, 300, 1, 60]
 
 
@@ -139,7 +139,7 @@ def test_perfect_and_hopeless_predictions():
 
 def test_what_is_not_known_is_none():
     bare = ShotAccuracy().compute(predictions=[0, 1], references=[0, 0])
-    assert [name for name, value in bare.items() if value is None] == [*GROUPS, "ece", "loss"]
+    assert [name for name, value in bare.items() if value is None] == [*GROUPS, "ece", "loss", "balanced_loss"]
     grouped = ShotAccuracy([500, 400]).compute(predictions=[0, 1], references=[0, 0])
     assert grouped["many"] == 0.5 and grouped["medium"] is grouped["few"] is grouped["tail_third"] is None
     assert json.loads(json.dumps(grouped)) == grouped
