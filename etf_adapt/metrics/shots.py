@@ -81,10 +81,11 @@ class ShotAccuracy(InMemoryMetric):
       and below; ``head_third``, ``middle_third``, ``tail_third``: the same over thirds of the classes by training rows. None
       without class counts, and for a group that has no class with test rows.
     - ``ece``: expected calibration error :math:`\sum_b \frac{n_b}{n} |\text{accuracy}_b - \text{confidence}_b|` over 15 bins
-      of equal width, each open below and closed above (Guo et al.); ``loss``: mean loss of the rows. None where no
+      of equal width, each open below and closed above (Guo et al.); ``loss``: mean loss of the rows;
+      ``balanced_loss``: mean of the classes' mean losses, those of fewer than five rows pooled. None where no
       confidences or losses were added.
 
-    All are fractions from 0 to 1, except ``loss``. Predictions are held in memory until the first batch after `compute`;
+    All are fractions from 0 to 1, except the losses. Predictions are held in memory until the first batch after `compute`;
     nothing is written to disk.
 
     Args:
