@@ -60,7 +60,7 @@ def _fit(
 
     def minimum(start: NDArray[np.float64], *data: Tensor) -> NDArray[np.float64]:
         bounds = (math.log(FACTORS[0]), math.log(FACTORS[1])), strengths
-        options = {"ftol": 1e-15, "gtol": 1e-9}
+        options = {"ftol": 1e-15, "gtol": 1e-8}  # finer than that, sums over many rows are noise
         found = minimize(_loss, start, data, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
         return np.asarray(found.x)
 

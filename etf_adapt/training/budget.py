@@ -10,8 +10,9 @@ STEPS_IN_EPOCH = 24  # that a batch should leave
 EPOCHS = (4, 10)  # at least and at most
 STEPS = 250  # that a run should have
 MOVEMENT = 0.035  # learning rate times steps, of SIZE trained parameters
-RATES = (1e-4, 1e-3)  # at least and at most, of these
+RATES = (1e-4, 2e-4)  # at least and at most, of these: few steps do not serve better for being long
 SIZE = 22e6  # of MiniLM
+HIGHEST_RATE = 1e-3  # of small models
 
 
 def choose_batch_size(num_rows: int) -> int:
@@ -39,4 +40,4 @@ def choose_rate(num_steps: int, num_trained: int) -> float:
     The best rate times steps times the root of the size was nearly one number over data sets and models (recipes/README.md).
     """
     rate = min(max(MOVEMENT / max(num_steps, 1), RATES[0]), RATES[1])
-    return float(f"{min(rate * math.sqrt(SIZE / max(num_trained, 1)), RATES[1]):.2g}")
+    return float(f"{min(rate * math.sqrt(SIZE / max(num_trained, 1)), HIGHEST_RATE):.2g}")

@@ -14,7 +14,8 @@ from etf_adapt.training.trainer import ETFTrainer
 @pytest.mark.parametrize(
     ("rows", "trained", "batch", "epochs", "rate"),
     [
-        (12, 22e6, 16, 10, 1e-3),
+        (12, 22e6, 16, 10, 2e-4),
+        (12, 0.5e6, 16, 10, 1e-3),
         (367, 0.9e6, 16, 10, 7.5e-4),  # digits, micro
         (2_920, 2.2e6, 64, 6, 4e-4),  # blood cells, MobileNetV2
         (3_183, 22e6, 64, 5, 1.4e-4),  # CLINC150, MiniLM
@@ -37,7 +38,7 @@ FREE = {"num_train_epochs": None, "learning_rate": None, "per_device_train_batch
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
-        ({}, [16, 10, 5.8e-4]),
+        ({}, [16, 10, 2e-4]),
         ({"learning_rate": 3e-3}, [16, 10, 3e-3]),
         ({"max_steps": 600}, [16, 10, 1e-4]),
         ({"per_device_train_batch_size": 44, "num_train_epochs": 100}, [44, 100, 1.8e-4]),
@@ -64,8 +65,8 @@ def test_a_run_that_is_resumed_for_longer_keeps_its_rate(tmp_path, monkeypatch):
     settings = {"learning_rate": None, "load_best_model_at_end": False}
     make_trainer(tmp_path, num_train_epochs=1, **settings).train()
     resumed = make_trainer(tmp_path, num_train_epochs=40, **settings)
-    assert resumed.args.learning_rate < 1e-3
+    assert resumed.args.learning_rate < 2e-4
     resumed.restore(list_checkpoints(tmp_path)[-1])
-    assert resumed.args.learning_rate == 1e-3
-    with pytest.raises(ValueError, match=r"was written with learning_rate 0\.001, and this run has 0\.01"):
+    assert resumed.args.learning_rate == 2e-4
+    with pytest.raises(ValueError, match=r"was written with learning_rate 0\.0002, and this run has 0\.01"):
         make_trainer(tmp_path, num_train_epochs=2, load_best_model_at_end=False).restore(list_checkpoints(tmp_path)[-1])
