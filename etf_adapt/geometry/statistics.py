@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK = 2**13  # rows that are float64 at once
+
 
 @dataclass(frozen=True)
 class ClassStatistics:
@@ -37,10 +39,12 @@ class ClassStatistics:
 
     def add_(self, features: Tensor, labels: Tensor) -> None:
         """Add features (batch, in_features) with labels (batch,) in place, at a cost that does not grow with the classes."""
-        features, labels = features.detach().to("cpu", torch.float64), labels.to("cpu")
+        labels = labels.to("cpu")
         self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
-        self.sums.index_add_(0, labels, features)
-        self.moment.addmm_(features.T, features)
+        for rows, classes in zip(features.detach().split(_CHUNK), labels.split(_CHUNK), strict=True):
+            rows = rows.to("cpu", torch.float64)
+            self.sums.index_add_(0, classes, rows)
+            self.moment.addmm_(rows.T, rows)
 
     def replace_(self, old: Tensor, new: Tensor, labels: Tensor) -> None:
         """Put features (batch, in_features) in the place of ``old``, which are among the rows, of the same classes (batch,)."""
