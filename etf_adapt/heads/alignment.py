@@ -42,6 +42,7 @@ from etf_adapt.heads.seen_rows import Form, SeenRows
 MAX_SAMPLED_ROWS = 20_000  # rows on which the penalty is chosen
 MAX_KEPT_NUMBERS = 2**26  # of the features of rows that are seen again in training: 256 MiB
 MIN_MEASURED_ROWS = 256  # rows on which the norm of the logits is measured
+MAX_MEASURED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -279,11 +280,12 @@ def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
 
 
 def _mean_norm(head: ClassifierHead, features: Tensor) -> float:
-    """Return the mean norm of the centred logits of features (rows, in_features)."""
+    """Return the mean norm of the centred logits of features (rows, in_features); where logits are many of every n-th."""
     weight, bias = (None if part is None else part.float() for part in head.class_vectors())
-    chunks = features.split(max(1, 2**21 // head.num_classes))
-    norms = [vertex_products(F.linear(chunk, cast(Tensor, weight), bias))[1] for chunk in chunks]
-    return float(torch.cat(norms).mean()) if norms else 0.0
+    rows = features[:: max(1, len(features) * head.num_classes // MAX_MEASURED_LOGITS)]
+    chunks = rows.split(max(1, 2**21 // head.num_classes))
+    total = sum(float(vertex_products(F.linear(chunk, cast(Tensor, weight), bias))[1].sum()) for chunk in chunks)
+    return total / max(1, len(rows))
 
 
 def _norm_in_training(model: nn.Module, batches: Sequence[Any], seed: int) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor
 
@@ -63,17 +62,18 @@ class SeenRows:
     def _take(self, form: Form) -> None:
         """Compute from the statistics what leaves a row out, in float32 on the device of the features."""
         self.form, statistics, device = form, self.statistics, self.features.device
-        center = statistics.center if form.intercept else torch.zeros_like(statistics.center)
         inverse = None
         if form.frame == "whitened":
             inverse = torch.linalg.inv(penalized_covariance(statistics, form.penalty)).to(device, torch.float32)
-        self._inverse = inverse
-        self._center, self._means = (part.to(device, torch.float32) for part in (center, statistics.means))
+        center = statistics.center if form.intercept else torch.zeros_like(statistics.center)
+        self._inverse, self._center = inverse, center.to(device, torch.float32)
+        self._offsets = (statistics.means - center).to(device, torch.float32)  # o
+        self._solved = self._solve(self._offsets)  # S⁻¹ o
         self._counts = statistics.counts.to(device, torch.float32)
 
     def to(self, device: torch.device) -> SeenRows:
         """Move what a step reads to a device."""
-        for name in ("row_ids", "features", "_inverse", "_center", "_means", "_counts"):
+        for name in ("row_ids", "features", "_inverse", "_center", "_offsets", "_solved", "_counts"):
             part = getattr(self, name)
             setattr(self, name, None if part is None else part.to(device))
         self._pending = [(row_ids.to(device), features.to(device)) for row_ids, features in self._pending]
@@ -87,20 +87,17 @@ class SeenRows:
         """
         places, is_held = self._places(row_ids)
         positions = (1,) * (features.ndim - 2)  # a head may score each token or pixel
-        counts, means = self._counts[labels], self._means[labels]
-        shift = (self.features[places] - means) / (counts - 1.0).clamp_min(1.0).unsqueeze(1)
-        change = self._unit(means - self._center - shift) - self._unit(means - self._center)
+        offsets, solved, others = self._offsets[labels], self._solved[labels], self._counts[labels] - 1.0
+        shift = (self.features[places] - self._center - offsets) / others.clamp_min(1.0).unsqueeze(1)
+        change = _unit(offsets - shift, solved - self._solve(shift)) - _unit(offsets, solved)
         change = ((self.form.scale * is_held).unsqueeze(1) * change).view(len(labels), *positions, -1)
         moved = ((features.float() - self._center) * change).sum(dim=-1, keepdim=True)
         own = labels.view(-1, *positions, 1).expand(*logits.shape[:-1], 1)
         return logits.scatter_add_(-1, own, moved.to(logits.dtype))
 
-    def _unit(self, offsets: Tensor) -> Tensor:
-        """Return ``geometry.closed_form.unit_vectors`` of offsets (batch, in_features) by the inverse that is at hand."""
-        if self._inverse is None:
-            return F.normalize(offsets, dim=1)
-        weight = offsets @ self._inverse
-        return weight / (weight * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
+    def _solve(self, offsets: Tensor) -> Tensor:
+        """Return S⁻¹ of offsets (batch, in_features); of the frame of means they are what they are."""
+        return offsets if self._inverse is None else offsets @ self._inverse
 
     def _places(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return where rows (batch,) are held, and whether they are."""
@@ -153,3 +150,8 @@ class SeenRows:
         if "pending_ids" in tensors:
             found._pending.append((tensors["pending_ids"], tensors["pending_features"]))
         return found
+
+
+def _unit(offsets: Tensor, solved: Tensor) -> Tensor:
+    """Return ``geometry.closed_form.unit_vectors`` of offsets o, S⁻¹ o of which is at hand: both (batch, in_features)."""
+    return solved / (solved * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)

@@ -126,7 +126,7 @@ def test_all_that_a_step_reads_moves_to_the_device_of_a_resumed_run():
     rows.note(rows.row_ids[:2], rows.features[:2])
     moved = SeenRows.restored(rows.tensors(), vars(rows.form)).to(torch.device("meta"))
     pending = [part for both in moved.gather() for part in both]
-    read = (moved.row_ids, moved.features, moved._inverse, moved._center, moved._means, moved._counts, *pending)
+    read = (moved.row_ids, moved.features, moved._inverse, moved._center, moved._offsets, moved._solved, moved._counts, *pending)
     assert {part.device.type for part in read} == {"meta"} and len(pending) == 2
 
 
