@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from etf_adapt.models.auto import adapt
+from etf_adapt.training import aligning
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.trainer import ETFTrainer
 
@@ -153,4 +154,5 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    aligning.MIN_READ_ROWS = 1
     main(json.loads(sys.argv[1]))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from small_run import make_trainer, same, weights
 
 from etf_adapt.results.claim import CLAIM_FILE
+from etf_adapt.training import aligning
 from etf_adapt.training.checkpoints import UNFINISHED, find_damage, list_checkpoints
 
 SETTINGS = {
@@ -60,6 +61,7 @@ def fork(folder: Path, rank: int, processes: int, port: int) -> int:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             os.environ |= {name: str(value) for name, value in places.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        aligning.MIN_READ_ROWS = 1
         trainer = make_trainer(folder, **SETTINGS, per_device_train_batch_size=16 // processes)
         trainer.train(resume_from_checkpoint=(folder / CLAIM_FILE).exists())
         if rank == 0:

@@ -42,6 +42,8 @@ class SeenRows:
     ) -> None:
         self.row_ids, self.labels = row_ids, labels  # (rows,): ascending numbers, and classes
         self.features, self.statistics = features, statistics  # (rows, in_features), and what follows from them
+        # (rows,): the last pass before it was read, counted from 1; 0 where it has not been read and is not in the statistics.
+        self.passes = torch.ones_like(row_ids)
         self._noted: list[tuple[Tensor, Tensor]] = []  # of this process, since the head was set
         self._pending: list[tuple[Tensor, Tensor]] = []  # of all processes
         self._take(form)
@@ -59,6 +61,14 @@ class SeenRows:
         statistics.add_(means[absent], absent)
         return cls(row_ids[order], labels, features, statistics, form)
 
+    def hold_all(self, labels: Tensor) -> None:
+        """Hold all rows of classes ``labels`` (rows,), numbered from 0: those held so far, and others yet to be read."""
+        features = self.features.new_zeros(len(labels), self.features.shape[1])
+        passes = self.passes.new_zeros(len(labels))
+        features[self.row_ids], passes[self.row_ids] = self.features, self.passes
+        self.row_ids, self.labels = torch.arange(len(labels), device=features.device), labels
+        self.features, self.passes = features, passes
+
     def _take(self, form: Form) -> None:
         """Compute from the statistics what leaves a row out, in float32 on the device of the features."""
         self.form, statistics, device = form, self.statistics, self.features.device
@@ -73,7 +83,7 @@ class SeenRows:
 
     def to(self, device: torch.device) -> SeenRows:
         """Move what a step reads to a device."""
-        for name in ("row_ids", "features", "_inverse", "_center", "_offsets", "_solved", "_counts"):
+        for name in ("row_ids", "features", "passes", "_inverse", "_center", "_offsets", "_solved", "_counts"):
             part = getattr(self, name)
             setattr(self, name, None if part is None else part.to(device))
         self._pending = [(row_ids.to(device), features.to(device)) for row_ids, features in self._pending]
@@ -86,6 +96,7 @@ class SeenRows:
         a copy costs a good part of what the head costs.
         """
         places, is_held = self._places(row_ids)
+        is_held = is_held & (self.passes[places] > 0)
         positions = (1,) * (features.ndim - 2)  # a head may score each token or pixel
         offsets, solved, others = self._offsets[labels], self._solved[labels], self._counts[labels] - 1.0
         shift = (self.features[places] - self._center - offsets) / others.clamp_min(1.0).unsqueeze(1)
@@ -100,7 +111,7 @@ class SeenRows:
         return offsets if self._inverse is None else offsets @ self._inverse
 
     def _places(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where rows (batch,) are held, and whether they are."""
+        """Return where rows (batch,) have their place, and whether they have one."""
         places = torch.searchsorted(self.row_ids, row_ids).clamp_max(len(self.row_ids) - 1)
         return places, self.row_ids[places] == row_ids
 
@@ -114,32 +125,56 @@ class SeenRows:
         self._noted = []
         return self._pending
 
-    def replace(self, row_ids: Tensor, features: Tensor) -> None:
+    def stale(self) -> Tensor:
+        """Return the numbers of the rows that have not been read since the last pass."""
+        self._put_pending()
+        return self.row_ids[self.passes < self.passes.max()]
+
+    def read_again(self, row_ids: Tensor, features: Tensor) -> None:
+        """Take what a pass over some of the rows has read: (batch,) and (batch, in_features), the same on all processes."""
+        self._put_pending()
+        self._put(row_ids.to(self.features.device), features.to(self.features.device), int(self.passes.max()) + 1)
+
+    def _put_pending(self) -> bool:
+        """Take what the steps have read; return whether that is anything."""
+        pending, self._pending = self.gather(), []
+        if pending:
+            row_ids, features = map(torch.cat, zip(*pending, strict=True))
+            self._put(row_ids, features, int(self.passes.max()))
+        return bool(pending)
+
+    def _put(self, row_ids: Tensor, features: Tensor, number: int) -> None:
         """Put what a head has read of rows (batch,), (batch, in_features), in place of what it read before."""
         places, is_held = self._places(row_ids)
         places, order = places[is_held].sort(stable=True)
         is_last = torch.ones_like(places, dtype=torch.bool)  # of a row that was drawn twice
         is_last[:-1] = places.diff() != 0
         places, features = places[is_last], features[is_held][order][is_last].float()
-        self.statistics.replace_(self.features[places], features, self.labels[places.cpu()])
-        self.features[places] = features
+        was_read, labels = self.passes[places] > 0, self.labels[places.cpu()]
+        self.statistics.replace_(self.features[places[was_read]], features[was_read], labels[was_read.cpu()])
+        self.statistics.add_(features[~was_read], labels[~was_read.cpu()])
+        self.features[places], self.passes[places] = features, number
 
     def realign(self, head: ClassifierHead) -> bool:
-        """Set a head from the rows as last seen; return whether any were noted since the last time."""
-        pending = self.gather()
-        if not pending:
-            return False
-        self.replace(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
-        self._pending, form = [], self.form
+        """Set a head from the rows as the steps have read them; return whether any were read since the last time."""
+        has_read = self._put_pending()
+        if has_read:
+            self.set_head(head)
+        return has_read
+
+    def set_head(self, head: ClassifierHead) -> None:
+        """Set a head from the rows as they were read last."""
+        form = self.form
         weight, bias = closed_form_vectors(self.statistics, form.frame, penalty=form.penalty, intercept=form.intercept)
         head.set_class_vectors(form.scale * weight, form.scale * bias)
         self._take(form)
-        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds but its form, for a file."""
         pending = [torch.cat(parts) for parts in zip(*self.gather(), strict=True)]
-        held = {name: getattr(self, name) for name in ("row_ids", "labels", "features")} | vars(self.statistics)
+        held = {name: getattr(self, name) for name in ("row_ids", "labels", "features", "passes")} | vars(
+            self.statistics
+        )
         return held | dict(zip(("pending_ids", "pending_features"), pending, strict=False))
 
     @classmethod
@@ -147,6 +182,7 @@ class SeenRows:
         """Return what ``tensors`` and ``form`` were of."""
         statistics = ClassStatistics(*(tensors[name] for name in ("counts", "sums", "moment")))
         found = cls(tensors["row_ids"], tensors["labels"], tensors["features"], statistics, Form(**form))
+        found.passes = tensors["passes"]
         if "pending_ids" in tensors:
             found._pending.append((tensors["pending_ids"], tensors["pending_features"]))
         return found

@@ -5,35 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from etf_adapt.data.long_tail import labels_of
+from etf_adapt.data.long_tail import even_sample, labels_of
 from etf_adapt.geometry.closed_form import MEAN_FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.alignment import MAX_SAMPLED_ROWS, TrainingRows, align_head, read_rows
+from etf_adapt.heads.alignment import MAX_KEPT_NUMBERS, MAX_SAMPLED_ROWS, TrainingRows, align_head, read_rows
 from etf_adapt.heads.in_model import has_dropout
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.training.evaluating import EvaluatingTrainer
 from etf_adapt.training.parameters import require_finite
 
+READ_EVERY = 3  # where steps read the rows, a pass reads one of so many, even over the classes
+MIN_READ_ROWS = 1_000  # and so many at least
+
 
 class AligningTrainer(EvaluatingTrainer):
     """Set heads by a closed form from the training rows; ``alignment`` is what the last time did."""
 
     alignment_dataset: Any
+    train_labels: NDArray[np.int64] | None
     alignment: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     train_metrics: Mapping[str, float] = {}  # of the last run of `train`
     heads: dict[str, ClassifierHead]
     realignment = "never"  # "steps", "epochs" or "never": when a fixed head is aligned again in training
     _training_logits: TrainingLogits
+    _realigned_at: int | None = None  # step
     _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last alignment, with its step
 
     @property
@@ -41,10 +47,13 @@ class AligningTrainer(EvaluatingTrainer):
         """The only head of most models; those of a distilled model share all settings."""
         return next(iter(self.heads.values()))
 
-    def align(self, frame: str | None = None) -> None:
-        """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``)."""
+    def align(self, frame: str | None = None, *, row_ids: NDArray[np.int64] | None = None) -> None:
+        """Set the head by a closed form, ``args.frame`` by default, from the training rows (``etf_adapt.align_head``).
+
+        From all of them, or first from some, of all classes, where training reads the others.
+        """
         require_finite(self.model, step=self.state.global_step)
-        loader = self.rows_loader(self.alignment_dataset)
+        loader = self.rows_loader(self._some_rows(row_ids))
         with self._polled(len(loader) // self.args.world_size):
             result = align_head(
                 self.model,
@@ -63,6 +72,44 @@ class AligningTrainer(EvaluatingTrainer):
         seen = zip(self.heads.items(), result.rows_seen, strict=True)
         kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
         self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in kept.items()}
+        if row_ids is not None:
+            for rows in self._training_logits.rows.values():
+                rows.hold_all(torch.tensor(self.train_labels))
+
+    def sampled_rows(self) -> NDArray[np.int64] | None:
+        """Return the rows that a pass reads where the steps read the others too, as many of each class; None for all.
+
+        ``SeenRows`` then has place for all rows, and these must be numbered.
+        """
+        if self.realignment != "steps" or self.train_labels is None or self.args.freeze == "backbone":
+            return None
+        most = max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in self.heads.values()))
+        first = self.alignment_dataset[0] if len(self.train_labels) <= most else None
+        if not isinstance(first, Mapping) or first.get("row_id") != 0:
+            return None
+        wanted = max(MIN_READ_ROWS, len(self.train_labels) // READ_EVERY)
+        return even_sample(self.train_labels, self.first_head.num_classes, wanted, seed=self.args.seed)
+
+    def _read_again(self, row_ids: NDArray[np.int64]) -> None:
+        """Align by a pass over these rows and those that the steps have not read since the last pass."""
+        require_finite(self.model, step=self.state.global_step)
+        held = self._training_logits.rows
+        stale = next(iter(held.values())).stale().cpu().numpy()
+        row_ids = np.union1d(row_ids, stale)
+        with self._polled(len(row_ids) // self.args.eval_batch_size // self.args.world_size):
+            read = self.read(self._some_rows(row_ids), "aligning the head", max_rows=len(row_ids))
+        for (path, rows), features in zip(held.items(), read.features, strict=True):
+            rows.read_again(cast(Tensor, read.row_ids), features)
+            rows.set_head(self.heads[path])
+        self._share_heads()
+        self._statistics = self.state.global_step, tuple(rows.statistics for rows in held.values())
+
+    def _some_rows(self, row_ids: NDArray[np.int64] | None) -> Any:
+        """Return the training rows of these numbers, or all."""
+        rows = self.alignment_dataset
+        if row_ids is None:
+            return rows
+        return rows.select(row_ids) if isinstance(rows, Dataset) else Subset(rows, row_ids.tolist())
 
     def _share_heads(self) -> None:
         """Give all processes the heads of the first: they may round the same sums differently."""
@@ -73,19 +120,22 @@ class AligningTrainer(EvaluatingTrainer):
 
     def realign(self, ends_epoch: bool, ends_run: bool) -> None:
         """Align again where it is due after a step: by a pass, or from what training has read of the rows."""
-        if self.realignment == "never":
+        step = self.state.global_step
+        if self.realignment == "never" or self._realigned_at == step:  # before a signal came: the step is ended anew
             return
-        is_due = ends_epoch or self.state.global_step % self.realign_steps == 0
+        is_due = ends_epoch or step % self.realign_steps == 0
         # What was read a while ago costs an evaluation some points, by which it would choose later epochs.
         chooses = self.args.load_best_model_at_end or self.args.early_stopping_patience is not None
-        if self.realignment == "steps" and is_due and not ends_run and not (ends_epoch and chooses):
-            rows = self._training_logits.rows
-            # Where rows have no numbers, are mixed, or are scored token by token, nothing was noted.
-            if rows and all([rows[path].realign(self.heads[path]) for path in rows]):
-                self._share_heads()
-                return
-        if ends_run or ends_epoch:
-            self.align()
+        rows = self._training_logits.rows
+        by_steps = self.realignment == "steps" and is_due and not ends_run and not (ends_epoch and chooses)
+        # Where rows have no numbers, are mixed, or are scored token by token, nothing was noted.
+        if by_steps and rows and all([rows[path].realign(self.heads[path]) for path in rows]):
+            self._share_heads()
+            self._realigned_at = step
+        elif ends_run or ends_epoch:
+            row_ids = self.sampled_rows() if rows.keys() == self.heads.keys() else None
+            self.align() if row_ids is None else self._read_again(row_ids)
+            self._realigned_at = step
 
     def final_rows(self) -> tuple[ClassStatistics, ...]:
         """Return what each head is the closed form of: the training rows under the weights as they are; else nothing."""
@@ -102,12 +152,12 @@ class AligningTrainer(EvaluatingTrainer):
         self._statistics = self.state.global_step, rows
         return rows
 
-    def read(self, dataset: Any, what: str) -> TrainingRows:
-        """Read what the heads are given of the rows of a data set."""
+    def read(self, dataset: Any, what: str, max_rows: int = MAX_SAMPLED_ROWS) -> TrainingRows:
+        """Read what the heads are given of the rows of a data set; features are kept of so many."""
         counts = np.zeros(self.first_head.num_classes, np.int64)
         with suppress(ValueError):  # a data set whose labels are in its batches alone: all rows are kept
             counts += np.bincount(labels_of(dataset), minlength=len(counts))
-        return read_rows(self.model, self.rows_loader(dataset), counts, self.args.seed, what=what)
+        return read_rows(self.model, self.rows_loader(dataset), counts, self.args.seed, max_rows=max_rows, what=what)
 
     def read_held_out(self, dataset: Any) -> TrainingRows:
         """Read what the heads are given of validation rows, unless the last evaluation has done so; in the rows' order."""
@@ -160,14 +210,20 @@ class AligningTrainer(EvaluatingTrainer):
         """Return the heads' frames and the last alignment, and the rows as the heads last read them."""
         frames = {path: head.frame for path, head in self.heads.items()}
         rows = self._training_logits
-        return {"frames": frames, "alignment": self.alignment, "forms": rows.forms()}, rows.tensors()
+        state = {
+            "frames": frames,
+            "alignment": self.alignment,
+            "forms": rows.forms(),
+            "realigned_at": self._realigned_at,
+        }
+        return state, rows.tensors()
 
     def restore_own_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take up what ``own_state`` returned when the checkpoint was written."""
         self._training_logits.restore(tensors, state["forms"], self.args.device)
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
-        self.alignment = state["alignment"] or {}
+        self.alignment, self._realigned_at = state["alignment"] or {}, state["realigned_at"]
 
     def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
         with suppress(ValueError):  # a data set without labels

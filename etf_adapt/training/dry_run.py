@@ -46,7 +46,8 @@ def dry_run(trainer: ETFTrainer, data: ClassificationData) -> list[str]:
     passes = 0 if trainer.realignment == "never" else 1 if is_once else math.ceil(epochs)
     alignments = int(trainer.needs_alignment()) + passes
     evaluated = (count_rows(trainer.eval_dataset) or 0) * (epochs if args.eval_strategy != "no" else 0)
-    rows_read = alignments * (count_rows(trainer.train_dataset) or 0) + evaluated
+    sample = trainer.sampled_rows()
+    rows_read = alignments * ((count_rows(trainer.train_dataset) or 0) if sample is None else len(sample)) + evaluated
     seconds = steps * args.gradient_accumulation_steps * min(step_seconds[1:]) + rows_read / rows_per_second
     trained = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     memory = _peak_memory(args.device) + ADAM_STATE * trained

@@ -83,7 +83,8 @@ class TrainingSettings:
     realign: Literal["steps", "epochs", "never"] | None = option(
         None,
         "When a fixed ETF head is aligned again. epochs: after each epoch, by a pass over the rows; steps: also every "
-        "realign_steps, from what training reads of the rows, with a pass only to choose the best epoch and at the end; never. "
+        "realign_steps, from what training reads of the rows, with a pass over a third of them, even over the classes, only to "
+        "choose the best epoch and at the end; never. "
         "Default: steps, but epochs with the backbone's dropout.",
     )
     realign_steps: int | None = option(

@@ -123,7 +123,7 @@ class ETFTrainer(AligningTrainer):
         parameters.check_optimizers(args, optimizers[0], optimizer_cls_and_kwargs)
         set_threads(args.torch_threads)
         use_bars(not args.disable_tqdm)
-        self.train_labels: NDArray[np.int64] | None = None
+        self.train_labels = None
         if train_dataset is not None:
             ids = labels_of(train_dataset) if labels is None else read_labels(labels).ids
             if len(ids) != len(train_dataset):  # type: ignore[arg-type]
@@ -250,6 +250,7 @@ class ETFTrainer(AligningTrainer):
         freed = parameters.fix_parameters(self.model, freeze=self.args.freeze, steps=cast(float, steps))
         if freed:
             self.print(f"fixed again, after requires_grad_(True) had freed it: the head `{', '.join(freed)}`")
+        self._realigned_at = None
         changes = [] if checkpoint is None else self.restore(checkpoint)
         self.print(*describe_run(self))
         if checkpoint is not None:
@@ -258,7 +259,7 @@ class ETFTrainer(AligningTrainer):
             replaced = {head.frame for head in self.heads.values()} - {"random", "initialised", self.args.frame}
             if replaced:
                 self.print(f"the head's {', '.join(sorted(replaced))} frame is set anew; --realign never keeps it")
-            self.align()
+            self.align(row_ids=self.sampled_rows())
             self.print(describe_alignment(self.alignment, num_classes=self.first_head.num_classes), *self._advise())
         else:
             self._training_logits.rows.clear()  # of an alignment before the head may have changed

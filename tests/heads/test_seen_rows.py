@@ -126,7 +126,17 @@ def test_all_that_a_step_reads_moves_to_the_device_of_a_resumed_run():
     rows.note(rows.row_ids[:2], rows.features[:2])
     moved = SeenRows.restored(rows.tensors(), vars(rows.form)).to(torch.device("meta"))
     pending = [part for both in moved.gather() for part in both]
-    read = (moved.row_ids, moved.features, moved._inverse, moved._center, moved._offsets, moved._solved, moved._counts, *pending)
+    read = (
+        moved.row_ids,
+        moved.features,
+        moved._inverse,
+        moved._center,
+        moved._offsets,
+        moved._solved,
+        moved._counts,
+        moved.passes,
+        *pending,
+    )
     assert {part.device.type for part in read} == {"meta"} and len(pending) == 2
 
 
@@ -150,3 +160,29 @@ def test_two_rows_of_one_number_are_refused():
             torch.zeros(2, 5),
             Form("means", None, True, 1.0),
         )
+
+
+@FRAMES
+@INTERCEPTS
+def test_rows_that_are_yet_to_be_read_have_no_part(frame, intercept):
+    first, later, last = (features_of(seed) for seed in range(3))
+    some, head = torch.tensor([8, 0, 2, 3, 1]), ETFHead(WIDTH, CLASSES, bias=intercept)
+    means = torch.zeros(CLASSES, WIDTH)
+    held = SeenRows.of(some, LABELS[some], first[some], means, Form(frame, 0.3, intercept, 0.7))
+    rows = SeenRows.of(some, LABELS[some], first[some], means, held.form)
+    rows.hold_all(LABELS)
+    ids, logits = torch.arange(len(LABELS)), torch.randn(len(LABELS), CLASSES)
+    left, expected = (each.logits(logits.clone(), last, ids, LABELS) for each in (rows, held))
+    assert torch.equal(left, expected)
+    assert sorted(rows.stale().tolist()) == [4, 5, 6, 7]
+    rows.note(torch.tensor([4, 0]), later[[4, 0]])
+    assert rows.stale().tolist() == [5, 6, 7] and not rows.realign(head), "what was noted is taken"
+    rows = SeenRows.restored(rows.tensors(), vars(rows.form))
+    rows.note(torch.tensor([1]), first[[1]])  # the pass reads it later
+    rows.read_again(torch.tensor([7, 6, 5, 1]), last[[7, 6, 5, 1]])
+    rows.set_head(head)
+    assert rows.stale().tolist() == [0, 2, 3, 4, 8]
+    now = torch.stack([later[0], last[1], first[2], first[3], later[4], *last[5:8], first[8]])
+    weight, _ = closed_form(now, rows.form)
+    torch.testing.assert_close(head.weight.double(), weight, rtol=1e-5, atol=1e-5)
+    assert not rows.realign(head), "all was taken"

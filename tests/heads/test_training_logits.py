@@ -8,10 +8,12 @@ import pytest
 import torch
 from small_run import make_model, make_trainer, weights
 
+from etf_adapt.geometry.closed_form import closed_form_vectors
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.layers import ETFHead
 from etf_adapt.heads.seen_rows import Form, SeenRows
 from etf_adapt.heads.training_logits import TrainingLogits
+from etf_adapt.training import aligning
 
 
 def held(num_classes=3, width=5):
@@ -139,9 +141,70 @@ class TestTrainer:
     def test_a_run_that_ends_in_mid_epoch_ends_aligned(self, tmp_path):
         trainer = make_trainer(tmp_path / "run", max_steps=2, eval_strategy="no", save_strategy="no")
         trainer.train()
-        weight = next(iter(trainer.heads.values())).weight.clone()
-        trainer.align()
-        torch.testing.assert_close(next(iter(trainer.heads.values())).weight, weight)
+        ((path, head),) = trainer.heads.items()
+        (found,) = trainer.read(trainer.alignment_dataset, "aligning the head").statistics
+        form = trainer._training_logits.rows[path].form
+        weight, _ = closed_form_vectors(found, form.frame, penalty=form.penalty)
+        torch.testing.assert_close(head.weight.double(), form.scale * weight, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("chooses", [False, True])
+    @pytest.mark.parametrize("sampler", ["instance", "balanced"])
+    def test_passes_read_a_part_where_steps_read_the_rest(self, tmp_path, monkeypatch, sampler, chooses):
+        monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
+        read = []
+
+        def counted(self, dataset, what, max_rows=0, read_rows=aligning.AligningTrainer.read):
+            read.append(len(dataset))
+            return read_rows(self, dataset, what, max_rows)
+
+        monkeypatch.setattr(aligning.AligningTrainer, "read", counted)
+        settings = {"sampler": sampler, "load_best_model_at_end": chooses}
+        trainer = make_trainer(tmp_path / "run", learning_rate=1e-12, num_train_epochs=3, **settings)
+        trainer.train()
+        assert trainer.alignment["rows"] == 29, "a third of 88, and all 7 of the rarest class"
+        assert len(read) == (3 if chooses else 1)
+        if sampler == "balanced" and chooses:
+            assert 29 < max(read) < 80, "and what was not drawn since"
+        else:
+            assert {*read} == {29}
+        # Features that stand still: what was read at any time is what one pass reads.
+        rows = next(iter(trainer._training_logits.rows.values()))
+        (whole,) = trainer.read(trainer.alignment_dataset, "").statistics
+        for name, value in vars(rows.statistics).items():
+            torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize("settings", [{"realign": "epochs"}, {"freeze": "backbone"}, {"realign": "never"}, {}])
+    def test_all_rows_are_read_where_steps_do_not(self, tmp_path, monkeypatch, settings):
+        monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
+        trainer = make_trainer(tmp_path / "run", **settings)
+        if not settings:
+            assert len(trainer.sampled_rows()) == 29
+            rows = trainer.alignment_dataset
+            trainer.alignment_dataset = [{k: v for k, v in row.items() if k != "row_id"} for row in rows]
+        assert trainer.sampled_rows() is None
+
+    @pytest.mark.parametrize("settings", [{"load_best_model_at_end": False}, {"realign_steps": 6}, {}])
+    def test_a_step_that_is_ended_anew_is_not_aligned_again(self, tmp_path, monkeypatch, settings):
+        monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1, eval_strategy="epoch", **settings)
+        trainer.train()
+        state, tensors = trainer.own_state()
+        assert state["realigned_at"] == trainer.state.global_step == 6
+        before = {name: value.clone() for name, value in (weights(trainer) | tensors).items()}
+        for ends_run in (True, False):
+            trainer.realign(True, ends_run)
+        after = weights(trainer) | trainer.own_state()[1]
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        trainer.state.global_step = 12
+        trainer.realign(True, True)
+        assert not torch.equal(before["classifier/passes"], trainer.own_state()[1]["classifier/passes"])
+
+    def test_mixed_rows_are_read_by_passes_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1, mixup=0.2)
+        trainer.train()
+        rows = next(iter(trainer._training_logits.rows.values()))
+        assert (rows.passes == 2).all()
 
     def test_a_head_that_learns_moves_away_from_what_was_left_out(self, tmp_path):
         trainer = make_trainer(tmp_path / "run", model=make_model(head="etf", trainable=True))

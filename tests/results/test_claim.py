@@ -28,7 +28,9 @@ def hold(folder, then="time.sleep(60)"):
 
 def test_a_folder_belongs_to_one_running_process_however_that_ends(tmp_path):
     # Its forked child outlives it, as workers of data loaders do for seconds, and holds nothing.
-    child = hold(tmp_path, "import os; os.fork() or (print('forked', flush=True), time.sleep(20), exit()); time.sleep(60)")
+    child = hold(
+        tmp_path, "import os; os.fork() or (print('forked', flush=True), time.sleep(20), exit()); time.sleep(60)"
+    )
     try:
         assert child.stdout.readline() == "forked\n"
         with pytest.raises(OutputFolderError, match=rf"is being written by another run \(process {child.pid}\)"):
