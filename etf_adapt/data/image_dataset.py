@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
+from etf_adapt.data.pixel_bytes import PixelBytes
 from etf_adapt.errors import RowError
 
 KEPT_BYTES = 2**30  # most memory that one ``ImageDataset`` keeps tensors in
@@ -80,6 +81,7 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         self.transform = transform
         self.seed = seed
         self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
+        self._bytes: PixelBytes | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -89,7 +91,8 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         draw = index if isinstance(index, RowDraw) else RowDraw(index)
         row = int(draw)
         if kept is not None and row in kept:
-            return dict(kept[row])
+            packed = kept[row]["pixel_values"]
+            return kept[row] | {"pixel_values": packed if self._bytes is None else self._bytes.unpack(packed)}
         try:
             values = self.dataset[row]
         except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
@@ -100,9 +103,18 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
             pixel_values = self.transform(values["image"])
         found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
         # For rows that are read again without augmentation. What a worker keeps is gone with it, after one pass.
-        if kept is not None and get_worker_info() is None and (len(kept) + 1) * pixel_values.nbytes <= KEPT_BYTES:
-            kept[row] = dict(found)
+        if kept is not None and get_worker_info() is None:
+            packed = self._pack(pixel_values)
+            if (len(kept) + 1) * packed.nbytes <= KEPT_BYTES:
+                kept[row] = found | {"pixel_values": packed}
         return found
+
+    def _pack(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim != 3 or pixels.dtype != torch.float32:
+            return pixels
+        if self._bytes is None:
+            self._bytes = PixelBytes(self.transform)
+        return self._bytes.pack(pixels)
 
     def _where(self, row: int) -> str:
         stored = self.dataset.cast_column("image", Image(decode=False))[row]["image"]

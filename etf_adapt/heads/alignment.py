@@ -274,9 +274,14 @@ def _set_head(
 
 def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
     """Return the rows as a head has read them, by which it can be set again, if they are numbered and its frame allows it."""
-    if rows.row_ids is None or form.frame not in MEAN_FRAMES:
+    if rows.row_ids is None or form.frame not in MEAN_FRAMES or not keeps_rows(rows.statistics[index].sums):
         return None
     return SeenRows.of(rows.row_ids, rows.labels, rows.features[index], rows.statistics[index].means, form)
+
+
+def keeps_rows(class_vectors: Tensor) -> bool:
+    """Return whether classes (num_classes, in_features) are so few that two rows of each and more are kept."""
+    return 2 * class_vectors.numel() <= MAX_KEPT_NUMBERS
 
 
 def _mean_norm(head: ClassifierHead, features: Tensor) -> float:

@@ -154,6 +154,11 @@ class SeenRows:
         self.statistics.replace_(self.features[places[was_read]], features[was_read], labels[was_read.cpu()])
         self.statistics.add_(features[~was_read], labels[~was_read.cpu()])
         self.features[places], self.passes[places] = features, number
+        if not bool(self.statistics.moment.diagonal().isfinite().all()):
+            raise FloatingPointError(
+                "The features of the last steps are not finite, and nothing was saved since the last checkpoint: lower "
+                "`learning_rate`, set `max_grad_norm`, or train in float32."
+            )
 
     def realign(self, head: ClassifierHead) -> bool:
         """Set a head from the rows as the steps have read them; return whether any were read since the last time."""

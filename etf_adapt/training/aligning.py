@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader, Subset
 from etf_adapt.data.long_tail import even_sample, labels_of
 from etf_adapt.geometry.closed_form import MEAN_FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
-from etf_adapt.heads.alignment import MAX_KEPT_NUMBERS, MAX_SAMPLED_ROWS, TrainingRows, align_head, read_rows
+from etf_adapt.heads.alignment import (
+    MAX_KEPT_NUMBERS,
+    MAX_SAMPLED_ROWS,
+    TrainingRows,
+    align_head,
+    keeps_rows,
+    read_rows,
+)
 from etf_adapt.heads.in_model import has_dropout
 from etf_adapt.heads.layers import ClassifierHead
 from etf_adapt.heads.training_logits import TrainingLogits
@@ -84,7 +91,8 @@ class AligningTrainer(EvaluatingTrainer):
         if self.realignment != "steps" or self.train_labels is None or self.args.freeze == "backbone":
             return None
         most = max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in self.heads.values()))
-        first = self.alignment_dataset[0] if len(self.train_labels) <= most else None
+        is_kept = len(self.train_labels) <= most and all(keeps_rows(head.weight) for head in self.heads.values())
+        first = self.alignment_dataset[0] if is_kept else None
         if not isinstance(first, Mapping) or first.get("row_id") != 0:
             return None
         wanted = max(MIN_READ_ROWS, len(self.train_labels) // READ_EVERY)

@@ -1,6 +1,7 @@
 r"""Time single parts on synthetic rows, one thread; each line is printed as it is measured.
 
     python recipes/benchmarks/parts.py head --classes 1000 10000 100000
+    python recipes/benchmarks/parts.py head --classes 1000000 --only ours --rounds 1
     python recipes/benchmarks/parts.py realign --classes 1000 10000 --width 768
     python recipes/benchmarks/parts.py alignment --rows 1000000 --classes 10000 --width 768
     python recipes/benchmarks/parts.py draw --rows 10000000 --classes 10000
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["ours", "trained", "products"], help="one of `head`, for its memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = {"head": time_head, "realign": time_realign, "alignment": time_alignment}
@@ -65,6 +67,7 @@ def peak_gb() -> float:
 
 def time_head(num_classes: int, options: argparse.Namespace) -> None:
     """Time head, loss and optimizer step: ours with rows left out, a linear layer with AdamW, the two products alone."""
+    from etf_adapt.heads.alignment import keeps_rows
     from etf_adapt.heads.layers import LinearHead
     from etf_adapt.heads.seen_rows import Form, SeenRows
     from etf_adapt.heads.training_logits import TrainingLogits
@@ -74,8 +77,9 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     labels = torch.randint(BATCH // 4, (BATCH,))  # of some rows each, so that they are left out
     fixed = LinearHead(options.width, num_classes, trainable=False)
     left_out = TrainingLogits({"head": fixed})
-    means = torch.randn(num_classes, options.width)
-    left_out.rows["head"] = SeenRows.of(ids, labels, features, means, Form("whitened", 1.0, True, 1.0))
+    if keeps_rows(fixed.weight):
+        means = torch.randn(num_classes, options.width)
+        left_out.rows["head"] = SeenRows.of(ids, labels, features, means, Form("whitened", 1.0, True, 1.0))
     left_out.notes = False  # which keep what is read until the head is set anew
     counts = torch.randint(1, 100, (num_classes,)).tolist()
     loss = make_loss({"name": "margin_dot_regression"}, class_counts=counts)
@@ -86,7 +90,7 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
             logits = fixed(inputs)
         loss(logits, labels).backward()
 
-    linear = torch.nn.Linear(options.width, num_classes)
+    linear = torch.nn.Linear(options.width, num_classes if options.only in (None, "trained") else 1)
     optimizer = torch.optim.AdamW(linear.parameters())
 
     def trained() -> None:
@@ -101,7 +105,12 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
         _ = features @ weight.T, gradient @ weight
 
     times = max(1, 100_000 // num_classes)
-    found = in_turns(options.rounds, times, ours=ours, trained=trained, products=products)
+    calls = {"ours": ours, "trained": trained, "products": products}
+    if options.only:
+        milliseconds = 1e3 * in_turns(options.rounds, times, call=calls[options.only])["call"]
+        print(num_classes, f"{options.only}: {milliseconds:.0f} ms, peak {peak_gb():.2f} GB", flush=True)
+        return
+    found = in_turns(options.rounds, times, **calls)
     print(num_classes, {name: f"{1e3 * value:.2f} ms" for name, value in found.items()}, end=" ")
     print(f"ours / products {found['ours'] / found['products']:.2f}", flush=True)
 
@@ -204,6 +213,12 @@ def time_start(_: int, options: argparse.Namespace) -> None:
         "finetune --help": "from etf_adapt.commands.finetune import main; main(['--help'])",
         "import torch, transformers.Trainer": "import torch; from transformers import Trainer",
         "import etf_adapt.ETFTrainer": "from etf_adapt import ETFTrainer",
+        "finetune of digits, to the first step": """
+import os, tempfile, etf_adapt
+etf_adapt.ETFTrainer.training_step = lambda *inputs: os._exit(0)
+with tempfile.TemporaryDirectory() as folder:
+    etf_adapt.finetune(model='micro', dataset='digits', output_dir=folder)
+""",
     }
     found: dict[str, list[float]] = {name: [] for name in commands}
     for _round in range(options.rounds):

@@ -186,3 +186,11 @@ def test_rows_that_are_yet_to_be_read_have_no_part(frame, intercept):
     weight, _ = closed_form(now, rows.form)
     torch.testing.assert_close(head.weight.double(), weight, rtol=1e-5, atol=1e-5)
     assert not rows.realign(head), "all was taken"
+
+
+def test_features_that_are_not_finite_end_a_run_before_they_set_a_head():
+    rows, head = rows_of(features_of(0)), ETFHead(WIDTH, CLASSES)
+    rows.note(torch.tensor([12]), torch.full((1, WIDTH), torch.inf))
+    with pytest.raises(FloatingPointError, match="features of the last steps are not finite"):
+        rows.realign(head)
+    assert bool(head.weight.isfinite().all())

@@ -9,6 +9,7 @@ import torch
 from small_run import make_model, make_trainer, weights
 
 from etf_adapt.geometry.closed_form import closed_form_vectors
+from etf_adapt.heads import alignment
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.layers import ETFHead
 from etf_adapt.heads.seen_rows import Form, SeenRows
@@ -198,6 +199,15 @@ class TestTrainer:
         trainer.state.global_step = 12
         trainer.realign(True, True)
         assert not torch.equal(before["classifier/passes"], trainer.own_state()[1]["classifier/passes"])
+
+    def test_rows_of_very_many_classes_are_read_by_passes_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            alignment, "MAX_KEPT_NUMBERS", 2 * 3 * 16 - 1
+        )  # fewer than two rows of each of three classes
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1)
+        assert trainer.sampled_rows() is None
+        trainer.train()
+        assert not trainer._training_logits.rows and trainer.alignment["rows"] == 88
 
     def test_mixed_rows_are_read_by_passes_alone(self, tmp_path, monkeypatch):
         monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)

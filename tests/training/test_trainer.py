@@ -461,6 +461,16 @@ def test_what_is_not_finite_ends_the_run_unsaved(tmp_path, where):
     )
 
 
+def test_an_accelerator_is_not_waited_for_at_every_step(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.state.logging_steps, read = 3, {"cpu": [], "meta": []}
+    for device, steps in read.items():
+        for trainer.state.global_step in range(7):
+            if trainer._looks_at(torch.zeros((), device=device)):
+                steps.append(trainer.state.global_step)
+    assert read == {"cpu": [*range(7)], "meta": [0, 3, 6]}
+
+
 @pytest.mark.filterwarnings("ignore:The ETF head is a random frame")
 @pytest.mark.parametrize("frame", ["random", "whitened"])
 def test_two_uneven_classes_are_learned(tmp_path, frame):
