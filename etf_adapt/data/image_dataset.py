@@ -25,7 +25,8 @@ from torch.utils.data import Sampler, get_worker_info
 from etf_adapt.data.pixel_bytes import PixelBytes
 from etf_adapt.errors import RowError
 
-KEPT_BYTES = 2**30  # most memory that one ``ImageDataset`` keeps tensors in
+KEPT_BYTES = 2**30  # most memory in which one ``ImageDataset`` keeps rows
+_PIXEL_BYTES = 4  # in Pillow
 
 
 class RowDraw(int):
@@ -70,8 +71,8 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
     What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
-    the same draw); the generator itself is left as it was. `keep` keeps the tensors of plain ints in memory. Rows become
-    batches by the collators that torch and `Trainer` use by default.
+    the same draw); the generator itself is left as it was. `keep` keeps in memory what is read again: the tensors of plain
+    ints, and the decoded images of draws. Rows become batches by the collators that torch and `Trainer` use by default.
     """
 
     def __init__(
@@ -80,34 +81,50 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         self.dataset = dataset.select_columns(["image", "label"])
         self.transform = transform
         self.seed = seed
-        self._kept: dict[int, dict[str, Any]] | None = {} if keep else None
+        self.keep = keep
+        self._kept: dict[int, dict[str, Any]] = {}  # rows as they are returned
+        self._decoded: dict[int, dict[str, Any]] = {}  # rows of the data set
+        self._room = KEPT_BYTES
         self._bytes: PixelBytes | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        kept = None if isinstance(index, RowDraw) else self._kept
+        is_drawn = isinstance(index, RowDraw)
         draw = index if isinstance(index, RowDraw) else RowDraw(index)
         row = int(draw)
-        if kept is not None and row in kept:
-            packed = kept[row]["pixel_values"]
-            return kept[row] | {"pixel_values": packed if self._bytes is None else self._bytes.unpack(packed)}
-        try:
-            values = self.dataset[row]
-        except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
-            raise RowError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
+        if row in self._kept and not is_drawn:
+            packed = self._kept[row]["pixel_values"]
+            return self._kept[row] | {"pixel_values": packed if self._bytes is None else self._bytes.unpack(packed)}
+        values = self._decoded[row] if row in self._decoded else self._decode(row)
         key = np.random.SeedSequence((self.seed, draw.epoch, draw.place, row)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(key[0]))  # `torch.manual_seed` would seed every GPU as well
             pixel_values = self.transform(values["image"])
         found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
-        # For rows that are read again without augmentation. What a worker keeps is gone with it, after one pass.
-        if kept is not None and get_worker_info() is None:
-            packed = self._pack(pixel_values)
-            if (len(kept) + 1) * packed.nbytes <= KEPT_BYTES:
-                kept[row] = found | {"pixel_values": packed}
+        if self.keep and get_worker_info() is None:  # what a worker keeps is gone with it, after one pass
+            if is_drawn:
+                num_bytes = _PIXEL_BYTES * values["image"].width * values["image"].height
+                if num_bytes * len(self) <= KEPT_BYTES:  # a part of photographs would save little
+                    self._hold(self._decoded, row, values, num_bytes)
+            else:
+                packed = self._pack(pixel_values)
+                self._hold(self._kept, row, found | {"pixel_values": packed}, packed.nbytes)
         return found
+
+    def _hold(self, held: dict[int, dict[str, Any]], row: int, values: dict[str, Any], num_bytes: int) -> None:
+        """Keep a row, while there is room."""
+        if row not in held and num_bytes <= self._room:
+            held[row] = values
+            self._room -= num_bytes
+
+    def _decode(self, row: int) -> dict[str, Any]:
+        try:
+            values: dict[str, Any] = self.dataset[row]
+        except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
+            raise RowError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
+        return values
 
     def _pack(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 3 or pixels.dtype != torch.float32:

@@ -52,7 +52,7 @@ def prepare_rows(
         if image_size is not None:
             set_image_size(model, processor, image_size)
         options: dict[str, Any] = {"image_size": image_size, "augment": augment, "allow_flip": data.allow_flip}
-        kept = ("alignment", "validation")  # in memory, decoded: they are read each epoch and never augmented
+        kept = ("train", "alignment", "validation")  # in memory: they are read each epoch
         images = {}
         for name, split in splits.items():
             transform = image_transforms(processor, train=name == "train", **options)

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import BatchSampler, DataLoader
 
+from etf_adapt.data import image_dataset
 from etf_adapt.data.image_dataset import ImageDataset, RowDraw, RowDraws
 from etf_adapt.data.sampler import ClassBalancedSampler
 from etf_adapt.errors import RowError
@@ -132,13 +133,17 @@ def test_rows_that_are_kept_are_transformed_once_and_are_the_same(images):
 def test_workers_keep_nothing(images):
     kept, _ = counting(images, keep=True)
     list(loader(kept, None, num_workers=1))
-    assert kept._kept == {}
+    list(loader(kept, draws(0), num_workers=1))
+    assert kept._kept == kept._decoded == {}
 
 
-def test_a_draw_is_never_kept(images):
+def test_of_draws_the_image_is_kept_and_not_what_became_of_it(images, monkeypatch):
     kept, calls = counting(images, keep=True)
-    first, second = (kept[RowDraw(2, epoch, 0)]["pixel_values"].item() for epoch in (0, 1))
-    assert first != second and len(calls) == 2
+    first = kept[RowDraw(2, 0, 0)]["pixel_values"]
+    monkeypatch.setattr(kept, "dataset", None)  # is not read again
+    second, again = (kept[RowDraw(2, epoch, 0)]["pixel_values"] for epoch in (1, 0))
+    assert first != second and first == again and len(calls) == 3
+    assert kept._room == image_dataset.KEPT_BYTES - 4 * 4 * 4
 
 
 def test_rows_are_kept_as_long_as_they_fit(images, monkeypatch):
@@ -147,6 +152,10 @@ def test_rows_are_kept_as_long_as_they_fit(images, monkeypatch):
     for row in (0, 1, 2, 0, 1, 2):
         kept[row]
     assert len(calls) == 4
+    monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 3 * 64)
+    kept, _ = counting(images, keep=True)
+    kept[RowDraw(3)]
+    assert not kept._decoded, "three of four images of 64 bytes"
 
 
 def test_the_epoch_reaches_the_sampler_within():

@@ -1,0 +1,100 @@
+r"""What the learning rate that follows from rows and parameters loses against a sweep, on validation rows.
+
+    python recipes/rate_table.py --results recipes/results/rates --data $DATA --models $MODELS
+    python recipes/rate_table.py --results recipes/results/rates --table_only          # of what is finished; runs nothing
+
+Batch and epochs follow the rule of `etf_adapt/training/budget.py` in every run; the rate is the rule's, then that times each
+factor. A finished run is one small file in `runs/`, and the same command goes on after any stop. Test rows are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from comparison import format_markdown
+from refit_table import experiment, experiment_parser, train
+
+from etf_adapt.results import run_folder
+
+CLINC150 = "--model {models}/all-MiniLM-L6-v2 --dataset {data}/clinc150"
+CIFAR100 = "--model {models}/vit_tiny_patch16_224.timm --image_size 64 --dataset {data}/cifar100"
+CIFAR100 += " --validation_before_long_tail true"
+SETS = {
+    "digits": ("digits, 292 rows", "--validation_fraction 0.3"),
+    "clinc150_1000": ("CLINC150, 1,000 rows", f"{CLINC150} --max_train_rows 1000"),
+    "cifar100_1000": ("CIFAR-100, 1,000 rows", f"{CIFAR100} --max_train_rows 1000"),
+    "clinc150": ("CLINC150, factor 100", f"{CLINC150} --imbalance_factor 100"),
+    "cifar100": ("CIFAR-100, factor 100", f"{CIFAR100} --imbalance_factor 100"),
+    "cifar100_epoch": (
+        "the same, one epoch",
+        f"{CIFAR100} --imbalance_factor 100 --num_train_epochs 1",
+    ),
+    "clinc150_10000": ("CLINC150, 10,000 rows", f"{CLINC150} --max_train_rows 10000"),
+}
+FACTORS = (0.5, 1.0, 2.0)
+
+
+def main() -> None:
+    """Run what is not finished, then write the table."""
+    parser = experiment_parser(__doc__, SETS)
+    parser.set_defaults(seeds=[0])
+    options = parser.parse_args()
+    experiment(options, [(name,) for name in options.sets], run, make_table)
+
+
+def run(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Train with the rule's rate and with its multiples, and keep the scores."""
+    rate = None
+    for factor in sorted(FACTORS, key=lambda factor: factor != 1.0):
+        title = f"{name}-{factor:g}-{seed}"
+        file = options.results / "runs" / f"{title}.json"
+        if not file.is_file():
+            folder = (options.scratch or options.results / "scratch") / title
+            flags = SETS[name][1].format(data=options.data, models=options.models).split()
+            train(folder, [*flags, *([] if rate is None else ["--learning_rate", f"{factor * rate:.6g}"])], seed)
+            results, arguments = (
+                json.loads((folder / part).read_text(encoding="utf-8"))
+                for part in (run_folder.RESULTS_FILE, run_folder.ARGUMENTS_FILE)
+            )
+            record = {"set": name, "seed": seed, "factor": factor}
+            record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "balanced_loss")}
+            fields = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+            record |= {field: arguments[field] for field in fields}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            run_folder.write_json(file, record)
+            print(title, record, flush=True)
+            if options.scratch is None:
+                shutil.rmtree(folder)
+        rate = json.loads(file.read_text(encoding="utf-8"))["learning_rate"] / factor
+
+
+def make_table(results: Path) -> str:
+    """Return the scores of each set at each rate, means over its seeds, and what the rule loses against the best."""
+    found: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for file in sorted((results / "runs").glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found[record["set"]][record["factor"]].append(record)
+    lines, losses = [], []
+    for name, (title, _) in SETS.items():
+        runs = {factor: found[name][factor] for factor in FACTORS}
+        if not all(runs.values()):
+            continue
+        scores = {factor: 100 * fmean(run["balanced_accuracy"] for run in part) for factor, part in runs.items()}
+        losses.append(max(scores.values()) - scores[1.0])
+        (chosen, *_) = runs[1.0]
+        budget = f"{chosen['per_device_train_batch_size']} rows, {chosen['num_train_epochs']:g} epochs"
+        cells = [f"{scores[factor]:.1f}" for factor in FACTORS]
+        lines.append([title, str(len(runs[1.0])), budget, f"{chosen['learning_rate']:g}", *cells, f"{losses[-1]:.1f}"])
+    header = ["set", "seeds", "batch, epochs", "rule's rate", *(f"x {factor:g}" for factor in FACTORS), "lost"]
+    mean = f"\nMean loss against the best of each line: {fmean(losses):.2f} points.\n" if losses else ""
+    return format_markdown(header, lines) + mean
+
+
+if __name__ == "__main__":
+    main()
