@@ -140,7 +140,7 @@ def test_workers_keep_nothing(images):
 def test_of_draws_the_image_is_kept_and_not_what_became_of_it(images, monkeypatch):
     kept, calls = counting(images, keep=True)
     first = kept[RowDraw(2, 0, 0)]["pixel_values"]
-    monkeypatch.setattr(kept, "dataset", None)  # is not read again
+    monkeypatch.setattr(kept, "_decode", None)  # is not read again
     second, again = (kept[RowDraw(2, epoch, 0)]["pixel_values"] for epoch in (1, 0))
     assert first != second and first == again and len(calls) == 3
     assert kept._room == image_dataset.KEPT_BYTES - 4 * 4 * 4
