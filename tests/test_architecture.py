@@ -30,7 +30,7 @@ KNOWN_LIBRARIES = {
     "geometry": {"torch"},
     "losses": {"torch"},
     "sources": {"PIL", "datasets", "huggingface_hub", "numpy", "pyarrow"},
-    "data": {"PIL", "datasets", "numpy", "pyarrow", "sklearn", "timm", "torch", "torchvision", "tqdm"},
+    "data": {"PIL", "accelerate", "datasets", "numpy", "pyarrow", "sklearn", "timm", "torch", "torchvision", "tqdm"},
     "heads": {"accelerate", "numpy", "torch"},
     "metrics": {"datasets", "evaluate", "numpy", "scipy", "sklearn", "torch"},
     "results": {"huggingface_hub", "jinja2", "matplotlib", "numpy", "pyarrow", "torch", "yaml"},

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from etf_adapt.data.long_tail import check_labels, labels_of
-from etf_adapt.errors import DataError
+from etf_adapt.data.progress import progress
+from etf_adapt.errors import DataError, message_of
 
 _ROWS = 64  # of a batch that is made here
 _BESIDE = ("label", "labels", "row_id")  # columns that are no input of a model
@@ -71,3 +77,35 @@ def read_counts(class_counts: Any, num_classes: int) -> NDArray[np.int64]:
         return np.asarray(class_counts)
     labels = class_counts if is_plain else labels_of(class_counts)
     return np.bincount(check_labels(labels, name="class_counts", num_classes=num_classes), minlength=num_classes)
+
+
+def count_classes(data: Iterable[Any], num_classes: int) -> NDArray[np.int64]:
+    """Count the rows of each class in the labels of batches: (num_classes,)."""
+    counts = np.zeros(num_classes, np.int64)
+    for batch in progress(data, "counting classes, batches"):
+        labels = check_labels(split_batch(batch)[1], num_classes=num_classes)
+        counts += np.bincount(labels, minlength=num_classes)
+    return counts
+
+
+@contextmanager
+def raised_everywhere() -> Iterator[None]:
+    """Raise on every process the ``DataError`` of one: the others would wait for it."""
+    message = None
+    try:
+        yield
+    except DataError as error:
+        message = message_of(error)
+    if message := next(filter(None, gather_object([message])), None):
+        raise DataError(message)
+
+
+def own_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield this process's batches with their number among all batches, none of them padded or repeated."""
+    rank, world = PartialState().process_index, PartialState().num_processes
+    if world > 1 and isinstance(data, DataLoader):
+        shard = prepare_data_loader(data, num_processes=world, process_index=rank, even_batches=False)
+        for step, batch in enumerate(shard):
+            yield step * world + rank, batch
+    else:
+        yield from islice(enumerate(data), rank, None, world)

@@ -17,8 +17,8 @@ from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from etf_adapt.data.batches import as_batches, read_counts, split_batch
-from etf_adapt.data.long_tail import check_labels, even_cap, even_sample
+from etf_adapt.data.batches import as_batches, count_classes, own_batches, raised_everywhere, read_counts, split_batch
+from etf_adapt.data.long_tail import even_cap, even_sample
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import MEAN_FRAMES, closed_form_vectors
@@ -31,8 +31,6 @@ from etf_adapt.heads.in_model import (
     has_dropout,
     head_modules,
     logits_of,
-    own_batches,
-    raised_everywhere,
     read_features,
     seeded_torch,
 )
@@ -53,7 +51,6 @@ class AlignmentResult:
     penalties: tuple[float | None, ...]  # of each head, in mean eigenvalues; None for frames without one
     balanced_accuracy: float | None  # leave-one-out, of the first head with a chosen penalty, on a sample
     rows: int  # training rows in the statistics
-    length: float  # mean norm of the centred logits in training mode before it was scaled to one
     # Of each head; None for the other frames, and where the batches have no ``row_id``.
     rows_seen: tuple[SeenRows | None, ...] = field(repr=False)
     statistics: tuple[ClassStatistics, ...] = field(repr=False)  # of what each head reads of these rows
@@ -110,13 +107,12 @@ def align_head(
     """
     heads = _alignable_heads(model)
     is_cosine = all(head.kind == "cosine" for head in heads.values())
-    if is_cosine:
-        frame = "means"
+    frame = "means" if is_cosine else frame
     num_classes = next(iter(heads.values())).num_classes
     if class_counts is None and isinstance(data, Iterator):
         raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
     data = as_batches(data, inspect.signature(model.forward).parameters, collator)
-    counts = _count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
+    counts = count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
     kept = MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in heads.values())
     rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, kept))
 
@@ -145,7 +141,6 @@ def align_head(
         penalties,
         balanced_accuracy=next((accuracy for accuracy in accuracies if math.isfinite(accuracy)), None),
         rows=int(rows.statistics[0].counts.sum()),
-        length=length,
         rows_seen=tuple(
             _rows_seen(rows, index, Form(frame, penalties[index], head.bias is not None, scale))
             for index, head in enumerate(heads.values())
@@ -175,14 +170,6 @@ class TrainingRows:
     labels: Tensor  # of the sample: (sampled,)
     row_ids: Tensor | None  # of the sample: (sampled,); None where the batches have none
     first_batches: list[Any]  # of this process, without labels
-
-
-def _count_classes(data: Iterable[Any], num_classes: int) -> np.ndarray:
-    counts = np.zeros(num_classes, np.int64)
-    for batch in progress(data, "counting classes, batches"):
-        labels = check_labels(split_batch(batch)[1], num_classes=num_classes)
-        counts += np.bincount(labels, minlength=num_classes)
-    return counts
 
 
 def read_rows(

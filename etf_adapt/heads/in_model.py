@@ -1,21 +1,15 @@
-"""The heads of a model: find them, read the features that they score; and passes over data in evaluation mode."""
+"""The heads of a model: find them, and read the features that they score."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
-from etf_adapt.errors import DataError, message_of
 from etf_adapt.heads.layers import ClassifierHead
 
 
@@ -139,26 +133,3 @@ def seeded_torch(seed: int, device: torch.device | None = None) -> Iterator[None
         for gpu in gpus:
             torch.cuda.default_generators[gpu].manual_seed(seed)
         yield
-
-
-@contextmanager
-def raised_everywhere() -> Iterator[None]:
-    """Raise on every process the ``DataError`` of one: the others would wait for it."""
-    message = None
-    try:
-        yield
-    except DataError as error:
-        message = message_of(error)
-    if message := next(filter(None, gather_object([message])), None):
-        raise DataError(message)
-
-
-def own_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Yield this process's batches with their number among all batches, none of them padded or repeated."""
-    rank, world = PartialState().process_index, PartialState().num_processes
-    if world > 1 and isinstance(data, DataLoader):
-        shard = prepare_data_loader(data, num_processes=world, process_index=rank, even_batches=False)
-        for step, batch in enumerate(shard):
-            yield step * world + rank, batch
-    else:
-        yield from itertools.islice(enumerate(data), rank, None, world)

@@ -156,14 +156,13 @@ class SeenRows:
         self.features[places], self.passes[places] = features, number
         if not bool(self.statistics.moment.diagonal().isfinite().all()):
             raise FloatingPointError(
-                "The features of the last steps are not finite, and nothing was saved since the last checkpoint: lower "
-                "`learning_rate`, set `max_grad_norm`, or train in float32."
+                "The features of the last steps are not finite. The last checkpoint is good: lower `learning_rate`, set "
+                "`max_grad_norm`, or train in float32."
             )
 
     def realign(self, head: ClassifierHead) -> bool:
         """Set a head from the rows as the steps have read them; return whether any were read since the last time."""
-        has_read = self._put_pending()
-        if has_read:
+        if has_read := self._put_pending():
             self.set_head(head)
         return has_read
 

@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
+from etf_adapt.data.batches import raised_everywhere
 from etf_adapt.errors import DataError
 from etf_adapt.geometry.closed_form import FRAMES, MEAN_FRAMES, closed_form_vectors
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import align_head
-from etf_adapt.heads.in_model import head_modules, raised_everywhere
+from etf_adapt.heads.in_model import head_modules
 from etf_adapt.models.auto import adapt
 from etf_adapt.models.swap import swap_head
 
@@ -237,9 +238,9 @@ def test_an_alignment_forgets_the_calibration_of_the_rows_before_it(rows):
 
 
 def test_an_error_in_the_rows_of_one_process_is_raised_on_all(monkeypatch):
-    monkeypatch.setattr("etf_adapt.heads.in_model.gather_object", lambda messages: [*messages, "`a.jpg` is broken"])
+    monkeypatch.setattr("etf_adapt.data.batches.gather_object", lambda messages: [*messages, "`a.jpg` is broken"])
     with pytest.raises(DataError, match=r"`a\.jpg` is broken"), raised_everywhere():
         pass
-    monkeypatch.setattr("etf_adapt.heads.in_model.gather_object", lambda messages: [None, *messages])
+    monkeypatch.setattr("etf_adapt.data.batches.gather_object", lambda messages: [None, *messages])
     with pytest.raises(DataError, match=r"`b\.jpg` is broken"), raised_everywhere():
         raise DataError("`b.jpg` is broken")
