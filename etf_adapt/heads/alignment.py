@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import length_hint
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor, nn
@@ -35,12 +34,11 @@ from etf_adapt.heads.in_model import (
     seeded_torch,
 )
 from etf_adapt.heads.layers import ClassifierHead
-from etf_adapt.heads.seen_rows import Form, SeenRows
+from etf_adapt.heads.seen_rows import Form, SeenRows, mean_norm
 
 MAX_SAMPLED_ROWS = 20_000  # rows on which the penalty is chosen
 MAX_KEPT_NUMBERS = 2**26  # of the features of rows that are seen again in training: 256 MiB
 MIN_MEASURED_ROWS = 256  # rows on which the norm of the logits is measured
-MAX_MEASURED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -116,11 +114,8 @@ def align_head(
     kept = MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in heads.values())
     rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, kept))
 
-    set_heads = [
-        _set_head(head, statistics, features, rows, frame, penalty, seed)
-        for head, statistics, features in zip(heads.values(), rows.statistics, rows.features, strict=True)
-    ]
-    penalties, accuracies = zip(*set_heads, strict=True)
+    parts = zip(heads.values(), rows.statistics, rows.features, strict=True)
+    penalties, accuracies = zip(*(_set_head(*part, rows, frame, penalty, seed) for part in parts), strict=True)
     if hasattr(model, "reset_calibration"):  # an adapted model
         adapted: Any = model
         adapted.reset_calibration()  # fitted to class vectors that are gone
@@ -128,7 +123,7 @@ def align_head(
             adapted.set_loss(adapted.etf_settings["loss"], class_counts=counts.tolist())
 
     if len(heads) == 1 and not has_dropout(model):
-        length = _mean_norm(next(iter(heads.values())), rows.features[0])
+        length = mean_norm(*next(iter(heads.values())).class_vectors(), rows.features[0])
     else:
         length = _norm_in_training(model, rows.first_batches, seed)
     scale = 1.0 / length if length > 0.0 and not is_cosine else 1.0  # a cosine feels no norm of its class vectors
@@ -155,9 +150,7 @@ def _alignable_heads(model: nn.Module) -> dict[str, ClassifierHead]:
         raise ValueError("`model` has no head made by etf_adapt: call swap_head(model, num_classes) first.")
     for path, head in heads.items():
         if head.kind == "paper":
-            raise ValueError(
-                f"`{path}` is a 'paper' head: the published method draws its frame at random and keeps it."
-            )
+            raise ValueError(f"`{path}` is a 'paper' head: the published method keeps the frame that it drew.")
     return heads
 
 
@@ -269,15 +262,6 @@ def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
 def keeps_rows(class_vectors: Tensor) -> bool:
     """Return whether classes (num_classes, in_features) are so few that two rows of each and more are kept."""
     return 2 * class_vectors.numel() <= MAX_KEPT_NUMBERS
-
-
-def _mean_norm(head: ClassifierHead, features: Tensor) -> float:
-    """Return the mean norm of the centred logits of features (rows, in_features); where logits are many of every n-th."""
-    weight, bias = (None if part is None else part.float() for part in head.class_vectors())
-    rows = features[:: max(1, len(features) * head.num_classes // MAX_MEASURED_LOGITS)]
-    chunks = rows.split(max(1, 2**21 // head.num_classes))
-    total = sum(float(vertex_products(F.linear(chunk, cast(Tensor, weight), bias))[1].sum()) for chunk in chunks)
-    return total / max(1, len(rows))
 
 
 def _norm_in_training(model: nn.Module, batches: Sequence[Any], seed: int) -> float:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor
 
 from etf_adapt.geometry.closed_form import TINY, closed_form_vectors, penalized_covariance
+from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.layers import ClassifierHead
+
+SEEN_PENALTY = 1.0  # where features have seen the rows, and no held-out row chooses: finished models want 10 to 100
+MAX_MEASURED_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,12 @@ class SeenRows:
             self.set_head(head)
         return has_read
 
-    def set_head(self, head: ClassifierHead) -> None:
-        """Set a head from the rows as they were read last."""
-        form = self.form
+    def set_head(self, head: ClassifierHead, form: Form | None = None) -> None:
+        """Set a head from the rows as they were read last; in another form its logits are scaled to a mean norm of one."""
+        form, is_new = form or self.form, form is not None
         weight, bias = closed_form_vectors(self.statistics, form.frame, penalty=form.penalty, intercept=form.intercept)
+        if is_new:
+            form = replace(form, scale=1.0 / max(TINY, mean_norm(weight, bias, self.features[self.passes > 0])))
         head.set_class_vectors(form.scale * weight, form.scale * bias)
         self._take(form)
 
@@ -195,3 +202,12 @@ class SeenRows:
 def _unit(offsets: Tensor, solved: Tensor) -> Tensor:
     """Return ``geometry.closed_form.unit_vectors`` of offsets o, S⁻¹ o of which is at hand: both (batch, in_features)."""
     return solved / (solved * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
+
+
+def mean_norm(weight: Tensor, bias: Tensor | None, features: Tensor) -> float:
+    """Return the mean norm of the centred logits of features (rows, in_features); where logits are many of every n-th."""
+    rows = features[:: max(1, len(features) * len(weight) // MAX_MEASURED_LOGITS)]
+    weight, bias = weight.to(rows), None if bias is None else bias.to(rows)
+    chunks = rows.split(max(1, 2**21 // len(weight)))
+    total = sum(vertex_products(F.linear(chunk, weight, bias))[1].sum().item() for chunk in chunks)
+    return total / max(1, len(rows))

@@ -20,6 +20,7 @@ from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.heads.layers import ClassifierHead
+from etf_adapt.heads.seen_rows import SEEN_PENALTY
 from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
 from etf_adapt.inference.head_statistics import set_heads
 from etf_adapt.inference.held_out import choose_by_log_loss, choose_nothing, mean_logits, score_features, score_left_out
@@ -40,7 +41,6 @@ from etf_adapt.sources.opening import logger, quoted
 
 HELD_OUT = ("auto", "share", "none")
 MAX_ROWS, MAX_ROWS_A_CLASS = 50_000, 200  # that the pass reads by default, whichever is more
-SEEN_PENALTY = 1.0  # where no held-out row chooses: under-trained models want less, finished ones 10 to 100
 
 _OPTIONS_OF_ROWS = (
     "imbalance_factor", "imbalance_profile", "class_order", "validation_fraction", "validation_before_long_tail",

@@ -28,6 +28,7 @@ from etf_adapt.heads.alignment import (
 )
 from etf_adapt.heads.in_model import has_dropout
 from etf_adapt.heads.layers import ClassifierHead
+from etf_adapt.heads.seen_rows import SEEN_PENALTY, Form
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.training.evaluating import EvaluatingTrainer
 from etf_adapt.training.parameters import require_finite
@@ -80,8 +81,10 @@ class AligningTrainer(EvaluatingTrainer):
         kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
         self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in kept.items()}
         if row_ids is not None:
-            for rows in self._training_logits.rows.values():
+            for path, rows in self._training_logits.rows.items():
                 rows.hold_all(torch.tensor(self.train_labels))
+                rows.set_head(self.heads[path], self._form_of_training(rows.form))
+            self._share_heads()
 
     def sampled_rows(self) -> NDArray[np.int64] | None:
         """Return the rows that a pass reads where the steps read the others too, as many of each class; None for all.
@@ -108,9 +111,14 @@ class AligningTrainer(EvaluatingTrainer):
             read = self.read(self._some_rows(row_ids), "aligning the head", max_rows=len(row_ids))
         for (path, rows), features in zip(held.items(), read.features, strict=True):
             rows.read_again(cast(Tensor, read.row_ids), features)
-            rows.set_head(self.heads[path])
+            rows.set_head(self.heads[path], self._form_of_training(rows.form))
         self._share_heads()
         self._statistics = self.state.global_step, tuple(rows.statistics for rows in held.values())
+
+    def _form_of_training(self, form: Form) -> Form:
+        """Return the form of a head whose features see the training rows: leave-one-out scores say little of its penalty."""
+        is_chosen = form.penalty is not None and self.args.frame_penalty is None
+        return replace(form, penalty=SEEN_PENALTY) if is_chosen else form
 
     def _some_rows(self, row_ids: NDArray[np.int64] | None) -> Any:
         """Return the training rows of these numbers, or all."""

@@ -194,3 +194,18 @@ def test_features_that_are_not_finite_end_a_run_before_they_set_a_head():
     with pytest.raises(FloatingPointError, match="features of the last steps are not finite"):
         rows.realign(head)
     assert bool(head.weight.isfinite().all())
+
+
+@FRAMES
+@INTERCEPTS
+def test_in_another_form_the_mean_norm_of_the_logits_is_one(frame, intercept):
+    features = features_of(0)
+    rows, head = rows_of(features, frame, intercept), ETFHead(WIDTH, CLASSES, bias=intercept)
+    rows.set_head(head)
+    before = head.weight.clone()
+    rows.set_head(head, rows.form)
+    with torch.no_grad():
+        logits = head(features)
+    norms = (logits - logits.mean(dim=1, keepdim=True)).norm(dim=1)
+    assert norms.mean().item() == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(head.weight, before * rows.form.scale / 0.7, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from etf_adapt.geometry.closed_form import closed_form_vectors
 from etf_adapt.heads import alignment
 from etf_adapt.heads.alignment import align_head
 from etf_adapt.heads.layers import ETFHead
-from etf_adapt.heads.seen_rows import Form, SeenRows
+from etf_adapt.heads.seen_rows import Form, SeenRows, mean_norm
 from etf_adapt.heads.training_logits import TrainingLogits
 from etf_adapt.training import aligning
 
@@ -173,6 +173,17 @@ class TestTrainer:
         (whole,) = trainer.read(trainer.alignment_dataset, "").statistics
         for name, value in vars(rows.statistics).items():
             torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize(("asked", "kept"), [(None, 1.0), (0.3, 0.3)])
+    def test_in_training_no_penalty_is_chosen_by_rows_that_the_features_have_seen(self, tmp_path, asked, kept):
+        trainer = make_trainer(tmp_path / "run", num_train_epochs=1, frame_penalty=asked)
+        trainer.train()
+        rows = next(iter(trainer._training_logits.rows.values()))
+        assert rows.form.penalty == kept
+        assert trainer.alignment["penalties"] == ((0.01,) if asked is None else (0.3,)), "of the features as pretrained"
+        (head,) = trainer.heads.values()
+        weight, bias = head.class_vectors()
+        assert mean_norm(weight, bias, rows.features) == pytest.approx(1.0, rel=1e-5)
 
     @pytest.mark.parametrize("settings", [{"realign": "epochs"}, {"freeze": "backbone"}, {"realign": "never"}, {}])
     def test_all_rows_are_read_where_steps_do_not(self, tmp_path, monkeypatch, settings):

@@ -23,9 +23,9 @@ from etf_adapt import ETFForSequenceClassification, evaluate, extend, finetune, 
 from etf_adapt.commands.refit import main
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DataError, OutputFolderError
+from etf_adapt.heads.seen_rows import SEEN_PENALTY
 from etf_adapt.hub.check import check_folder
 from etf_adapt.inference.head_statistics import follows, load_statistics
-from etf_adapt.inference.refit import SEEN_PENALTY
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.results.run_folder import ARGUMENTS_FILE, FACTS_FILE, STATISTICS_FILE, write_json
 
