@@ -113,6 +113,7 @@ class AligningTrainer(EvaluatingTrainer):
             rows.read_again(cast(Tensor, read.row_ids), features)
             rows.set_head(self.heads[path], self._form_of_training(rows.form))
         self._share_heads()
+        self.alignment = {**self.alignment, "penalties": tuple(rows.form.penalty for rows in held.values())}
         self._statistics = self.state.global_step, tuple(rows.statistics for rows in held.values())
 
     def _form_of_training(self, form: Form) -> Form:

@@ -78,7 +78,8 @@ class TrainingSettings:
     )
     frame_penalty: float | None = option(
         None,
-        "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out.",
+        "Penalty of the whitened frame, a multiple of the covariance's mean eigenvalue; default: by leave-one-out before "
+        "training, 1 while the features learn, and at the end by the validation rows.",
     )
     realign: Literal["steps", "epochs", "never"] | None = option(
         None,

@@ -175,12 +175,12 @@ class TestTrainer:
             torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-4)
 
     @pytest.mark.parametrize(("asked", "kept"), [(None, 1.0), (0.3, 0.3)])
-    def test_in_training_no_penalty_is_chosen_by_rows_that_the_features_have_seen(self, tmp_path, asked, kept):
+    def test_in_training_no_penalty_is_chosen_by_rows_that_the_features_have_seen(self, tmp_path, capsys, asked, kept):
         trainer = make_trainer(tmp_path / "run", num_train_epochs=1, frame_penalty=asked)
         trainer.train()
+        assert f"penalty {asked or 0.01}" in capsys.readouterr().out, "of the features as pretrained"
         rows = next(iter(trainer._training_logits.rows.values()))
-        assert rows.form.penalty == kept
-        assert trainer.alignment["penalties"] == ((0.01,) if asked is None else (0.3,)), "of the features as pretrained"
+        assert (rows.form.penalty,) == trainer.alignment["penalties"] == (kept,)
         (head,) = trainer.heads.values()
         weight, bias = head.class_vectors()
         assert mean_norm(weight, bias, rows.features) == pytest.approx(1.0, rel=1e-5)

@@ -133,9 +133,13 @@ def test_a_finished_run_keeps_the_statistics_of_its_final_features(tmp_path, set
     assert (tmp_path / STATISTICS_FILE).exists() == keeps
 
 
+@pytest.mark.parametrize("has_validation", [True, False])
 @pytest.mark.parametrize("frame", ["whitened", "means"])
-def test_statistics_of_a_run_give_the_calibrated_head_that_it_saves(tmp_path, frame):
-    trainer = make_trainer(tmp_path, num_train_epochs=1, frame=frame)
+def test_statistics_of_a_run_give_the_calibrated_head_that_it_saves(tmp_path, frame, has_validation):
+    settings = {} if has_validation else {"eval_strategy": "no", "load_best_model_at_end": False}
+    trainer = make_trainer(tmp_path, num_train_epochs=1, frame=frame, **settings)
+    if not has_validation:
+        trainer.eval_dataset = None
     trainer.train()
     trainer.finish()
     found = load_statistics(tmp_path)["classifier"]
