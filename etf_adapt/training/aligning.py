@@ -34,7 +34,8 @@ from etf_adapt.training.evaluating import EvaluatingTrainer
 from etf_adapt.training.parameters import require_finite
 
 READ_EVERY = 3  # where steps read the rows, a pass reads one of so many, even over the classes
-MIN_READ_ROWS = 1_000  # and so many at least
+MIN_READ_ROWS = 1_000  # and so many at least,
+MIN_READ_OF_CLASS = 5  # or so many a class on average
 
 
 class AligningTrainer(EvaluatingTrainer):
@@ -98,8 +99,9 @@ class AligningTrainer(EvaluatingTrainer):
         first = self.alignment_dataset[0] if is_kept else None
         if not isinstance(first, Mapping) or first.get("row_id") != 0:
             return None
-        wanted = max(MIN_READ_ROWS, len(self.train_labels) // READ_EVERY)
-        return even_sample(self.train_labels, self.first_head.num_classes, wanted, seed=self.args.seed)
+        num_classes = self.first_head.num_classes
+        wanted = max(MIN_READ_ROWS, len(self.train_labels) // READ_EVERY, MIN_READ_OF_CLASS * num_classes)
+        return even_sample(self.train_labels, num_classes, wanted, seed=self.args.seed)
 
     def _read_again(self, row_ids: NDArray[np.int64]) -> None:
         """Align by a pass over these rows and those that the steps have not read since the last pass."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from small_run import make_model, make_trainer, weights
@@ -194,6 +195,12 @@ class TestTrainer:
             rows = trainer.alignment_dataset
             trainer.alignment_dataset = [{k: v for k, v in row.items() if k != "row_id"} for row in rows]
         assert trainer.sampled_rows() is None
+
+    def test_of_many_classes_a_pass_reads_some_rows_each(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(aligning, "MIN_READ_ROWS", 1)
+        trainer = make_trainer(tmp_path / "run", counts=(9, 7, 7, 7, 2))  # a third would be two rows a class
+        read = trainer.train_labels[trainer.sampled_rows()]
+        assert np.bincount(read).tolist() == [5, 5, 5, 5, 2]
 
     @pytest.mark.parametrize("settings", [{"load_best_model_at_end": False}, {"realign_steps": 6}, {}])
     def test_a_step_that_is_ended_anew_is_not_aligned_again(self, tmp_path, monkeypatch, settings):
