@@ -92,7 +92,8 @@ class AligningTrainer(EvaluatingTrainer):
 
         ``SeenRows`` then has place for all rows, and these must be numbered.
         """
-        if self.realignment != "steps" or self.train_labels is None or self.args.freeze == "backbone":
+        is_trained = self.args.freeze != "backbone" and (self.args.max_steps > 0 or self.args.num_train_epochs != 0)
+        if self.realignment != "steps" or self.train_labels is None or not is_trained:
             return None
         most = max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in self.heads.values()))
         is_kept = len(self.train_labels) <= most and all(keeps_rows(head.weight) for head in self.heads.values())

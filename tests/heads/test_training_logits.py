@@ -186,7 +186,11 @@ class TestTrainer:
         weight, bias = head.class_vectors()
         assert mean_norm(weight, bias, rows.features) == pytest.approx(1.0, rel=1e-5)
 
-    @pytest.mark.parametrize("settings", [{"realign": "epochs"}, {"freeze": "backbone"}, {"realign": "never"}, {}])
+    @pytest.mark.parametrize(
+        "settings",
+        [{"realign": "epochs"}, {"freeze": "backbone"}, {"realign": "never"}, {"num_train_epochs": 0}, {}],
+        ids=str,
+    )
     def test_all_rows_are_read_where_steps_do_not(self, tmp_path, monkeypatch, settings):
         monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
         trainer = make_trainer(tmp_path / "run", **settings)
