@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -50,28 +53,33 @@ def main() -> None:
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
     """Train with the rule's rate and with its multiples, and keep the scores."""
-    rate = None
-    for factor in sorted(FACTORS, key=lambda factor: factor != 1.0):
+    flags = SETS[name][1].format(data=options.data, models=options.models).split()
+    for factor in FACTORS:
         title = f"{name}-{factor:g}-{seed}"
         file = options.results / "runs" / f"{title}.json"
         if not file.is_file():
             folder = (options.scratch or options.results / "scratch") / title
-            flags = SETS[name][1].format(data=options.data, models=options.models).split()
-            train(folder, [*flags, *([] if rate is None else ["--learning_rate", f"{factor * rate:.6g}"])], seed)
-            results, arguments = (
-                json.loads((folder / part).read_text(encoding="utf-8"))
-                for part in (run_folder.RESULTS_FILE, run_folder.ARGUMENTS_FILE)
-            )
-            record = {"set": name, "seed": seed, "factor": factor}
+            rate, budget = by_rule(flags, seed)
+            train(folder, [*flags, *([] if factor == 1.0 else ["--learning_rate", f"{factor * rate:.6g}"])], seed)
+            results = json.loads((folder / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))
+            record = {"set": name, "seed": seed, "factor": factor, "rate": rate, "budget": budget}
             record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "balanced_loss")}
-            fields = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-            record |= {field: arguments[field] for field in fields}
             file.parent.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(file, record)
             print(title, record, flush=True)
             if options.scratch is None:
                 shutil.rmtree(folder)
-        rate = json.loads(file.read_text(encoding="utf-8"))["learning_rate"] / factor
+
+
+def by_rule(flags: list[str], seed: int) -> tuple[float, str]:
+    """Return the rate that a run takes by itself, and its steps and batch in words."""
+    command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags, "--dry_run", "--seed", str(seed)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    rate, rows, budget = (
+        re.search(pattern, said)[1]  # type: ignore[index]
+        for pattern in (r"learning rate (\S+) \(by", r"(\S+) rows a step", r"steps: ([^;]+);")
+    )
+    return float(rate), f"{budget}, of {rows} rows"
 
 
 def make_table(results: Path) -> str:
@@ -88,10 +96,9 @@ def make_table(results: Path) -> str:
         scores = {factor: 100 * fmean(run["balanced_accuracy"] for run in part) for factor, part in runs.items()}
         losses.append(max(scores.values()) - scores[1.0])
         (chosen, *_) = runs[1.0]
-        budget = f"{chosen['per_device_train_batch_size']} rows, {chosen['num_train_epochs']:g} epochs"
         cells = [f"{scores[factor]:.1f}" for factor in FACTORS]
-        lines.append([title, str(len(runs[1.0])), budget, f"{chosen['learning_rate']:g}", *cells, f"{losses[-1]:.1f}"])
-    header = ["set", "seeds", "batch, epochs", "rule's rate", *(f"x {factor:g}" for factor in FACTORS), "lost"]
+        lines.append([title, str(len(runs[1.0])), chosen["budget"], f"{chosen['rate']:g}", *cells, f"{losses[-1]:.1f}"])
+    header = ["set", "seeds", "steps", "rule's rate", *(f"x {factor:g}" for factor in FACTORS), "lost"]
     mean = f"\nMean loss against the best of each line: {fmean(losses):.2f} points.\n" if losses else ""
     return format_markdown(header, lines) + mean
 
