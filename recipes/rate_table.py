@@ -29,7 +29,7 @@ CLINC150 = "--model {models}/all-MiniLM-L6-v2 --dataset {data}/clinc150"
 CIFAR100 = "--model {models}/vit_tiny_patch16_224.timm --image_size 64 --dataset {data}/cifar100"
 CIFAR100 += " --validation_before_long_tail true"
 SETS = {
-    "digits": ("digits, 292 rows", "--validation_fraction 0.3"),
+    "digits": ("digits, 286 rows", "--validation_fraction 0.3"),
     "clinc150_1000": ("CLINC150, 1,000 rows", f"{CLINC150} --max_train_rows 1000"),
     "cifar100_1000": ("CIFAR-100, 1,000 rows", f"{CIFAR100} --max_train_rows 1000"),
     "clinc150": ("CLINC150, factor 100", f"{CLINC150} --imbalance_factor 100"),
