@@ -111,8 +111,7 @@ def align_head(
         raise DataError("`data` is an iterator, gone after one pass: pass a DataLoader, or `class_counts` too.")
     data = as_batches(data, inspect.signature(model.forward).parameters, collator)
     counts = count_classes(data, num_classes) if class_counts is None else read_counts(class_counts, num_classes)
-    kept = MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in heads.values())
-    rows = read_rows(model, data, counts, seed, max_rows=max(MAX_SAMPLED_ROWS, kept))
+    rows = read_rows(model, data, counts, seed, max_rows=most_kept_rows(heads.values()))
 
     parts = zip(heads.values(), rows.statistics, rows.features, strict=True)
     penalties, accuracies = zip(*(_set_head(*part, rows, frame, penalty, seed) for part in parts), strict=True)
@@ -257,6 +256,11 @@ def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
     if rows.row_ids is None or form.frame not in MEAN_FRAMES or not keeps_rows(rows.statistics[index].sums):
         return None
     return SeenRows.of(rows.row_ids, rows.labels, rows.features[index], rows.statistics[index].means, form)
+
+
+def most_kept_rows(heads: Iterable[ClassifierHead]) -> int:
+    """Return of how many rows at most the features are kept."""
+    return max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in heads))
 
 
 def keeps_rows(class_vectors: Tensor) -> bool:

@@ -19,11 +19,11 @@ from etf_adapt.data.long_tail import even_sample, labels_of
 from etf_adapt.geometry.closed_form import MEAN_FRAMES
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.alignment import (
-    MAX_KEPT_NUMBERS,
     MAX_SAMPLED_ROWS,
     TrainingRows,
     align_head,
     keeps_rows,
+    most_kept_rows,
     read_rows,
 )
 from etf_adapt.heads.in_model import has_dropout
@@ -72,7 +72,6 @@ class AligningTrainer(EvaluatingTrainer):
                 penalty=self.args.frame_penalty,
                 seed=self.args.seed,
             )
-        self._share_heads()
         self.alignment = {
             name: value for name, value in vars(result).items() if name not in ("rows_seen", "statistics")
         }
@@ -85,7 +84,7 @@ class AligningTrainer(EvaluatingTrainer):
             for path, rows in self._training_logits.rows.items():
                 rows.hold_all(torch.tensor(self.train_labels))
                 rows.set_head(self.heads[path], self._form_of_training(rows.form))
-            self._share_heads()
+        self._share_heads()
 
     def sampled_rows(self) -> NDArray[np.int64] | None:
         """Return the rows that a pass reads where the steps read the others too, as many of each class; None for all.
@@ -95,13 +94,14 @@ class AligningTrainer(EvaluatingTrainer):
         is_trained = self.args.freeze != "backbone" and (self.args.max_steps > 0 or self.args.num_train_epochs != 0)
         if self.realignment != "steps" or self.train_labels is None or not is_trained:
             return None
-        most = max(MAX_SAMPLED_ROWS, MAX_KEPT_NUMBERS // max(head.weight.shape[1] for head in self.heads.values()))
-        is_kept = len(self.train_labels) <= most and all(keeps_rows(head.weight) for head in self.heads.values())
-        first = self.alignment_dataset[0] if is_kept else None
-        if not isinstance(first, Mapping) or first.get("row_id") != 0:
+        num_rows, heads = len(self.train_labels), self.heads.values()
+        if num_rows > most_kept_rows(heads) or not all(keeps_rows(head.weight) for head in heads):
+            return None
+        ends = {row: self.alignment_dataset[row] for row in (0, num_rows - 1)}
+        if not all(isinstance(values, Mapping) and values.get("row_id") == row for row, values in ends.items()):
             return None
         num_classes = self.first_head.num_classes
-        wanted = max(MIN_READ_ROWS, len(self.train_labels) // READ_EVERY, MIN_READ_OF_CLASS * num_classes)
+        wanted = max(MIN_READ_ROWS, num_rows // READ_EVERY, MIN_READ_OF_CLASS * num_classes)
         return even_sample(self.train_labels, num_classes, wanted, seed=self.args.seed)
 
     def _read_again(self, row_ids: NDArray[np.int64]) -> None:

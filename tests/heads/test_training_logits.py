@@ -196,8 +196,10 @@ class TestTrainer:
         trainer = make_trainer(tmp_path / "run", **settings)
         if not settings:
             assert len(trainer.sampled_rows()) == 29
-            rows = trainer.alignment_dataset
+            rows = [*trainer.alignment_dataset]
             trainer.alignment_dataset = [{k: v for k, v in row.items() if k != "row_id"} for row in rows]
+            assert trainer.sampled_rows() is None
+            trainer.alignment_dataset = [*rows[:-1], rows[-1] | {"row_id": 99}]  # numbers of another data set
         assert trainer.sampled_rows() is None
 
     def test_of_many_classes_a_pass_reads_some_rows_each(self, tmp_path, monkeypatch):
