@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 2**13  # rows that are float64 at once
-
 
 @dataclass(frozen=True)
 class ClassStatistics:
@@ -41,8 +39,8 @@ class ClassStatistics:
         """Add features (batch, in_features) with labels (batch,) in place, at a cost that does not grow with the classes."""
         labels = labels.to("cpu")
         self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
-        for rows, classes in zip(features.detach().split(_CHUNK), labels.split(_CHUNK), strict=True):
-            rows = rows.to("cpu", torch.float64)
+        for rows, classes in zip(features.detach().split(2**13), labels.split(2**13), strict=True):
+            rows = rows.to("cpu", torch.float64)  # not of all rows at once
             self.sums.index_add_(0, classes, rows)
             self.moment.addmm_(rows.T, rows)
 

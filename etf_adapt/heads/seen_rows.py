@@ -183,9 +183,8 @@ class SeenRows:
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it holds but its form, for a file."""
         pending = [torch.cat(parts) for parts in zip(*self.gather(), strict=True)]
-        held = {name: getattr(self, name) for name in ("row_ids", "labels", "features", "passes")} | vars(
-            self.statistics
-        )
+        names = ("row_ids", "labels", "features", "passes")
+        held = {name: getattr(self, name) for name in names} | vars(self.statistics)
         return held | dict(zip(("pending_ids", "pending_features"), pending, strict=False))
 
     @classmethod

@@ -31,14 +31,13 @@ from etf_adapt.models.weights import ConvertedState, convert_state_dict, find_mi
 from etf_adapt.results.card import write_short_card
 from etf_adapt.results.run_folder import share_weights
 
-DEFAULT_LOSSES: dict[str, dict[str, Any]] = {
+DEFAULT_LOSSES: dict[str, dict[str, Any]] = {  # settings of the loss that goes with each kind of head
     "etf": {"name": "margin_dot_regression"},
     "linear": {"name": "cross_entropy"},
     "cosine": {"name": "cross_entropy"},
     # As in the published code: on the sphere, by the length of the feature, the classes of a batch weighted equally.
     "paper": {"name": "dot_regression", "form": "sphere", "balance": "in_batch", "unit_features": True},
 }
-"""Settings of the loss that goes with each kind of head."""
 
 _TIMM_PREFIX = "timm_model."
 
