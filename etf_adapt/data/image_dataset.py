@@ -72,11 +72,18 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
 
     What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
     the same draw); the generator itself is left as it was. `keep` keeps in memory what is read again: the tensors of plain
-    ints, and the decoded images of draws. Rows become batches by the collators that torch and `Trainer` use by default.
+    ints, and the decoded images of draws. `images_of` is another of the same rows: the two keep decoded images together, and
+    no tensors where all images fit. Rows become batches by the collators that torch and `Trainer` use by default.
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Callable[[PILImage.Image], Tensor], *, seed: int = 0, keep: bool = False
+        self,
+        dataset: Dataset,
+        transform: Callable[[PILImage.Image], Tensor],
+        *,
+        seed: int = 0,
+        keep: bool = False,
+        images_of: ImageDataset | None = None,
     ) -> None:
         self.dataset = dataset.select_columns(["image", "label"])
         self.transform = transform
@@ -85,6 +92,7 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         self._kept: dict[int, dict[str, Any]] = {}  # rows as they are returned
         self._decoded: dict[int, dict[str, Any]] = {}  # rows of the data set
         self._room = KEPT_BYTES
+        self._keeper = images_of or self  # of decoded images
         self._bytes: PixelBytes | None = None
 
     def __len__(self) -> int:
@@ -97,18 +105,19 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         if row in self._kept and not is_drawn:
             packed = self._kept[row]["pixel_values"]
             return self._kept[row] | {"pixel_values": packed if self._bytes is None else self._bytes.unpack(packed)}
-        values = self._decoded[row] if row in self._decoded else self._decode(row)
+        decoded = self._keeper._decoded
+        values = decoded[row] if row in decoded else self._decode(row)
         key = np.random.SeedSequence((self.seed, draw.epoch, draw.place, row)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(key[0]))  # `torch.manual_seed` would seed every GPU as well
             pixel_values = self.transform(values["image"])
         found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
         if self.keep and get_worker_info() is None:  # what a worker keeps is gone with it, after one pass
-            if is_drawn:
-                num_bytes = _PIXEL_BYTES * values["image"].width * values["image"].height
-                if num_bytes * len(self) <= KEPT_BYTES:  # a part of photographs would save little
-                    self._hold(self._decoded, row, values, num_bytes)
-            else:
+            num_bytes = _PIXEL_BYTES * values["image"].width * values["image"].height
+            all_fit = num_bytes * len(self) <= KEPT_BYTES  # a part of photographs would save little
+            if all_fit and (is_drawn or self._keeper is not self):
+                self._keeper._hold(decoded, row, values, num_bytes)
+            elif not is_drawn:
                 packed = self._pack(pixel_values)
                 self._hold(self._kept, row, found | {"pixel_values": packed}, packed.nbytes)
         return found

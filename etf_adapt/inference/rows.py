@@ -52,11 +52,12 @@ def prepare_rows(
         if image_size is not None:
             set_image_size(model, processor, image_size)
         options: dict[str, Any] = {"image_size": image_size, "augment": augment, "allow_flip": data.allow_flip}
-        kept = ("train", "alignment", "validation")  # in memory: they are read each epoch
-        images = {}
+        images: dict[str, ImageDataset | None] = {}
         for name, split in splits.items():
             transform = image_transforms(processor, train=name == "train", **options)
-            images[name] = None if split is None else ImageDataset(split, transform, seed=seed, keep=name in kept)
+            kept: dict[str, Any] = {"keep": name != "test"}  # in memory: the others are read each epoch
+            kept |= {"images_of": images["train"]} if name == "alignment" else {}
+            images[name] = None if split is None else ImageDataset(split, transform, seed=seed, **kept)
         return ModelRows(**images, collator=default_collate, processor=processor)
     length = token_limit(model, processor, max_length)
     if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length

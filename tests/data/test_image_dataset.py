@@ -146,6 +146,23 @@ def test_of_draws_the_image_is_kept_and_not_what_became_of_it(images, monkeypatc
     assert kept._room == image_dataset.KEPT_BYTES - 4 * 4 * 4
 
 
+def test_two_forms_of_the_same_rows_keep_their_images_once(images, monkeypatch):
+    train, _ = counting(images, keep=True)
+    plain, calls = counting(images, keep=True, images_of=train)
+    first = [plain[row]["pixel_values"] for row in (2, 0)]
+    monkeypatch.setattr(ImageDataset, "_decode", None)  # neither is read again
+    assert [plain[row]["pixel_values"] for row in (2, 0)] == first and len(calls) == 4
+    assert train[RowDraw(2)]["labels"] == 1 and [*train._decoded] == [2, 0] and not plain._kept
+    assert train._room == image_dataset.KEPT_BYTES - 2 * 4 * 4 * 4
+
+
+def test_where_images_do_not_fit_their_pixels_are_kept(images, monkeypatch):
+    monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 3 * 64)
+    plain, _ = counting(images, keep=True, images_of=counting(images, keep=True)[0])
+    plain[1]
+    assert [*plain._kept] == [1] and not plain._keeper._decoded
+
+
 def test_rows_are_kept_as_long_as_they_fit(images, monkeypatch):
     monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 9)  # two rows of one float32
     kept, calls = counting(images, keep=True)
