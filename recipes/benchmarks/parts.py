@@ -2,6 +2,7 @@ r"""Time single parts on synthetic rows, one thread; each line is printed as it 
 
     python recipes/benchmarks/parts.py head --classes 1000 10000 100000
     python recipes/benchmarks/parts.py head --classes 1000000 --only ours --rounds 1
+    python recipes/benchmarks/parts.py head --classes 1000 --profile
     python recipes/benchmarks/parts.py realign --classes 1000 10000 --width 768
     python recipes/benchmarks/parts.py alignment --rows 1000000 --classes 10000 --width 768
     python recipes/benchmarks/parts.py draw --rows 10000000 --classes 10000
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["ours", "trained", "products"], help="one of `head`, for its memory")
+    parser.add_argument(
+        "--profile", action="store_true", help="of `head`: print where the time of ours goes, by operation"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = {"head": time_head, "realign": time_realign, "alignment": time_alignment}
@@ -105,6 +109,9 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
         _ = features @ weight.T, gradient @ weight
 
     times = max(1, 100_000 // num_classes)
+    if options.profile:
+        profile(ours, products, times)
+        return
     calls = {"ours": ours, "trained": trained, "products": products}
     if options.only:
         milliseconds = 1e3 * in_turns(options.rounds, times, call=calls[options.only])["call"]
@@ -113,6 +120,23 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     found = in_turns(options.rounds, times, **calls)
     print(num_classes, {name: f"{1e3 * value:.2f} ms" for name, value in found.items()}, end=" ")
     print(f"ours / products {found['ours'] / found['products']:.2f}", flush=True)
+
+
+def profile(ours: Callable[[], Any], products: Callable[[], Any], times: int) -> None:
+    """Print the operations of ours, CPU microseconds a call and in shares of what the two products cost."""
+    found = in_turns(5, times, ours=ours, products=products)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for _ in range(times):
+            ours()
+    rows = profiler.key_averages(group_by_input_shape=True)
+    whole = found["products"] * 1e6
+    print(f"ours {found['ours'] * 1e6:.0f}, the two products {whole:.0f} microseconds", flush=True)
+    for row in sorted(rows, key=lambda row: -row.self_cpu_time_total)[:20]:
+        shapes = [shape for shape in row.input_shapes if shape]
+        microseconds = row.self_cpu_time_total / times
+        print(
+            f"{microseconds:7.0f} {microseconds / whole:6.2f} {row.count / times:4.0f} x {row.key} {shapes}", flush=True
+        )
 
 
 def time_realign(num_classes: int, options: argparse.Namespace) -> None:
