@@ -18,7 +18,6 @@ STOCK_FLAGS: dict[str, tuple[Any, str]] = {
     "max_grad_norm": (1.0, "Norm that gradients are clipped to; 0 for none."),
     "bf16": (False, "Mixed precision with bfloat16."),
     "torch_compile": (False, "Compile the model."),
-    "dataloader_num_workers": (0, "Processes that load and transform rows."),
     "output_dir": (None, "Folder of the result; by default in out/, named after data, model and head."),
     "resume_from_checkpoint": (None, "Go on from a checkpoint: last, or its folder."),
     "push_to_hub": (False, "Publish the finished folder, in one commit."),

@@ -298,6 +298,6 @@ class AligningTrainer(EvaluatingTrainer):
             batch_size=self.args.eval_batch_size,
             sampler=self._get_eval_sampler(dataset),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=self.args.dataloader_num_workers or 0,
             generator=torch.Generator().manual_seed(self.args.seed),
         )

@@ -131,7 +131,9 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
             # Processes started on a machine without a device join only if told so; each would run alone otherwise, all
             # of them writing into one folder (accelerate 1.15).
             self.use_cpu = True
+        workers, self.dataloader_num_workers = self.dataloader_num_workers, self.dataloader_num_workers or 0
         super().__post_init__()
+        self.dataloader_num_workers = workers
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and self.world_size == 1:
             raise ValueError(
                 f"WORLD_SIZE (={os.environ['WORLD_SIZE']}) processes were started, but they do not know of each other: make no "

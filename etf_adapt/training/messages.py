@@ -44,12 +44,13 @@ def describe_run(trainer: Any) -> list[str]:
         learning = (
             "trained: nothing; the head is set in closed form alone, as etf-adapt refit MODEL DATASET --new_labels does"
         )
+    workers = f", read by {args.dataloader_num_workers} processes" if args.dataloader_num_workers else ""
     return [
         f"runs: {runs} on {args.device.type}{kind}, {precision}",
         f"data: {sum(counts):,} rows to train, {classes}{imbalance}{validation}",
         f"head: {head.kind}, {frame}, {learns}; BatchNorm statistics {trainer.batch_norm}{dropout}",
         learning,
-        f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}",
+        f"draw: {args.sampler}, {trainer.get_total_train_batch_size(args):,} rows a step, seed {args.seed}{workers}",
         *args.without_effect(),
         *unmet_requests(distributed_type),
     ]

@@ -26,6 +26,10 @@ class TrainingSettings:
     per_device_train_batch_size: int | None = option(
         None, "Training rows of a batch, on each process; default: 16 to 64, by their number."
     )
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that load and transform rows; default: up to 8 for many images beside an accelerator, else none.",
+    )
     per_device_eval_batch_size: int = option(128, "Rows of a batch in evaluation, on each process.")
     lr_scheduler_type: str = option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = option(0.1, "Steps of rising learning rate; below 1 a share of all steps.")

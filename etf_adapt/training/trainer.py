@@ -131,7 +131,7 @@ class ETFTrainer(AligningTrainer):
             self.train_labels = ids
         self.alignment_dataset = train_dataset if alignment_dataset is None else alignment_dataset
         args = copy(args)  # which may be another run's too
-        fill_budget(args, 0 if self.train_labels is None else len(self.train_labels))
+        fill_budget(args, 0 if self.train_labels is None else len(self.train_labels), self.alignment_dataset)
         if model is not None:
             self._take_up(model)
         self._train_sampler: RowDraws | None = None
