@@ -77,7 +77,9 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--device", help="such as cpu, cuda:1 or mps; by default an accelerator where there is one")
     group.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
     group.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
-    group.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
+    group.add_argument(
+        "--num_workers", type=int, metavar="N", help="processes that decode images; by default up to 8 beside a GPU"
+    )
 
 
 def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:

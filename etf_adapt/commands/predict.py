@@ -61,7 +61,7 @@ def predict(
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
-        options: ``batch_size`` (32), ``num_workers`` that decode images (0), and ``max_length``, the tokens that texts are cut
+        options: ``batch_size`` (32), ``num_workers`` that decode images, and ``max_length``, the tokens that texts are cut
             to: by default as many as tokenizer and model allow, which for a fine-tuned model is what training cut them to.
 
     Returns:

@@ -73,7 +73,9 @@ def add_row_flags(parser: Parser) -> None:
     parser.add_argument("--label_column", help="column of the labels, if it is not found")
     parser.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
     parser.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
-    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
+    parser.add_argument(
+        "--num_workers", type=int, metavar="N", help="processes that decode images; by default up to 8 beside a GPU"
+    )
     parser.add_argument(
         "--keep_statistics",
         type=lambda text: text.lower() in ("true", "yes", "1"),

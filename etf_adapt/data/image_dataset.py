@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, get_worker_info
 
-from etf_adapt.data.pixel_bytes import PixelBytes
 from etf_adapt.errors import RowError
 
-KEPT_BYTES = 2**30  # most memory in which one ``ImageDataset`` keeps rows
+KEPT_BYTES = 2**30  # most memory for the images of a data set
 _PIXEL_BYTES = 4  # in Pillow
 
 
@@ -71,9 +70,9 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
     What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
-    the same draw); the generator itself is left as it was. `keep` keeps in memory what is read again: the tensors of plain
-    ints, and the decoded images of draws. `images_of` is another of the same rows: the two keep decoded images together, and
-    no tensors where all images fit. Rows become batches by the collators that torch and `Trainer` use by default.
+    the same draw); the generator itself is left as it was. `keep` keeps the decoded images in memory where all of them fit;
+    those of `images_of`, another one of the same rows, are kept together with its own. Rows become batches by the collators
+    that torch and `Trainer` use by default.
     """
 
     def __init__(
@@ -89,58 +88,36 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
         self.transform = transform
         self.seed = seed
         self.keep = keep
-        self._kept: dict[int, dict[str, Any]] = {}  # rows as they are returned
-        self._decoded: dict[int, dict[str, Any]] = {}  # rows of the data set
-        self._room = KEPT_BYTES
-        self._keeper = images_of or self  # of decoded images
-        self._bytes: PixelBytes | None = None
+        self._decoded: dict[int, dict[str, Any]] = {} if images_of is None else images_of._decoded
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the pixels of a row."""
+        return int(self[0]["pixel_values"].nbytes) if len(self) else 0
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        is_drawn = isinstance(index, RowDraw)
         draw = index if isinstance(index, RowDraw) else RowDraw(index)
         row = int(draw)
-        if row in self._kept and not is_drawn:
-            packed = self._kept[row]["pixel_values"]
-            return self._kept[row] | {"pixel_values": packed if self._bytes is None else self._bytes.unpack(packed)}
-        decoded = self._keeper._decoded
-        values = decoded[row] if row in decoded else self._decode(row)
+        values = self._decoded[row] if row in self._decoded else self._decode(row)
         key = np.random.SeedSequence((self.seed, draw.epoch, draw.place, row)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(int(key[0]))  # `torch.manual_seed` would seed every GPU as well
             pixel_values = self.transform(values["image"])
-        found = {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
-        if self.keep and get_worker_info() is None:  # what a worker keeps is gone with it, after one pass
-            num_bytes = _PIXEL_BYTES * values["image"].width * values["image"].height
-            all_fit = num_bytes * len(self) <= KEPT_BYTES  # a part of photographs would save little
-            if all_fit and (is_drawn or self._keeper is not self):
-                self._keeper._hold(decoded, row, values, num_bytes)
-            elif not is_drawn:
-                packed = self._pack(pixel_values)
-                self._hold(self._kept, row, found | {"pixel_values": packed}, packed.nbytes)
-        return found
-
-    def _hold(self, held: dict[int, dict[str, Any]], row: int, values: dict[str, Any], num_bytes: int) -> None:
-        """Keep a row, while there is room."""
-        if row not in held and num_bytes <= self._room:
-            held[row] = values
-            self._room -= num_bytes
+        return {"pixel_values": pixel_values, "labels": values["label"], "row_id": row}
 
     def _decode(self, row: int) -> dict[str, Any]:
         try:
             values: dict[str, Any] = self.dataset[row]
         except Exception as error:  # Pillow's readers raise any class at a damaged file, and some at their limits
             raise RowError(f"{self._where(row)} cannot be decoded: {error}. Replace it or remove the row.") from error
+        if self.keep and get_worker_info() is None:  # what a worker keeps is gone with it, after one pass
+            num_bytes = _PIXEL_BYTES * values["image"].width * values["image"].height
+            if num_bytes * len(self) <= KEPT_BYTES:  # a part of photographs would save little
+                self._decoded[row] = values
         return values
-
-    def _pack(self, pixels: Tensor) -> Tensor:
-        if pixels.ndim != 3 or pixels.dtype != torch.float32:
-            return pixels
-        if self._bytes is None:
-            self._bytes = PixelBytes(self.transform)
-        return self._bytes.pack(pixels)
 
     def _where(self, row: int) -> str:
         stored = self.dataset.cast_column("image", Image(decode=False))[row]["image"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, TimmWrapperConfig
 
@@ -21,6 +23,7 @@ from etf_adapt.data.inputs import Batch, Input, choose_split, column_of, image_b
 from etf_adapt.data.transforms import image_transforms
 from etf_adapt.errors import DataError, check_choice, nearest_names
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
+from etf_adapt.inference.launch import choose_num_workers
 from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_rows
 from etf_adapt.metrics.shots import SHOT_BOUNDS
 from etf_adapt.models.folders import load_config, load_processor
@@ -44,11 +47,19 @@ class Classifier:
     bf16: bool = False
 
     def batches(
-        self, inputs: Iterable[Any], *, batch_size: int = 32, max_length: int | None = None, num_workers: int = 0
+        self,
+        inputs: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        num_workers: int | None = None,
     ) -> Iterator[Batch]:
         """Yield the inputs as the model takes them; texts out of order within a window."""
         if self.task == "image":
             transform = image_transforms(self.processor, train=False)
+            if num_workers is None:
+                row_bytes = transform(Image.new("RGB", (64, 64))).nbytes
+                num_workers = choose_num_workers(length_hint(inputs), row_bytes, batch_size, self.device)
             return image_batches(inputs, transform, batch_size=batch_size, num_workers=num_workers)
         limit = token_limit(self.model, self.processor, max_length)
         has_mask = "attention_mask" in inspect.signature(self.model.forward).parameters

@@ -57,7 +57,7 @@ def extend(
     keep_statistics: bool = True,
     max_length: int | None = None,
     batch_size: int = 32,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     **data_options: Any,
 ) -> ExtendResult:
     r"""Add rows to a finished classifier, of its classes or of new ones, or take rows away; no other row is read.
@@ -77,7 +77,7 @@ def extend(
         keep_statistics: Whether to keep the new statistics beside the result.
         max_length: Tokens to cut texts to; by default the model's own.
         batch_size: Rows at once.
-        num_workers: Processes that decode images.
+        num_workers: Processes that decode images; by default up to 8 for many images beside a GPU, else none.
         data_options: Further arguments of ``etf_adapt.load_data``.
 
     Returns:
@@ -137,7 +137,7 @@ def extend(
             )
         prepared = prepare_rows(made, location, data, augment=False, max_length=max_length)
         classes = [names.index(name) for name in data.label_names]
-        reading = {"batch_size": batch_size, "num_workers": num_workers}
+        reading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         found = read_classes(made, prepared.alignment, prepared.collator, classes, len(names), **reading)
         num_rows[sign] = len(data.train)
         for path, part in zip(heads, found.statistics, strict=True):

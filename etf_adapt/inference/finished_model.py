@@ -16,6 +16,7 @@ from etf_adapt.data.text import EvenLengths, lengths_of
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.heads.alignment import TrainingRows, read_rows
 from etf_adapt.inference.head_statistics import HeadStatistics, save_statistics
+from etf_adapt.inference.launch import choose_num_workers
 from etf_adapt.results.card import write_short_card
 from etf_adapt.results.card_metadata import read_base_card
 
@@ -34,8 +35,9 @@ def read_classes(
     classes: Sequence[int],
     num_classes: int,
     *,
+    batch_size: int,
+    num_workers: int | None,
     max_rows: int | None = None,
-    **options: Any,
 ) -> TrainingRows:
     """Read what the heads are given of at most so many rows, evenly; label i of the data set is class ``classes[i]``."""
 
@@ -47,8 +49,11 @@ def read_classes(
     order = even_sample(labels, num_classes, len(labels) if max_rows is None else max_rows)
     counts = np.bincount(labels[order], minlength=num_classes)
     if (lengths := lengths_of(rows, "length")) is not None:
-        order = order[[*EvenLengths(lengths[order], batch_size=options["batch_size"])]]
-    loader = DataLoader(rows, sampler=order.tolist(), collate_fn=collate, **options)
+        order = order[[*EvenLengths(lengths[order], batch_size=batch_size)]]
+    if num_workers is None:
+        device = next(model.parameters()).device
+        num_workers = choose_num_workers(len(order), getattr(rows, "row_bytes", 0), batch_size, device)
+    loader = DataLoader(rows, batch_size, sampler=order.tolist(), num_workers=num_workers, collate_fn=collate)
     return read_rows(model, loader, counts, seed=0)
 
 

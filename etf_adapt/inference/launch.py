@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 Value = TypeVar("Value")
+
+MAX_WORKERS = 8
+MIN_PASS_BYTES = 2**30  # of pixels: reading less takes no longer than starting processes
+SHARED_MEMORY = Path("/dev/shm")  # in which processes hand over batches; containers often have 64 MB of it
+_BATCHES_ON_THE_WAY = 2  # of each process
 
 _MALLOC_OPTIONS = {-4: 0, -1: -1}  # of malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD without end
 
@@ -31,6 +40,17 @@ def usable_cores() -> int:
     """Return the cores that this process may use, at least one: under a launcher its share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def choose_num_workers(num_rows: int, row_bytes: int, batch_size: int, device: torch.device) -> int:
+    """Return how many processes read images: beside a GPU some, for long passes; steps on a CPU use all cores."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    # Other methods pickle what is read and the collator, which not all of them bear.
+    if device.type in ("cpu", "mps") or method != "fork" or num_rows * row_bytes < MIN_PASS_BYTES:
+        return 0
+    room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+    held = 2 * _BATCHES_ON_THE_WAY * batch_size * row_bytes  # twice, as a pass may begin before another is gone
+    return int(min(MAX_WORKERS, usable_cores() - 1, room // held))
 
 
 def join_processes() -> bool:

@@ -113,7 +113,7 @@ def refit(
     pooling: str | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     **data_options: Any,
 ) -> RefitResult:
     r"""Set the head of a trained classifier anew in closed form, in one pass over its training rows; nothing is trained.
@@ -139,7 +139,7 @@ def refit(
         pooling: Of a text's tokens, for new labels: "stock" or "mean".
         max_length: Tokens to cut texts to; by default the model's own.
         batch_size: Rows at once.
-        num_workers: Processes that decode images.
+        num_workers: Processes that decode images; by default up to 8 for many images beside a GPU, else none.
         data_options: Further arguments of ``etf_adapt.load_data``; by default those of the run that made the model.
 
     Returns:
@@ -184,7 +184,7 @@ def refit(
     rows = prepare_rows(made, location, data, augment=False, max_length=max_length)
 
     def read(split: str, most: int | None = None) -> TrainingRows:
-        options = {"batch_size": batch_size, "num_workers": num_workers, "max_rows": most}
+        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_rows": most}
         return read_classes(made, getattr(rows, split), rows.collator, classes, len(names), **options)
 
     train = read("alignment", max(MAX_ROWS, MAX_ROWS_A_CLASS * len(names)) if max_rows is None else max_rows)

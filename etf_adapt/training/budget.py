@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from etf_adapt.data.image_dataset import ImageDataset
-from etf_adapt.inference.launch import usable_cores
+from etf_adapt.inference.launch import choose_num_workers
 
 BATCH_SIZES = (16, 32, 64)  # rows of a step
 STEPS_IN_EPOCH = 24  # that a batch should leave
@@ -20,10 +15,6 @@ MOVEMENT = 0.035  # learning rate times steps, of SIZE trained parameters
 RATES = (1e-4, 2e-4)  # at least and at most, of these: few steps do not serve better for being long
 SIZE = 22e6  # of MiniLM
 HIGHEST_RATE = 1e-3  # of small models
-WORKERS = 8  # at most
-MIN_PASS_BYTES = 2**30  # of pixels: reading less takes no longer than starting processes
-SHARED_MEMORY = Path("/dev/shm")  # in which processes hand over batches; containers often have 64 MB of it
-BATCHES_ON_THE_WAY = 2  # of each process
 
 
 def choose_batch_size(num_rows: int) -> int:
@@ -36,18 +27,6 @@ def choose_epochs(steps_in_epoch: int) -> float:
     return float(min(max(math.ceil(STEPS / max(steps_in_epoch, 1)), EPOCHS[0]), EPOCHS[1]))
 
 
-def choose_num_workers(dataset: Any, device: torch.device, batch_size: int) -> int:
-    """Return how many processes read the rows: many images beside a GPU need some; steps on a CPU use all cores."""
-    if device.type in ("cpu", "mps") or not isinstance(dataset, ImageDataset) or len(dataset) == 0:
-        return 0
-    row_bytes = dataset[0]["pixel_values"].nbytes
-    if row_bytes * len(dataset) < MIN_PASS_BYTES:
-        return 0
-    room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
-    held = 2 * BATCHES_ON_THE_WAY * batch_size * row_bytes  # twice, as a pass may begin before another is gone
-    return int(min(WORKERS, usable_cores() - 1, room // held))
-
-
 def fill_budget(args: Any, num_rows: int, dataset: Any) -> None:
     """Set batch, epochs and reading processes of arguments that name none, for so many training rows over all processes."""
     if args.per_device_train_batch_size is None:
@@ -56,8 +35,9 @@ def fill_budget(args: Any, num_rows: int, dataset: Any) -> None:
         rows_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         args.num_train_epochs = choose_epochs(math.ceil(num_rows / rows_a_step))
     if args.dataloader_num_workers is None:
+        row_bytes = getattr(dataset, "row_bytes", 0)  # of an ``ImageDataset``
         batch_size = max(args.train_batch_size, args.eval_batch_size)
-        args.dataloader_num_workers = choose_num_workers(dataset, args.device, batch_size)
+        args.dataloader_num_workers = choose_num_workers(num_rows, row_bytes, batch_size, args.device)
 
 
 def choose_rate(num_steps: int, num_trained: int) -> float:

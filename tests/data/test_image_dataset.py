@@ -121,29 +121,30 @@ def counting(images, **options):
     return ImageDataset(images, transform, seed=1, **options), calls
 
 
-def test_rows_that_are_kept_are_transformed_once_and_are_the_same(images):
+def test_images_are_decoded_once_and_transformed_anew(images, monkeypatch):
     kept, calls = counting(images, keep=True)
-    read = [kept[row]["pixel_values"].item() for row in (2, 0, 2, 0)]
-    again = [ImageDataset(images, lambda image: torch.rand(1), seed=1)[row]["pixel_values"].item() for row in (2, 0)]
-    assert read == again * 2 and len(calls) == 2
+    first = [kept[row]["pixel_values"] for row in (RowDraw(2, 0, 0), 0)]
     kept[2]["labels"] = 9
-    assert kept[2]["labels"] == 1
+    monkeypatch.setattr(ImageDataset, "_decode", None)  # none is read again
+    again = [kept[row]["pixel_values"] for row in (RowDraw(2, 0, 0), 0)]
+    assert again == first != [kept[RowDraw(2, 1, 0)]["pixel_values"], kept[0]["pixel_values"]]
+    assert kept[2]["labels"] == 1 and len(calls) == 8
 
 
 def test_workers_keep_nothing(images):
     kept, _ = counting(images, keep=True)
     list(loader(kept, None, num_workers=1))
     list(loader(kept, draws(0), num_workers=1))
-    assert kept._kept == kept._decoded == {}
+    assert kept._decoded == {}
 
 
-def test_of_draws_the_image_is_kept_and_not_what_became_of_it(images, monkeypatch):
-    kept, calls = counting(images, keep=True)
-    first = kept[RowDraw(2, 0, 0)]["pixel_values"]
-    monkeypatch.setattr(kept, "_decode", None)  # is not read again
-    second, again = (kept[RowDraw(2, epoch, 0)]["pixel_values"] for epoch in (1, 0))
-    assert first != second and first == again and len(calls) == 3
-    assert kept._room == image_dataset.KEPT_BYTES - 4 * 4 * 4
+@pytest.mark.parametrize(("room", "expected"), [(4 * 64, [1, 3]), (4 * 64 - 1, [])])
+def test_images_are_kept_where_all_fit(images, monkeypatch, room, expected):
+    monkeypatch.setattr(image_dataset, "KEPT_BYTES", room)
+    kept, _ = counting(images, keep=True)
+    for row in (1, RowDraw(3)):
+        kept[row]
+    assert [*kept._decoded] == expected
 
 
 def test_two_forms_of_the_same_rows_keep_their_images_once(images, monkeypatch):
@@ -152,27 +153,11 @@ def test_two_forms_of_the_same_rows_keep_their_images_once(images, monkeypatch):
     first = [plain[row]["pixel_values"] for row in (2, 0)]
     monkeypatch.setattr(ImageDataset, "_decode", None)  # neither is read again
     assert [plain[row]["pixel_values"] for row in (2, 0)] == first and len(calls) == 4
-    assert train[RowDraw(2)]["labels"] == 1 and [*train._decoded] == [2, 0] and not plain._kept
-    assert train._room == image_dataset.KEPT_BYTES - 2 * 4 * 4 * 4
+    assert train[RowDraw(2)]["labels"] == 1 and [*train._decoded] == [2, 0]
 
 
-def test_where_images_do_not_fit_their_pixels_are_kept(images, monkeypatch):
-    monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 3 * 64)
-    plain, _ = counting(images, keep=True, images_of=counting(images, keep=True)[0])
-    plain[1]
-    assert [*plain._kept] == [1] and not plain._keeper._decoded
-
-
-def test_rows_are_kept_as_long_as_they_fit(images, monkeypatch):
-    monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 9)  # two rows of one float32
-    kept, calls = counting(images, keep=True)
-    for row in (0, 1, 2, 0, 1, 2):
-        kept[row]
-    assert len(calls) == 4
-    monkeypatch.setattr("etf_adapt.data.image_dataset.KEPT_BYTES", 3 * 64)
-    kept, _ = counting(images, keep=True)
-    kept[RowDraw(3)]
-    assert not kept._decoded, "three of four images of 64 bytes"
+def test_the_pixels_of_a_row_are_counted(images):
+    assert counting(images)[0].row_bytes == 4 and counting(images.select([]))[0].row_bytes == 0
 
 
 def test_the_epoch_reaches_the_sampler_within():

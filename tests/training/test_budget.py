@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-from types import SimpleNamespace
-
 import pytest
-import torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
 from small_run import NoisyRows, collate, make_model, make_trainer
 
-from etf_adapt.data.image_dataset import ImageDataset
 from etf_adapt.training import budget
 from etf_adapt.training.arguments import ETFTrainingArguments
 from etf_adapt.training.checkpoints import list_checkpoints
@@ -77,43 +70,6 @@ def test_a_run_that_is_resumed_for_longer_keeps_its_rate(tmp_path, monkeypatch):
     assert resumed.args.learning_rate == 2e-4
     with pytest.raises(ValueError, match=r"was written with learning_rate 0\.0002, and this run has 0\.01"):
         make_trainer(tmp_path, num_train_epochs=2, load_best_model_at_end=False).restore(list_checkpoints(tmp_path)[-1])
-
-
-def flat(image):
-    return torch.zeros(1, 4, 4)  # 64 bytes
-
-
-@pytest.fixture(scope="module")
-def images():
-    features = Features({"image": Image(), "label": Value("int64")})
-    return Dataset.from_dict({"image": [PILImage.new("RGB", (4, 4))] * 5, "label": [0] * 5}, features=features)
-
-
-ON_GPU = torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("device", "cores", "shared", "pass_bytes", "expected"),
-    [
-        (ON_GPU, 16, 1e9, 320, 8),
-        (torch.device("xpu"), 4, 1e9, 320, 3),
-        (ON_GPU, 1, 1e9, 320, 0),
-        (ON_GPU, 16, 3 * 2 * 2 * 10 * 64, 320, 3),  # three processes of batches of ten rows
-        (ON_GPU, 16, 100, 320, 0),  # a container's shared memory
-        (ON_GPU, 16, 1e9, 321, 0),  # a pass that is soon done
-        (torch.device("cpu"), 16, 1e9, 320, 0),
-    ],
-)
-def test_many_images_beside_an_accelerator_are_read_by_several_processes(
-    images, tmp_path, monkeypatch, device, cores, shared, pass_bytes, expected
-):
-    monkeypatch.setattr(budget, "usable_cores", lambda: cores)
-    monkeypatch.setattr(budget, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=shared))
-    monkeypatch.setattr(budget, "MIN_PASS_BYTES", pass_bytes)
-    rows = pickle.loads(pickle.dumps(ImageDataset(images, flat)))  # as processes that are not forked get them
-    assert budget.choose_num_workers(rows, device, batch_size=10) == expected
-    assert budget.choose_num_workers([{}] * 5, device, batch_size=10) == 0
 
 
 def test_processes_that_are_named_stay(tmp_path):
