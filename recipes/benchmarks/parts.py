@@ -108,9 +108,12 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     def products() -> None:
         _ = features @ weight.T, gradient @ weight
 
+    def layer() -> None:
+        fixed(features.clone().requires_grad_(True)).backward(gradient)
+
     times = max(1, 100_000 // num_classes)
     if options.profile:
-        profile(ours, products, times)
+        profile(times, ours=ours, layer=layer, products=products)
         return
     calls = {"ours": ours, "trained": trained, "products": products}
     if options.only:
@@ -122,15 +125,15 @@ def time_head(num_classes: int, options: argparse.Namespace) -> None:
     print(f"ours / products {found['ours'] / found['products']:.2f}", flush=True)
 
 
-def profile(ours: Callable[[], Any], products: Callable[[], Any], times: int) -> None:
+def profile(times: int, **calls: Callable[[], Any]) -> None:
     """Print the operations of ours, CPU microseconds a call and in shares of what the two products cost."""
-    found = in_turns(5, times, ours=ours, products=products)
+    found = in_turns(5, times, **calls)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(times):
-            ours()
+            calls["ours"]()
     rows = profiler.key_averages(group_by_input_shape=True)
     whole = found["products"] * 1e6
-    print(f"ours {found['ours'] * 1e6:.0f}, the two products {whole:.0f} microseconds", flush=True)
+    print({name: f"{value * 1e6:.0f} ({value * 1e6 / whole:.2f})" for name, value in found.items()}, flush=True)
     for row in sorted(rows, key=lambda row: -row.self_cpu_time_total)[:20]:
         shapes = [shape for shape in row.input_shapes if shape]
         microseconds = row.self_cpu_time_total / times
