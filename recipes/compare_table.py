@@ -63,14 +63,15 @@ def score_table(summary: Mapping[str, Any]) -> str:
         balanced, *scores = map(format_spread, method["scores"].values())
         is_best = method["name"] == summary["best_baseline"]
         gain = "best baseline" if is_best else format_difference(method["difference"])
-        cells.append([method["title"], balanced, gain, *scores])
-    return format_markdown(["method", first, "minus best baseline [95 %]", *titles], cells)
+        cells.append([method["title"], balanced, gain, format_difference(method["lead"]), *scores])
+    head = ["method", first, "minus best baseline [95 %]", "untuned default minus it [95 %]"]
+    return format_markdown([*head, *titles], cells)
 
 
 def cost_table(summary: Mapping[str, Any]) -> str:
     """Format what each method is, how its rates were found, and its cost."""
     head = ["method", "kind", "flags", "learning rate", "of the head", "tuning runs", "validation of the best of them",
-            "validation", f"epochs to {comparison.REFERENCE}'s last validation", "training seconds"]  # fmt: skip
+            "validation", "after the first epoch", f"epochs to {comparison.REFERENCE}'s last validation", "training seconds"]  # fmt: skip
     lines = []
     for method in summary["rows"]:
         epochs = method["epochs"]
@@ -86,6 +87,7 @@ def cost_table(summary: Mapping[str, Any]) -> str:
                 str(method["tuning_runs"]),
                 tables.percent(method["tuning_validation"]),
                 format_spread(method["validation"]),
+                format_spread(method["first_epoch"]),
                 f"{np.mean(reached):.1f}{some}" if reached else "-",
                 format_spread(method["train_seconds"], scale=1.0),
             ]

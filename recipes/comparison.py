@@ -39,6 +39,9 @@ COLLAPSE_MEASURES = ("nc1", "nc2", "nc3", "nc4")
 REFERENCE = "linear_ce"
 """The method whose last validation score the others are timed to reach."""
 
+DEFAULT = "etf_untuned"
+"""The method whose lead over each other one is told."""
+
 
 RESAMPLES = 10_000
 _RESAMPLES_AT_ONCE = 1000
@@ -105,6 +108,11 @@ def epochs_to_reach(history: Iterable[Sequence[float]], target: float) -> float 
     return next((epoch for epoch, score in history if epoch > 0 and score >= target), None)
 
 
+def epoch_score(history: Iterable[Sequence[float]], epoch: float) -> float | None:
+    """Return the score after an epoch, or None."""
+    return next((score for reached, score in history if reached == epoch), None)
+
+
 def pack_rows(correct: NDArray[np.bool_]) -> str:
     """Write which rows were right (rows,) as text: eight rows a byte, in base64."""
     return base64.b64encode(np.packbits(correct).tobytes()).decode("ascii")
@@ -130,7 +138,7 @@ def summarize(methods: Sequence[Mapping[str, Any]], labels: NDArray[np.int64]) -
     """Make the table of a comparison as plain numbers; ``methods`` hold their runs, one a seed, in the same order of seeds.
 
     Methods are measured against the best baseline: the one of the best mean *validation* balanced accuracy, since one chosen
-    by its test score would owe some of it to chance. With one seed there are no intervals and no best.
+    by its test score would owe some of it to chance. ``lead`` is that of ``DEFAULT`` over a method. With one seed there are no intervals and no best.
     """
 
     def over_seeds(method: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:
@@ -159,7 +167,11 @@ def summarize(methods: Sequence[Mapping[str, Any]], labels: NDArray[np.int64]) -
         found = {
             "scores": {score: over_seeds(method, f"test_{score}") for score in TABLE_SCORES},
             "difference": best and paired_bootstrap(correct[method["name"]], correct[best], labels),
+            "lead": paired_bootstrap(correct[DEFAULT], correct[method["name"]], labels)
+            if best and DEFAULT in correct and method["name"] != DEFAULT
+            else None,
             "validation": over_seeds(method, "eval_balanced_accuracy"),
+            "first_epoch": mean_and_deviation([epoch_score(run["history"], 1.0) for run in method["runs"]]),
             "epochs": [
                 epochs_to_reach(run["history"], math.inf if target is None else target) for run in method["runs"]
             ],

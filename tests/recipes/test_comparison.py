@@ -191,6 +191,20 @@ class TestSummary:
         assert differences == pytest.approx([0.45, 0.0, 0.25])
         assert summary["rows"][1]["difference"] == (0.0, 0.0, 0.0)
 
+    def test_the_lead_of_the_untuned_default_is_told_over_each_other_method(self):
+        rows = [
+            table_row("linear_ce", "baseline", validation=[0.5, 0.5], right=19),
+            table_row("etf_untuned", "family", validation=[0.9, 0.9], right=15),
+            table_row("etf", "family", validation=[0.9, 0.9], right=14),
+        ]
+        leads = [row["lead"] for row in summarize(rows, LABELS)["rows"]]
+        assert leads[1] is None and [lead[0] for lead in leads if lead] == pytest.approx([-0.2, 0.05])
+        assert summarize(rows[::2], LABELS)["rows"][0]["lead"] is None
+
+    def test_the_score_after_the_first_epoch_is_told(self):
+        row = table_row("linear_ce", "baseline", validation=[0.5, 0.5], right=19)
+        assert summarize([row], LABELS)["rows"][0]["first_epoch"] == (0.4, 0.0)
+
     def test_one_seed_is_not_ranked(self):
         rows = [table_row(name, "baseline", validation=[0.5], right=10) for name in ("linear_ce", "cosine")]
         summary = summarize(rows, LABELS)
