@@ -71,7 +71,8 @@ def score_table(summary: Mapping[str, Any]) -> str:
 def cost_table(summary: Mapping[str, Any]) -> str:
     """Format what each method is, how its rates were found, and its cost."""
     head = ["method", "kind", "flags", "learning rate", "of the head", "tuning runs", "validation of the best of them",
-            "validation", "after the first epoch", f"epochs to {comparison.REFERENCE}'s last validation", "training seconds"]  # fmt: skip
+            "validation", "after the first epoch", f"epochs to {comparison.REFERENCE}'s last validation",
+            "training seconds"]  # fmt: skip
     lines = []
     for method in summary["rows"]:
         epochs = method["epochs"]

@@ -138,7 +138,8 @@ def summarize(methods: Sequence[Mapping[str, Any]], labels: NDArray[np.int64]) -
     """Make the table of a comparison as plain numbers; ``methods`` hold their runs, one a seed, in the same order of seeds.
 
     Methods are measured against the best baseline: the one of the best mean *validation* balanced accuracy, since one chosen
-    by its test score would owe some of it to chance. ``lead`` is that of ``DEFAULT`` over a method. With one seed there are no intervals and no best.
+    by its test score would owe some of it to chance. ``lead`` is that of ``DEFAULT`` over a method. With one seed there are no
+    intervals and no best.
     """
 
     def over_seeds(method: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:
