@@ -90,7 +90,7 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
     from etf_adapt.data.load import load_data
     from etf_adapt.data.overview import describe_data
     from etf_adapt.data.progress import announced, use_bars
-    from etf_adapt.inference.launch import first_process_decides, keep_freed_memory, set_threads
+    from etf_adapt.inference.launch import first_process_decides, give_back_memory, keep_freed_memory, set_threads
     from etf_adapt.inference.rows import prepare_rows
     from etf_adapt.models.adapters import add_adapters
     from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
@@ -172,6 +172,8 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
             raise
     if state.is_main_process and goes_on:  # not before: a run that is refused leaves no settings
         run_folder.write_json(Path(folder, run_folder.ARGUMENTS_FILE), settings)
+
+    give_back_memory()  # so that the peak stays that of training
 
     # Calibrate on validation rows, save, score what was saved, and report.
     scores = trainer.finish(

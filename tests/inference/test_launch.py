@@ -1,7 +1,9 @@
-"""How many processes read images where nobody says, and that all that read images ask for it."""
+"""How many processes read images where nobody says, and that all that read images ask for it; memory that is kept."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +88,27 @@ def test_predicting_asks_by_the_inputs_that_are_known(images, monkeypatch):
         list(found.batches(inputs, batch_size=2))
     list(found.batches([], num_workers=0))
     assert [size[:3] for size in calls] == [(5, 64, 2), (0, 64, 2)]
+
+
+MEMORY = """
+import torch
+from pathlib import Path
+from etf_adapt.inference.launch import give_back_memory, keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+if keep_freed_memory():
+    torch.ones(2**26), torch.ones(8)
+    kept = resident()
+    give_back_memory()
+    print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux to read the memory of a process")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("needs glibc")
+    assert float(done.stdout) > 250  # MB, of 256
