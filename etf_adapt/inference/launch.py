@@ -40,7 +40,12 @@ def set_threads(threads: int | None = None) -> int:
 def usable_cores() -> int:
     """Return the cores that this process may use, at least one: under a launcher its share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // _processes_here())
+
+
+def _processes_here() -> int:
+    """Return how many processes a launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_num_workers(num_rows: int, row_bytes: int, batch_size: int, device: torch.device) -> int:
@@ -51,7 +56,7 @@ def choose_num_workers(num_rows: int, row_bytes: int, batch_size: int, device: t
         return 0
     room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
     held = 2 * _BATCHES_ON_THE_WAY * batch_size * row_bytes  # twice, as a pass may begin before another is gone
-    return int(min(MAX_WORKERS, usable_cores() - 1, room // held))
+    return int(min(MAX_WORKERS, usable_cores() - 1, room // (held * _processes_here())))
 
 
 def join_processes() -> bool:

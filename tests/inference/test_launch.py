@@ -43,6 +43,9 @@ def test_many_images_beside_a_gpu_are_read_by_several_processes(
     monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: method)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["fork", "spawn"])
     assert launch.choose_num_workers(5, 64, batch_size=10, device=device) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # which share the memory
+    if shared < 1e9:
+        assert launch.choose_num_workers(5, 64, batch_size=10, device=device) == expected // 3
 
 
 @pytest.fixture(scope="module")
