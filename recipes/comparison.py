@@ -108,11 +108,6 @@ def epochs_to_reach(history: Iterable[Sequence[float]], target: float) -> float 
     return next((epoch for epoch, score in history if epoch > 0 and score >= target), None)
 
 
-def epoch_score(history: Iterable[Sequence[float]], epoch: float) -> float | None:
-    """Return the score after an epoch, or None."""
-    return next((score for reached, score in history if reached == epoch), None)
-
-
 def pack_rows(correct: NDArray[np.bool_]) -> str:
     """Write which rows were right (rows,) as text: eight rows a byte, in base64."""
     return base64.b64encode(np.packbits(correct).tobytes()).decode("ascii")
@@ -172,7 +167,7 @@ def summarize(methods: Sequence[Mapping[str, Any]], labels: NDArray[np.int64]) -
             if best and DEFAULT in correct and method["name"] != DEFAULT
             else None,
             "validation": over_seeds(method, "eval_balanced_accuracy"),
-            "first_epoch": mean_and_deviation([epoch_score(run["history"], 1.0) for run in method["runs"]]),
+            "first_epoch": mean_and_deviation([dict(run["history"]).get(1.0) for run in method["runs"]]),
             "epochs": [
                 epochs_to_reach(run["history"], math.inf if target is None else target) for run in method["runs"]
             ],

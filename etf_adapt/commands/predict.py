@@ -61,8 +61,9 @@ def predict(
         processor: Tokenizer or image processor; by default the one beside the model.
         device: Where the model runs; by default an accelerator where there is one, or where a given model is.
         bf16: Whether to compute in mixed precision with bfloat16.
-        options: ``batch_size`` (32), ``num_workers`` that decode images, and ``max_length``, the tokens that texts are cut
-            to: by default as many as tokenizer and model allow, which for a fine-tuned model is what training cut them to.
+        options: ``batch_size`` (32), ``num_workers`` that decode images (up to 8 for many beside a GPU, else none), and
+            ``max_length``, the tokens that texts are cut to: by default as many as tokenizer and model allow, which for a
+            fine-tuned model is what training cut them to.
 
     Returns:
         One dict for each input, in their order: "row", its number from 0; "file" or "text", of pairs "text_pair" too; "label"

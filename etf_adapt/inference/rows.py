@@ -55,9 +55,10 @@ def prepare_rows(
         images: dict[str, ImageDataset | None] = {}
         for name, split in splits.items():
             transform = image_transforms(processor, train=name == "train", **options)
-            kept: dict[str, Any] = {"keep": name != "test"}  # in memory: the others are read each epoch
-            kept |= {"images_of": images["train"]} if name == "alignment" else {}
-            images[name] = None if split is None else ImageDataset(split, transform, seed=seed, **kept)
+            keep = name != "test"  # in memory: the others are read each epoch
+            twin = images["train"] if name == "alignment" else None
+            rows = None if split is None else ImageDataset(split, transform, seed=seed, keep=keep, images_of=twin)
+            images[name] = rows
         return ModelRows(**images, collator=default_collate, processor=processor)
     length = token_limit(model, processor, max_length)
     if max_length is None and getattr(model.config, ENTRY, None) is None:  # those of this library keep their length

@@ -27,8 +27,7 @@ class TrainingSettings:
         None, "Training rows of a batch, on each process; default: 16 to 64, by their number."
     )
     dataloader_num_workers: int | None = option(
-        None,
-        "Processes that load and transform rows; default: up to 8 for many images beside an accelerator, else none.",
+        None, "Processes that load and transform rows; default: up to 8 for many images beside a GPU, else none."
     )
     per_device_eval_batch_size: int = option(128, "Rows of a batch in evaluation, on each process.")
     lr_scheduler_type: str = option("cosine", "Schedule of the learning rate.")
