@@ -8,8 +8,9 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
 
 All other flags go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
 run at every rate with the first seed, without the test split; then, at the rates of the least validation log loss, with
-every seed, and the test split is scored once. The same command continues after any stop: a finished run is one small file in
-`runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
+every seed, and the test split is scored once. Where a method's best rate is the lowest or the highest, the tables say so, and
+`--widen 2` tries up to two more in that direction. The same command continues after any stop: a finished run is one small file
+in `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
 added later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
 `--tuning_only` stops there, before any run sees the test split. What is printed ends with the command that trains the method of
 the best validation score.
@@ -153,39 +154,60 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_all(options: argparse.Namespace, children: Children) -> None:
     """Do the unfinished runs, `--jobs` at once: all tuning first, then the final runs."""
     methods = chosen_methods(options)
-    tuned = sum(len(tuning_runs(method, options)) for method in methods)
     tested = 0 if options.tuning_only else len(methods) * len(options.seeds)
+
+    def count_tuning() -> int:
+        return sum(len(tuning_runs(method, options)) for method in methods)
+
     stages = [
         tuning_runs,
         *([] if options.tuning_only else [final_runs]),
     ]  # rates of the second are known after the first
+    tuned = count_tuning()
     done = sum(
         read_run(run, options) is not None for runs in stages for method in methods for run in runs(method, options)
     )
     print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
     timed = False
     for runs in stages:
-        unfinished = [run for method in methods for run in runs(method, options) if read_run(run, options) is None]
-        for run, found in finish_all(unfinished, options, children):
-            done += 1
-            left, seconds = tuned + tested - done, found["seconds"]
-            scores = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
-            if run.stage == "final":
-                scores += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
-            print(f"[{done}/{tuned + tested}] {run}: {scores}; {duration(seconds)}", flush=True)
-            if left and not timed and not found["resumed"]:
-                print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
-                timed = True
+        while unfinished := [
+            run for method in methods for run in runs(method, options) if read_run(run, options) is None
+        ]:
+            for run, found in finish_all(unfinished, options, children):
+                done += 1
+                left, seconds = tuned + tested - done, found["seconds"]
+                scores = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
+                if run.stage == "final":
+                    scores += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
+                print(f"[{done}/{tuned + tested}] {run}: {scores}; {duration(seconds)}", flush=True)
+                if left and not timed and not found["resumed"]:
+                    print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
+                    timed = True
+            if (now := count_tuning()) > tuned:
+                print(
+                    f"{now - tuned} runs more: the best rate of a method is the lowest or highest of its own",
+                    flush=True,
+                )
+                tuned = now
     with suppress(OSError):  # there is none, or it holds kept models
         (options.results / "scratch").rmdir()
 
 
 def tuning_runs(method: Method, options: argparse.Namespace) -> list[Run]:
-    """Return the runs that choose a method's rates, lowest rates first."""
+    """Return the runs that choose a method's rates, lowest rates first: of the given ones, and of those that widen them."""
     if not method.is_tuned:
         return []
-    rates, heads = sorted(options.learning_rates), sorted(options.head_rates) if method.trains_head else [None]
-    return [Run(method, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
+    heads = sorted(options.head_rates) if method.trains_head else [None]
+    rates = sorted(options.learning_rates)
+    for beyond in range(options.widen + 1):
+        runs = [Run(method, "tuning", rate, head, options.seeds[0]) for rate in rates for head in heads]
+        found = [record for run in runs if (record := read_run(run, options)) is not None]
+        if beyond == options.widen or len(found) < len(runs):
+            break
+        if (further := comparison.rate_beyond(rates, found[comparison.best_of(found)]["learning_rate"])) is None:
+            break
+        rates = sorted([*rates, further])
+    return runs
 
 
 def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
@@ -332,11 +354,14 @@ def environment() -> dict[str, Any]:
 def leave_table(options: argparse.Namespace) -> None:
     """Print the tables of the finished methods, and write them as Markdown and JSON."""
     finished, unfinished, validated = [], [], []
+    edges = []
     for method in chosen_methods(options):
         both = ([read_run(run, options) for run in runs(method, options)] for runs in (tuning_runs, final_runs))
         tuned, final = ([found for found in runs if found is not None] for runs in both)
         if tuned and len(tuned) == len(tuning_runs(method, options)):
             validated.append((method, tuned))
+            rates, best = {run["learning_rate"] for run in tuned}, tuned[comparison.best_of(tuned)]["learning_rate"]
+            edges += [method.name] if comparison.rate_beyond(sorted(rates), best) is not None else []
         if options.tuning_only or len(final) < len(options.seeds):
             unfinished.append(method.name)
             continue
@@ -354,21 +379,22 @@ def leave_table(options: argparse.Namespace) -> None:
         raise ValueError(
             f"`results` (={str(options.results)!r}) holds no finished method: run it without --table_only."
         )
-    lists = {name: vars(options)[name] for name in LISTS}
+    lists = {name: vars(options)[name] for name in LISTS} | ({"widen": [options.widen]} if options.widen else {})
     results = run_folder.public_value(str(options.results))
     made_by = command(results, lists, options.flags, public_launcher(options))
     first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
     versions = versions_of([run for _, runs in validated for run in runs])
-    table = validation_table(validated, options.seeds[0], first, versions)
+    table = validation_table(validated, options.seeds[0], first, versions, edges)
     (options.results / "validation.md").write_text(table, encoding="utf-8")
     if not finished:
-        print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'))}")
+        print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'), edges)}")
         scores = {method.name: validation_score(runs[comparison.best_of(runs)]) for method, runs in validated}
         print(f"\n{training_command(max(scores, key=scores.__getitem__), options)}")
         return
     summary = comparison.summarize(finished, np.unique(labels, return_inverse=True)[1])
     summary |= {
         "unfinished": unfinished,
+        "edges": edges,
         "versions": versions_of([run for method in finished for run in method["runs"]]),
     }
     below = caption(summary, lists, made_by)

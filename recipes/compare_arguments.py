@@ -39,6 +39,12 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each row's; the first chooses the rates. %(default)s")
     add("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="To choose from. %(default)s")
     add("--head_rates", nargs="+", type=float, default=[1.0, 10.0], help="Times learning_rate. %(default)s")
+    add(
+        "--widen",
+        type=int,
+        default=0,
+        help="How many rates more a method tries, where its best is an outermost one. %(default)s",
+    )
     add("--jobs", type=int, default=1, help="Runs at once, for a device or many cores that hold several. %(default)s")
     add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
     add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
@@ -51,9 +57,13 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     if options.table_only:
         if options.passed:
             raise ValueError(f"`table_only` (=True) takes its settings from the folder: leave out {options.passed[0]}.")
-        vars(options).update(read_json(options.results / SETTINGS_FILE))
+        vars(options).update({"widen": 0} | read_json(options.results / SETTINGS_FILE))
     if options.jobs < 1:
         raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
+    if options.widen < 0:
+        raise ValueError(
+            f"`widen` (={options.widen}) must be 0 or more: how many rates beyond the given ones may be tried."
+        )
     if options.jobs > 1 and options.launcher and options.launcher.split()[0] in ("accelerate", "torchrun"):
         raise ValueError(
             f"`jobs` (={options.jobs}) and `launcher` (={options.launcher!r}) contradict each other: launchers that run at "
@@ -117,7 +127,7 @@ def claim(options: argparse.Namespace) -> None:
             )
     elif any(options.results.iterdir()):
         raise ValueError(f"`results` (={str(options.results)!r}) holds what no comparison wrote: give another folder.")
-    kept = {name: vars(options)[name] for name in (*LISTS, "flags")}
+    kept = {name: vars(options)[name] for name in (*LISTS, "widen", "flags")}
     run_folder.write_json(file, kept | {"launcher": public_launcher(options)})
 
 

@@ -35,10 +35,22 @@ def terminal_scores(summary: Mapping[str, Any], file: str) -> str:
         notes.append(f"Methods are not ranked: {summary['not_ranked']}.")
     if summary["unfinished"]:
         notes.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
+    notes += told_edges(summary["edges"])
     return _columns(lines, (24, 19, 29, 14, 14), notes)
 
 
-def terminal_validation(methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]], file: str) -> str:
+def told_edges(edges: Sequence[str]) -> list[str]:
+    """Say whose best rate is an outermost one of those tried, so that a better one may lie beyond."""
+    return (
+        [f"The best rate is the lowest or highest tried for {', '.join(edges)}: --widen 2 tries further."]
+        if edges
+        else []
+    )
+
+
+def terminal_validation(
+    methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]], file: str, edges: Sequence[str]
+) -> str:
     """Format the best validation score of each method, and the rates that gave it."""
     lines = [("method", "validation", "learning rate", "of the head")]
     for method, runs in methods:
@@ -47,7 +59,7 @@ def terminal_validation(methods: Sequence[tuple[Method, Sequence[Mapping[str, An
         score = tables.percent(best["all_results"]["eval_balanced_accuracy"])
         lines.append((method.name, score, number(best["learning_rate"]), head))
     note = f"Balanced accuracy of validation rows, per cent, at the best rates. One seed ranks nothing. At each rate: {file}."
-    return _columns(lines, (24, 14, 17, 15), [note])
+    return _columns(lines, (24, 14, 17, 15), [note, *told_edges(edges)])
 
 
 def _columns(lines: Sequence[Sequence[str]], widths: Sequence[int], notes: Sequence[str]) -> str:
@@ -116,6 +128,7 @@ def validation_table(
     seed: int,
     made_by: str,
     versions: Mapping[str, Sequence[str]],
+    edges: Sequence[str],
 ) -> str:
     """Format what the rates were chosen by: each method's validation score at each rate, for one seed."""
     cells = []
@@ -131,7 +144,7 @@ def validation_table(
         "nothing; the test rows were not touched for it."
     )
     table = format_markdown(["method", "kind", "flags", "best validation", "at", "at each rate"], cells)
-    return "\n\n".join([table, made_by, below, environment(versions)]) + "\n"
+    return "\n\n".join([table, made_by, below, *told_edges(edges), environment(versions)]) + "\n"
 
 
 def command(
@@ -162,13 +175,14 @@ def _written(lists: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
 def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made_by: str) -> str:
     """Return the text below the tables: command, protocol, versions; `summary` is that of ``comparison.summarize``."""
     lists = _written(lists)
+    widened = f", up to {lists['widen'][0]} more where the best is an outermost one" if "widen" in lists else ""
     rates, factors, seeds = (", ".join(lists[name]) for name in ("learning_rates", "head_rates", "seeds"))
     parts = [
         made_by,
         f"Test rows, per cent, mean ± sample standard deviation over seeds {seeds}. All methods had the same tuning effort: "
-        f"learning rates {rates}, and of a head that is trained {factors} times each; chosen by the log loss of validation "
-        f"rows, a mean over classes, of seed {lists['seeds'][0]}, of equals the higher (of runs before 2026-11-29: by balanced "
-        "accuracy, of equals the lower).",
+        f"learning rates {rates}{widened}, and of a head that is trained {factors} times each; chosen by the log loss of "
+        f"validation rows, a mean over classes, of seed {lists['seeds'][0]}, of equals the higher (of runs before "
+        "2026-11-29: by balanced accuracy, of equals the lower).",
         f"Minus best baseline: balanced accuracy minus that of {summary['best_baseline']}, the baseline of the best mean "
         "validation balanced accuracy, with the 95 % interval of a paired bootstrap over test rows within classes and over "
         f"seeds ({comparison.RESAMPLES:,} resamples), not corrected for the number of methods; bold where all of the interval "
@@ -184,6 +198,7 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made
         parts.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
     if summary["unfinished"]:
         parts.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
+    parts += told_edges(summary["edges"])
     parts.append(environment(summary["versions"]))
     return "\n\n".join(parts)
 

@@ -56,6 +56,14 @@ def best_of(runs: Sequence[Mapping[str, Any]]) -> int:
     return max(range(len(runs)), key=lambda index: (-losses[index], index))
 
 
+def rate_beyond(rates: Sequence[float], best: float) -> float | None:
+    """Return the next rate in the direction of the best of ascending rates, where that is an outermost one, else None."""
+    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.3g}")
+
+
 def paired_bootstrap(
     correct_a: NDArray[np.bool_],  # (seeds, rows)
     correct_b: NDArray[np.bool_],  # (seeds, rows), same seeds and rows

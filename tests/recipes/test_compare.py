@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import sys
 import threading
@@ -50,7 +51,12 @@ class FakeRuns:
 
     def score(self, *, learning_rate: str = "0.0001", head_learning_rate: str = "0", **_: str) -> float:
         """Return a validation score: best at 1e-4, and for the head at 1e-3."""
-        return 0.9 - 0.1 * (learning_rate != "0.0001") - 0.05 * (head_learning_rate not in ("0", "0.001"))
+        away = [
+            abs(math.log10(float(rate) / best))
+            for rate, best in ((learning_rate, 1e-4), (head_learning_rate, 1e-3))
+            if rate != "0"
+        ]
+        return 0.9 - 0.1 * away[0] - 0.05 * sum(away[1:])
 
     def write(self, *, output_dir: str, evaluate_test: str, seed: str, **flags: str) -> None:
         folder = Path(output_dir)
@@ -221,6 +227,32 @@ class TestGoingOn:
         compare.main(["--results", "r", *more, *SHARED])
         assert len(runs.calls) == 10 + 2 + (2 + 3), "a seed for two rows; tuning and three seeds of the third"
 
+    def test_rates_are_widened_until_the_best_is_an_inner_one(self, runs, capsys):
+        narrow = [*TWO_ROWS[:2], "--rows", "etf_dr", "linear_ce", "--seeds", "0", "--head_rates", "10"]
+        narrow += ["--learning_rates", "1e-3", "3.16e-4"]
+        compare.main([*narrow, "--tuning_only", *SHARED])
+        assert len(runs.calls) == 4 and "lowest or highest tried for etf_dr, linear_ce" in capsys.readouterr().out
+        assert "lowest or highest tried for etf_dr, linear_ce" in Path("r/validation.md").read_text()
+        compare.main([*narrow, "--widen", "5", *SHARED])  # the best is 1e-4, and for the head ten times it
+        tried = {call["learning_rate"] for call in runs.calls if call["head"] == "etf"}
+        assert tried == {"0.001", "0.000316", "9.99e-05", "3.16e-05"}
+        assert [call["evaluate_test"] for call in runs.calls] == ["false"] * 8 + ["true"] * 2
+        assert [call["learning_rate"] for call in runs.calls[-2:]] == ["9.99e-05"] * 2
+        said = capsys.readouterr().out
+        assert "2 runs more" in said and "[6/8]" in said and "[10/10]" in said and "lowest or highest tried" not in said
+        table = Path("r/table.md").read_text()
+        assert "up to 5 more" in table and "--widen 5" in table and "tries further" not in table
+        compare.main(["--results", "r", "--table_only"])
+        assert len(runs.calls) == 10 and Path("r/table.md").read_text() == table
+
+    def test_widening_ends(self, runs):
+        compare.main(
+            [*TWO_ROWS[:6], "0", "--learning_rates", "0.01", "0.001", "--head_rates", "10", "--widen", "1", *SHARED]
+        )
+        assert sum(call["head"] == "linear" and call["evaluate_test"] == "false" for call in runs.calls) == 3
+        compare.main(["--results", "q", *TWO_ROWS[2:6], "0", "--learning_rates", "0.01", "--widen", "3", *SHARED])
+        assert not compare.read_json(Path("q/table.json"))["edges"], "one rate alone has no direction"
+
     def test_other_flags_are_refused_by_name(self, runs, capsys):
         compare.main([*TWO_ROWS, *SHARED])
         before = {path: path.read_bytes() for path in Path("r").rglob("*.json")}
@@ -336,6 +368,7 @@ class TestMistakes:
             ([*TWO_ROWS[:3], "linear_cee", *SHARED], "did you mean 'linear_ce'?"),
             (["--results", "r", "--table_only", "--seedz", "1"], "`table_only`"),
             ([*TWO_ROWS, "--seeds", "1", "0", "1", *SHARED], "`seeds` (=[1, 0, 1])"),
+            ([*TWO_ROWS, "--widen", "-1", *SHARED], "`widen` (=-1) must be 0 or more"),
             ([*TWO_ROWS, "--learning_rates", "0.1", "-1", *SHARED], "`learning_rates` (=[0.1, -1.0]) must be positive"),
             ([*TWO_ROWS, "--head_rates", "nan", *SHARED], "`head_rates`"),
             ([*TWO_ROWS, "--learning-rate", "1", *SHARED], "leave it out, or give --learning_rates"),
