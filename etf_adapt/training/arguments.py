@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -190,6 +191,10 @@ class ETFTrainingArguments(TrainingSettings, TrainingArguments):  # type: ignore
             )
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ValueError(f"`head_learning_rate` (={self.head_learning_rate}) must be positive.")
+        try:
+            re.compile(self.freeze)
+        except re.error as error:
+            raise ValueError(f"`freeze` (={self.freeze!r}) is no regular expression: {error}.") from error
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"`label_smoothing` (={self.label_smoothing}) must lie in [0, 1).")
         if (self.mixup or self.cutmix) and (self.per_device_train_batch_size or 0) % 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,25 +22,29 @@ from etf_adapt.training.arguments import ETFTrainingArguments
 
 
 def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) -> list[str]:
-    """Fix fixed heads again, freeze the backbone where asked, and return the paths of heads that had been freed.
+    """Fix fixed heads again, freeze what is asked of the backbone, and return the paths of heads that had been freed.
 
-    ``freeze="backbone"`` leaves a head that learns, and layers that the model's file had no weights for. With no ``steps`` to
-    train, nothing need be left to train.
+    ``freeze``: "none", "backbone", or a regular expression, searched for in the names of the backbone's parameters. A head that
+    learns, and layers that the model's file had no weights for, are left. With no ``steps``, nothing need be left to train.
     """
-    if freeze == "backbone" and has_adapters(model):
-        raise ValueError(
-            "`freeze` (='backbone') would fix the adapters, which are part of it: leave out one of the two."
-        )
+    if freeze != "none" and has_adapters(model):
+        raise ValueError(f"`freeze` (={freeze!r}) would fix the adapters' layers too: leave out one of the two.")
     heads = head_modules(model)
     # `model.requires_grad_(True)`, a usual way to unfreeze, frees the head as well.
     freed = [path for path, head in heads.items() if head.is_fixed and head.weight.requires_grad]
     for head in heads.values():
         head.fix()
-    if freeze == "backbone":
+    if freeze != "none":
         kept = {*new_weights(model).values()}.union(*(head.parameters() for head in heads.values()))
-        for parameter in model.parameters():
-            if parameter not in kept:
-                parameter.requires_grad_(False)
+        backbone = {name: parameter for name, parameter in model.named_parameters() if parameter not in kept}
+        frozen = [name for name in backbone if freeze == "backbone" or re.search(freeze, name)]
+        if not frozen:
+            raise ValueError(
+                f"`freeze` (={freeze!r}) is found in none of the {len(backbone)} names of the backbone's parameters, such as "
+                f"{', '.join(list(backbone)[-3:])}: set it to 'none', 'backbone' or a regular expression of their names."
+            )
+        for name in frozen:
+            backbone[name].requires_grad_(False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained and steps > 0:
         raise ValueError(
@@ -129,8 +134,10 @@ def resolve_batch_norm(model: nn.Module, head: ClassifierHead, args: ETFTraining
 
 def check_adapters(location: str, peft: str, revision: str | None, *, freeze: str) -> None:
     """Refuse adapters that a model cannot take, by its layers without their weights; before any data are read."""
-    if freeze == "backbone":
-        raise ValueError("`freeze` (='backbone') would fix the adapters of `peft`: leave out one of the two.")
+    if freeze != "none":
+        raise ValueError(
+            f"`freeze` (={freeze!r}) would fix layers of the adapters of `peft`: leave out one of the two."
+        )
     for factory in (ETFForImageClassification, ETFForSequenceClassification):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all is told when the model is loaded

@@ -53,8 +53,9 @@ class TrainingSettings:
     sampler: Literal["instance", "sqrt", "balanced"] = option(
         "instance", "Sampling: instance draws examples uniformly, balanced draws classes uniformly, sqrt lies between."
     )
-    freeze: Literal["none", "backbone"] = option(
-        "none", "backbone trains the head alone; none trains all that is not fixed."
+    freeze: str = option(
+        "none",
+        "backbone trains the head alone; a regular expression fixes the parameters of the backbone in whose names it is found.",
     )
     head_learning_rate: float | None = option(
         None, "Learning rate of a trained head; default: ten times learning_rate."

@@ -155,7 +155,7 @@ def test_adapters_over_half_precision_are_trained_in_float32():
 def test_adapters_of_a_frozen_backbone_are_refused():
     model = make_model(head="linear")
     add_adapters(model, SMALL)
-    with pytest.raises(ValueError, match=r"`freeze` \(='backbone'\) would fix the adapters"):
+    with pytest.raises(ValueError, match=r"`freeze` \(='backbone'\) would fix the adapters' layers"):
         fix_parameters(model, freeze="backbone")
 
 

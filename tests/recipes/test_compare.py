@@ -275,7 +275,7 @@ class TestGoingOn:
 
     def test_a_row_that_was_changed_is_not_mixed_with_what_it_was(self, runs, capsys, monkeypatch):
         compare.main([*TWO_ROWS, *SHARED])
-        changed = compare.Method("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
+        changed = compare_methods.Method("etf_dr", "ETF", "family", ("--head", "etf", "--sampler", "balanced"))
         monkeypatch.setitem(compare_methods.METHODS, "etf_dr", changed)
         assert "other flags than row etf_dr" in refused([*TWO_ROWS, *SHARED], capsys)
 

@@ -17,13 +17,17 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare  # noqa: E402
 import compare_methods  # noqa: E402
+import compare_runs  # noqa: E402
 
 
 class TestLaunch:
     def test_the_last_words_are_the_message_even_if_a_launcher_speaks_after_it(self, tmp_path):
         said = "import sys; print('error: bad flag', file=sys.stderr, flush=True); print('Traceback'); sys.exit(2)"
         programs = {said: (2, "bad flag"), "print('one'); print('two')": (0, "two"), "exit(3)": (3, "it said nothing")}
-        run, file = compare.Run(compare_methods.METHODS["etf"], "final", 0.1, None, 0), tmp_path / "scratch" / "run.log"
+        run, file = (
+            compare_runs.Run(compare_methods.METHODS["etf"], "final", 0.1, None, 0),
+            tmp_path / "scratch" / "run.log",
+        )
         lock = os.open(tmp_path, os.O_RDONLY)
         for program, (code, last) in programs.items():
             left, lines = compare.Children(lock).launch([sys.executable, "-c", program])

@@ -206,6 +206,7 @@ def test_refused_fields_are_fields_and_our_defaults_pass():
     ("words", "message"),
     [
         (["--mixup", "-1"], r"`mixup` \(=-1.0\) must be at least 0"),
+        (["--freeze", "layer.(0"], r"`freeze` \(='layer.\(0'\) is no regular expression"),
         (["--label_smoothing", "1"], r"`label_smoothing` \(=1.0\) must lie in \[0, 1\)"),
         (["--label_smoothing", "0.1", "--label_smoothing_factor", "0.2"], "are one setting"),
         (["--mixup", "0.2", "--per_device_train_batch_size", "7"], "must be even with mixup"),

@@ -50,6 +50,19 @@ def test_a_frozen_backbone_leaves_what_the_head_learns():
     assert trained(paper) == {"head.batch_norm.weight", "head.batch_norm.bias"}
 
 
+def test_a_regular_expression_freezes_the_parameters_that_it_names():
+    model = Net(CosineHead(6, 3))
+    fix_parameters(model, freeze=r"body|^head")
+    assert trained(model) == {"norm.weight", "norm.bias", "head.weight"}, (
+        "a head that learns is no part of the backbone"
+    )
+    biases = Net(ETFHead(6, 3))
+    fix_parameters(biases, freeze=r"^(?!.*(bias|norm))")
+    assert trained(biases) == {"body.bias", "norm.weight", "norm.bias"}
+    with pytest.raises(ValueError, match=r"`freeze` \(='layer'\) is found in none of the 4 names .* norm.bias"):
+        fix_parameters(Net(ETFHead(6, 3)), freeze="layer")
+
+
 def test_nothing_to_train_and_half_precision_are_refused():
     with pytest.raises(ValueError, match="leaves nothing to train under a fixed head"):
         fix_parameters(Net(ETFHead(6, 3)), freeze="backbone")

@@ -1,0 +1,109 @@
+r"""What a part of the backbone's parameters reaches under the default, beside all of them: accuracy, time, memory.
+
+    python recipes/light_table.py --results recipes/results/light --data $DATA --models $MODELS
+    python recipes/light_table.py --results recipes/results/light --table_only        # of what is finished; runs nothing
+
+All by `--head etf` with batch, epochs and rate by the rule of `etf_adapt/training/budget.py`, which raises the rate where fewer
+parameters are trained. Scores are those of validation rows; test rows are not read. A finished run is one small file in
+`runs/`, and the same command goes on after any stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from comparison import format_markdown, format_spread, mean_and_deviation
+from refit_table import experiment, experiment_parser
+
+from etf_adapt.results import run_folder
+
+ADAPTERS = Path(__file__).with_name("adapters")
+SETS = {
+    "clinc150": "--model {models}/all-MiniLM-L6-v2 --dataset {data}/clinc150",
+    "cifar100": "--model {models}/vit_tiny_patch16_224.timm --image_size 64 --dataset {data}/cifar100 "
+    "--validation_before_long_tail true",
+}
+LAST_BLOCK = {"clinc150": r"embeddings|layer\.[0-4]\.", "cifar100": r"embed|cls_token|blocks\.([0-9]|10)\."}
+WAYS = {
+    "all": ("all parameters", ""),
+    "lora": ("LoRA of rank 8 in all linear layers", f"--peft {ADAPTERS / 'lora_rank8.json'}"),
+    "mlp": ("LoRA of rank 16 in the MLPs", f"--peft {ADAPTERS / 'mlp.json'}"),
+    "biases": ("biases and norms", "--freeze ^(?!.*(bias|[nN]orm))"),
+    "last": ("last block", "--freeze {last_block}"),
+    "none": ("none: the head alone, in closed form", "--num_train_epochs 0"),
+}
+PLAIN = "--head etf --imbalance_factor 100 --prior_adjustment fit --torch_threads 1 --evaluate_test false --save_strategy no "
+PLAIN += "--load_best_model_at_end false --eval_strategy no --overwrite_output_dir"
+
+
+def main() -> None:
+    """Run what is not finished, then write the table."""
+    parser = experiment_parser(__doc__, SETS)
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
+    options = parser.parse_args()
+    experiment(options, [(name, way) for name in options.sets for way in options.ways], run, make_table)
+
+
+def run(name: str, way: str, seed: int, options: argparse.Namespace) -> None:
+    """Train once, and keep scores, seconds of the processor and peak memory of the whole process."""
+    file = options.results / "runs" / f"{name}-{way}-{seed}.json"
+    if file.is_file():
+        return
+    folder = (options.scratch or options.results / "scratch") / f"{name}-{way}-{seed}"
+    flags = f"{SETS[name]} {WAYS[way][1]} {PLAIN}".format(
+        data=options.data, models=options.models, last_block=LAST_BLOCK[name]
+    )
+    command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags.split()]
+    process = subprocess.Popen([*command, "--seed", str(seed), "--output_dir", str(folder)], stdout=subprocess.PIPE)
+    said = process.stdout.read().decode() if process.stdout else ""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise SystemExit(f"{name}, {WAYS[way][0]}: exit code {process.returncode}\n{said}")
+    results = json.loads((folder / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))
+    trained = re.search(r"trained: ([\d,]+) of", said)
+    record = {"set": name, "way": way, "seed": seed, "trained": trained[1] if trained else "0"}
+    record |= {"rate": found[1] if (found := re.search(r"learning rate ([\d.e-]+)", said)) and trained else "-"}
+    record |= {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
+    record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "tail_third", "balanced_loss")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(file, record)
+    print(record, flush=True)
+    if options.scratch is None:
+        shutil.rmtree(folder)
+
+
+def make_table(results: Path) -> str:
+    """Return scores and costs of each way on each set, over its seeds."""
+    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for file in sorted((results / "runs").glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found[record["set"], record["way"]].append(record)
+    lines = []
+    for name in SETS:
+        for way, (title, _) in WAYS.items():
+            if not (runs := found[name, way]):
+                continue
+            scores = [
+                format_spread(mean_and_deviation([run[key] for run in runs]))
+                for key in ("balanced_accuracy", "tail_third")
+            ]
+            costs = [f"{fmean(run[key] for run in runs):,.0f}" for key in ("seconds", "megabytes")]
+            lines.append([name, title, runs[0]["trained"], runs[0]["rate"], str(len(runs)), *scores, *costs])
+    head = ["set", "trained", "parameters", "learning rate", "seeds", "balanced accuracy", "tail third",
+            "seconds of one core", "peak memory, MB"]  # fmt: skip
+    return format_markdown(head, lines)
+
+
+if __name__ == "__main__":
+    main()
