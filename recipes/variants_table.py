@@ -1,11 +1,11 @@
-r"""What a part of the backbone's parameters reaches under the default, beside all of them: accuracy, time, memory.
+r"""What one change of the default does: a part of it exchanged, or fewer of the backbone's parameters trained.
 
-    python recipes/light_table.py --results recipes/results/light --data $DATA --models $MODELS
-    python recipes/light_table.py --results recipes/results/light --table_only        # of what is finished; runs nothing
+    python recipes/variants_table.py --results recipes/results/variants --data $DATA --models $MODELS
+    python recipes/variants_table.py --results recipes/results/variants --table_only     # of what is finished; runs nothing
 
-All by `--head etf` with batch, epochs and rate by the rule of `etf_adapt/training/budget.py`, which raises the rate where fewer
-parameters are trained. Scores are those of validation rows; test rows are not read. A finished run is one small file in
-`runs/`, and the same command goes on after any stop.
+Batch, epochs and rate are those of the rule in `etf_adapt/training/budget.py`, which raises the rate where fewer parameters
+are trained. Scores are those of validation rows; test rows are not read. A finished run is one small file in `runs/`, and the
+same command goes on after any stop.
 """
 
 from __future__ import annotations
@@ -34,13 +34,20 @@ SETS = {
     "--validation_before_long_tail true",
 }
 LAST_BLOCK = {"clinc150": r"embeddings|layer\.[0-4]\.", "cifar100": r"embed|cls_token|blocks\.([0-9]|10)\."}
-WAYS = {
-    "all": ("all parameters", ""),
+VARIANTS = {
+    "default": ("**the default**", ""),
+    "epochs": ("aligned after each epoch alone", "--realign epochs"),
+    "once": ("aligned once", "--realign never"),
+    "dropout": ("with the backbone's dropout, so aligned after each epoch", "--dropout model"),
+    "share": ("rows not left out", "--leave_one_out false"),
+    "means": ("frame of class means", "--frame means"),
+    "vertices": ("dot regression on vertices for the loss", "--loss dot_regression"),
+    "adjusted": ("logit adjustment for the loss (not of the family)", "--loss logit_adjusted"),
     "lora": ("LoRA of rank 8 in all linear layers", f"--peft {ADAPTERS / 'lora_rank8.json'}"),
     "mlp": ("LoRA of rank 16 in the MLPs", f"--peft {ADAPTERS / 'mlp.json'}"),
-    "biases": ("biases and norms", "--freeze ^(?!.*(bias|[nN]orm))"),
-    "last": ("last block", "--freeze {last_block}"),
-    "none": ("none: the head alone, in closed form", "--num_train_epochs 0"),
+    "biases": ("biases and norms alone", "--freeze ^(?!.*(bias|[nN]orm))"),
+    "last": ("last block alone", "--freeze {last_block}"),
+    "none": ("nothing trained: the head alone, in closed form", "--num_train_epochs 0"),
 }
 PLAIN = "--head etf --imbalance_factor 100 --prior_adjustment fit --torch_threads 1 --evaluate_test false --save_strategy no "
 PLAIN += "--load_best_model_at_end false --eval_strategy no --overwrite_output_dir"
@@ -49,18 +56,18 @@ PLAIN += "--load_best_model_at_end false --eval_strategy no --overwrite_output_d
 def main() -> None:
     """Run what is not finished, then write the table."""
     parser = experiment_parser(__doc__, SETS)
-    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
     options = parser.parse_args()
-    experiment(options, [(name, way) for name in options.sets for way in options.ways], run, make_table)
+    experiment(options, [(name, variant) for name in options.sets for variant in options.variants], run, make_table)
 
 
-def run(name: str, way: str, seed: int, options: argparse.Namespace) -> None:
+def run(name: str, variant: str, seed: int, options: argparse.Namespace) -> None:
     """Train once, and keep scores, seconds of the processor and peak memory of the whole process."""
-    file = options.results / "runs" / f"{name}-{way}-{seed}.json"
+    file = options.results / "runs" / f"{name}-{variant}-{seed}.json"
     if file.is_file():
         return
-    folder = (options.scratch or options.results / "scratch") / f"{name}-{way}-{seed}"
-    flags = f"{SETS[name]} {WAYS[way][1]} {PLAIN}".format(
+    folder = (options.scratch or options.results / "scratch") / f"{name}-{variant}-{seed}"
+    flags = f"{SETS[name]} {VARIANTS[variant][1]} {PLAIN}".format(
         data=options.data, models=options.models, last_block=LAST_BLOCK[name]
     )
     command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags.split()]
@@ -69,10 +76,10 @@ def run(name: str, way: str, seed: int, options: argparse.Namespace) -> None:
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if status:
-        raise SystemExit(f"{name}, {WAYS[way][0]}: exit code {process.returncode}\n{said}")
+        raise SystemExit(f"{name}, {VARIANTS[variant][0]}: exit code {process.returncode}\n{said}")
     results = json.loads((folder / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))
     trained = re.search(r"trained: ([\d,]+) of", said)
-    record = {"set": name, "way": way, "seed": seed, "trained": trained[1] if trained else "0"}
+    record = {"set": name, "variant": variant, "seed": seed, "trained": trained[1] if trained else "0"}
     record |= {"rate": found[1] if (found := re.search(r"learning rate ([\d.e-]+)", said)) and trained else "-"}
     record |= {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
     record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "tail_third", "balanced_loss")}
@@ -84,23 +91,30 @@ def run(name: str, way: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def make_table(results: Path) -> str:
-    """Return scores and costs of each way on each set, over its seeds."""
+    """Return scores and costs of each variant on each set, over its seeds."""
     found: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for file in sorted((results / "runs").glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        found[record["set"], record["way"]].append(record)
+        found[record["set"], record["variant"]].append(record)
     lines = []
     for name in SETS:
-        for way, (title, _) in WAYS.items():
-            if not (runs := found[name, way]):
+        for variant, (title, _) in VARIANTS.items():
+            if not (runs := found[name, variant]):
                 continue
+            whole = {run["seed"]: run["balanced_accuracy"] for run in found[name, "default"]}
+            changes = [run["balanced_accuracy"] - whole[run["seed"]] for run in runs if run["seed"] in whole]
             scores = [
-                format_spread(mean_and_deviation([run[key] for run in runs]))
-                for key in ("balanced_accuracy", "tail_third")
+                format_spread(mean_and_deviation(values))
+                for values in (
+                    [run["balanced_accuracy"] for run in runs],
+                    changes if variant != "default" else [],
+                    [run["tail_third"] for run in runs],
+                )
             ]
             costs = [f"{fmean(run[key] for run in runs):,.0f}" for key in ("seconds", "megabytes")]
             lines.append([name, title, runs[0]["trained"], runs[0]["rate"], str(len(runs)), *scores, *costs])
-    head = ["set", "trained", "parameters", "learning rate", "seeds", "balanced accuracy", "tail third",
+    head = ["set", "variant", "trained parameters", "learning rate", "seeds", "balanced accuracy", "minus the default",
+            "tail third",
             "seconds of one core", "peak memory, MB"]  # fmt: skip
     return format_markdown(head, lines)
 
