@@ -1,4 +1,4 @@
-"""Laws of the two experiments on the closed form: their remedies are what they are called, their tables say what runs hold."""
+"""Laws of the experiments beside compare.py: remedies are what they are called, tables say what the runs hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import refit_table
 import torch
+import variants_table
 from comparison import pack_rows
 
 
@@ -70,3 +71,18 @@ def test_the_table_of_growing_averages_draws_then_seeds(tmp_path):
         (tmp_path / "runs" / f"{seed}.json").write_text(json.dumps(record))
     row = "| clinc150 | 0.2 | 5 | **extend** | 2 | 80.0 ± 0.0 | 20.0 ± 0.0 | 40.0 ± 0.0 | 60.0 ± 0.0 | 3 |"
     assert row in grow_table.make_table(tmp_path)
+
+
+def test_the_table_of_variants_has_their_paired_distance_from_the_default(tmp_path):
+    scores = {("default", 0): 0.8, ("default", 1): 0.6, ("once", 0): 0.7, ("once", 1): 0.4, ("once", 2): 0.9}
+    for (variant, seed), score in scores.items():
+        record = {"set": "clinc150", "variant": variant, "seed": seed, "trained": "9", "rate": "1e-3", "seconds": 60.0}
+        record |= {"megabytes": 1500.0, "balanced_accuracy": score, "tail_third": score / 2}
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"{variant}-{seed}.json").write_text(json.dumps(record))
+    lines = variants_table.make_table(tmp_path).splitlines()
+    assert lines[2] == "| clinc150 | **the default** | 9 | 1e-3 | 2 | 70.0 ± 14.1 | - | 35.0 ± 7.1 | 60 | 1,500 |"
+    assert (
+        lines[3].startswith("| clinc150 | aligned once | 9 | 1e-3 | 3 | 66.7 ± 25.2 | -15.0 ± 7.1 | ")
+        and len(lines) == 4
+    )
