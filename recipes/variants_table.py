@@ -43,6 +43,8 @@ VARIANTS = {
     "means": ("frame of class means", "--frame means"),
     "vertices": ("dot regression on vertices for the loss", "--loss dot_regression"),
     "adjusted": ("logit adjustment for the loss (not of the family)", "--loss logit_adjusted"),
+    "sqrt": ("rows of rare classes drawn oftener (root sampling)", "--sampler sqrt"),
+    "balanced": ("classes drawn alike", "--sampler balanced"),
     "lora": ("LoRA of rank 8 in all linear layers", f"--peft {ADAPTERS / 'lora_rank8.json'}"),
     "mlp": ("LoRA of rank 16 in the MLPs", f"--peft {ADAPTERS / 'mlp.json'}"),
     "biases": ("biases and norms alone", "--freeze ^(?!.*(bias|[nN]orm))"),
