@@ -34,17 +34,8 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
     freed = [path for path, head in heads.items() if head.is_fixed and head.weight.requires_grad]
     for head in heads.values():
         head.fix()
-    if freeze != "none":
-        kept = {*new_weights(model).values()}.union(*(head.parameters() for head in heads.values()))
-        backbone = {name: parameter for name, parameter in model.named_parameters() if parameter not in kept}
-        frozen = [name for name in backbone if freeze == "backbone" or re.search(freeze, name)]
-        if not frozen:
-            raise ValueError(
-                f"`freeze` (={freeze!r}) is found in none of the {len(backbone)} names of the backbone's parameters, such as "
-                f"{', '.join(list(backbone)[-3:])}: set it to 'none', 'backbone' or a regular expression of their names."
-            )
-        for name in frozen:
-            backbone[name].requires_grad_(False)
+    for parameter in frozen_parameters(model, freeze):
+        parameter.requires_grad_(False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained and steps > 0:
         raise ValueError(
@@ -58,6 +49,21 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
                 "model with dtype=torch.float32 and set bf16=True."
             )
     return freed
+
+
+def frozen_parameters(model: nn.Module, freeze: str) -> set[nn.Parameter]:
+    """Return the parameters of the backbone that ``freeze`` names, as in ``fix_parameters``."""
+    if freeze == "none":
+        return set()
+    kept = {*new_weights(model).values()}.union(*(head.parameters() for head in head_modules(model).values()))
+    backbone = {name: parameter for name, parameter in model.named_parameters() if parameter not in kept}
+    frozen = {parameter for name, parameter in backbone.items() if freeze == "backbone" or re.search(freeze, name)}
+    if not frozen:
+        raise ValueError(
+            f"`freeze` (={freeze!r}) is found in none of the {len(backbone)} names of the backbone's parameters, such as "
+            f"{', '.join(list(backbone)[-3:])}: set it to 'none', 'backbone' or a regular expression of their names."
+        )
+    return frozen
 
 
 def require_embeddings(model: nn.Module, alpha: float | None) -> None:

@@ -195,8 +195,9 @@ class ETFTrainer(AligningTrainer):
             rows = 0 if self.train_labels is None else len(self.train_labels)
             epochs, steps_in_epoch = args.num_train_epochs, math.ceil(rows / self.get_total_train_batch_size(args))
             steps = args.max_steps if args.max_steps > 0 else math.ceil(cast(float, epochs) * steps_in_epoch)
-            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-            self._chosen_rate = args.learning_rate = choose_rate(steps, trained)
+            frozen = parameters.frozen_parameters(self.model, args.freeze)
+            trained = [part.numel() for part in self.model.parameters() if part.requires_grad and part not in frozen]
+            self._chosen_rate = args.learning_rate = choose_rate(steps, sum(trained))
         self.model.without_dropout = args.dropout == "off"
         self.realignment = self._resolve_realignment()
         self._training_logits.leaves_out, self._training_logits.notes = args.leave_one_out, self.realignment == "steps"

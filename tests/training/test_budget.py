@@ -51,6 +51,14 @@ def test_what_is_named_stays(tmp_path, monkeypatch, named, expected):
     assert [args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate] == expected
 
 
+def test_the_rate_follows_what_is_left_to_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "SIZE", 3136)
+    whole, part = (
+        make_trainer(tmp_path, freeze=freeze, **FREE | {"max_steps": 600}).args for freeze in ("none", r"^(?!.*bias)")
+    )
+    assert whole.learning_rate == 1e-4 < part.learning_rate <= budget.HIGHEST_RATE
+
+
 def test_arguments_that_name_nothing_serve_several_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "SIZE", 3136)
     args = ETFTrainingArguments(str(tmp_path), eval_strategy="no")
