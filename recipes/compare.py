@@ -46,6 +46,7 @@ from compare_arguments import LISTS, by_name, chosen_methods, claim, public_laun
 from compare_methods import METHODS
 from compare_runs import Run, final_runs, read_run, tuning_runs, validation_score
 from compare_table import (
+    at_edges,
     caption,
     collapse_table,
     command,
@@ -138,10 +139,7 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
             for run, found in finish_all(unfinished, options, children):
                 done += 1
                 left, seconds = tuned + tested - done, found["seconds"]
-                scores = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
-                if run.stage == "final":
-                    scores += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
-                print(f"[{done}/{tuned + tested}] {run}: {scores}; {duration(seconds)}", flush=True)
+                print(f"[{done}/{tuned + tested}] {run}: {outcome(found)}; {duration(seconds)}", flush=True)
                 if left and not timed and not found["resumed"]:
                     print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
                     timed = True
@@ -153,6 +151,14 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
                 tuned = now
     with suppress(OSError):  # there is none, or it holds kept models
         (options.results / "scratch").rmdir()
+
+
+def outcome(found: Mapping[str, Any]) -> str:
+    """Return the scores of a run in words."""
+    scores = f"balanced accuracy {tables.percent(validation_score(found))} in validation"
+    if found["stage"] == "final":
+        scores += f", {tables.percent(found['all_results']['test_balanced_accuracy'])} in test"
+    return scores
 
 
 def finish_all(
@@ -288,14 +294,11 @@ def environment() -> dict[str, Any]:
 def leave_table(options: argparse.Namespace) -> None:
     """Print the tables of the finished methods, and write them as Markdown and JSON."""
     finished, unfinished, validated = [], [], []
-    edges = []
     for method in chosen_methods(options):
         both = ([read_run(run, options) for run in runs(method, options)] for runs in (tuning_runs, final_runs))
         tuned, final = ([found for found in runs if found is not None] for runs in both)
         if tuned and len(tuned) == len(tuning_runs(method, options)):
             validated.append((method, tuned))
-            rates, best = {run["learning_rate"] for run in tuned}, tuned[comparison.best_of(tuned)]["learning_rate"]
-            edges += [method.name] if comparison.rate_beyond(sorted(rates), best) is not None else []
         if options.tuning_only or len(final) < len(options.seeds):
             unfinished.append(method.name)
             continue
@@ -318,17 +321,17 @@ def leave_table(options: argparse.Namespace) -> None:
     made_by = command(results, lists, options.flags, public_launcher(options))
     first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
     versions = versions_of([run for _, runs in validated for run in runs])
-    table = validation_table(validated, options.seeds[0], first, versions, edges)
+    table = validation_table(validated, options.seeds[0], first, versions)
     (options.results / "validation.md").write_text(table, encoding="utf-8")
     if not finished:
-        print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'), edges)}")
+        print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'))}")
         scores = {method.name: validation_score(runs[comparison.best_of(runs)]) for method, runs in validated}
         print(f"\n{training_command(max(scores, key=scores.__getitem__), options)}")
         return
     summary = comparison.summarize(finished, np.unique(labels, return_inverse=True)[1])
     summary |= {
         "unfinished": unfinished,
-        "edges": edges,
+        "edges": at_edges(validated),
         "versions": versions_of([run for method in finished for run in method["runs"]]),
     }
     below = caption(summary, lists, made_by)

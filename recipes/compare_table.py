@@ -35,22 +35,24 @@ def terminal_scores(summary: Mapping[str, Any], file: str) -> str:
         notes.append(f"Methods are not ranked: {summary['not_ranked']}.")
     if summary["unfinished"]:
         notes.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
-    notes += told_edges(summary["edges"])
+    notes += edge_note(summary["edges"])
     return _columns(lines, (24, 19, 29, 14, 14), notes)
 
 
-def told_edges(edges: Sequence[str]) -> list[str]:
-    """Say whose best rate is an outermost one of those tried, so that a better one may lie beyond."""
-    return (
-        [f"The best rate is the lowest or highest tried for {', '.join(edges)}: --widen 2 tries further."]
-        if edges
-        else []
-    )
+def at_edges(methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """Return the methods whose best rate is an outermost one of those tried, so that a better one may lie beyond."""
+    rates = {method.name: [run["learning_rate"] for run in runs] for method, runs in methods}
+    best = {method.name: runs[comparison.best_of(runs)]["learning_rate"] for method, runs in methods}
+    return [name for name in rates if comparison.rate_beyond(sorted({*rates[name]}), best[name]) is not None]
 
 
-def terminal_validation(
-    methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]], file: str, edges: Sequence[str]
-) -> str:
+def edge_note(names: Sequence[str]) -> list[str]:
+    """Format what ``at_edges`` returns; no line without names."""
+    note = f"The best rate is the lowest or highest tried for {', '.join(names)}: --widen 2 tries further."
+    return [note] if names else []
+
+
+def terminal_validation(methods: Sequence[tuple[Method, Sequence[Mapping[str, Any]]]], file: str) -> str:
     """Format the best validation score of each method, and the rates that gave it."""
     lines = [("method", "validation", "learning rate", "of the head")]
     for method, runs in methods:
@@ -59,7 +61,7 @@ def terminal_validation(
         score = tables.percent(best["all_results"]["eval_balanced_accuracy"])
         lines.append((method.name, score, number(best["learning_rate"]), head))
     note = f"Balanced accuracy of validation rows, per cent, at the best rates. One seed ranks nothing. At each rate: {file}."
-    return _columns(lines, (24, 14, 17, 15), [note, *told_edges(edges)])
+    return _columns(lines, (24, 14, 17, 15), [note, *edge_note(at_edges(methods))])
 
 
 def _columns(lines: Sequence[Sequence[str]], widths: Sequence[int], notes: Sequence[str]) -> str:
@@ -128,7 +130,6 @@ def validation_table(
     seed: int,
     made_by: str,
     versions: Mapping[str, Sequence[str]],
-    edges: Sequence[str],
 ) -> str:
     """Format what the rates were chosen by: each method's validation score at each rate, for one seed."""
     cells = []
@@ -144,7 +145,7 @@ def validation_table(
         "nothing; the test rows were not touched for it."
     )
     table = format_markdown(["method", "kind", "flags", "best validation", "at", "at each rate"], cells)
-    return "\n\n".join([table, made_by, below, *told_edges(edges), environment(versions)]) + "\n"
+    return "\n\n".join([table, made_by, below, *edge_note(at_edges(methods)), environment(versions)]) + "\n"
 
 
 def command(
@@ -198,7 +199,7 @@ def caption(summary: Mapping[str, Any], lists: Mapping[str, Sequence[Any]], made
         parts.append(f"Epochs to {target}, {comparison.REFERENCE}'s last validation balanced accuracy.")
     if summary["unfinished"]:
         parts.append(f"Not finished and left out: {', '.join(summary['unfinished'])}.")
-    parts += told_edges(summary["edges"])
+    parts += edge_note(summary["edges"])
     parts.append(environment(summary["versions"]))
     return "\n\n".join(parts)
 
