@@ -10,8 +10,9 @@ All other flags go to recipes/finetune.py in every run; `--rows` names the metho
 run at every rate with the first seed, without the test split; then, at the rates of the least validation log loss, with
 every seed, and the test split is scored once. Where a method's best rate is the lowest or the highest, the tables say so, and
 `--widen 2` tries up to two more in that direction. The same command continues after any stop: a finished run is one small file
-in `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. More methods, seeds or rates may be
-added later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
+in `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. Runs that train the same train once:
+the first seed at a method's best rate, and a method with the same one refitted. More methods, seeds or rates may be added
+later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
 `--tuning_only` stops there, before any run sees the test split. What is printed ends with the command that trains the method of
 the best validation score.
 """
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ import comparison
 import numpy as np
 from compare_arguments import LISTS, by_name, chosen_methods, claim, public_launcher, read_arguments, read_json
 from compare_methods import METHODS
-from compare_runs import Run, final_runs, read_run, tuning_runs, validation_score
+from compare_runs import Run, final_runs, read_run, spent_trainings, tuning_runs, validation_score
 from compare_table import (
     at_edges,
     caption,
@@ -73,6 +74,7 @@ class Children:
         self._running: set[subprocess.Popen[str]] = set()
         self._starting = threading.Lock()
         self.alone = threading.Lock()  # for what all runs share
+        self.trainings: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by name
 
     def launch(self, command: Sequence[str]) -> tuple[int, list[str]]:
         """Run a command to its end; return its exit code and last lines of output."""
@@ -132,16 +134,18 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
     )
     print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
     timed = False
+    remove_spent(options)  # of a comparison that ended before it did so
     for runs in stages:
         while unfinished := [
             run for method in methods for run in runs(method, options) if read_run(run, options) is None
         ]:
             for run, found in finish_all(unfinished, options, children):
                 done += 1
+                remove_spent(options)
                 left, seconds = tuned + tested - done, found["seconds"]
                 print(f"[{done}/{tuned + tested}] {run}: {outcome(found)}; {duration(seconds)}", flush=True)
                 if left and not timed and not found["resumed"]:
-                    print(f"{left} runs to go, about {duration(seconds * left / options.jobs)}", flush=True)
+                    print(f"{left} runs to go, at most about {duration(seconds * left / options.jobs)}", flush=True)
                     timed = True
             if (now := count_tuning()) > tuned:
                 print(
@@ -196,14 +200,24 @@ def finish_all(
 
 
 def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[str, Any]:
-    """Do one run; keep its record as one small file and remove the rest."""
-    folder = options.results / "scratch" / run.name
+    """Do one run, and keep its record as one small file."""
+    with children.alone:
+        training = children.trainings[run.training]
+    with training:
+        return finish_alone(run, options, children)
+
+
+def finish_alone(run: Run, options: argparse.Namespace, children: Children) -> dict[str, Any]:
+    """Do one run, while no other trains the same; where one has trained it before, its last checkpoint is the trained model."""
+    folder = options.results / "scratch" / (run.name if options.keep_models else run.training)
     resumed = has_checkpoint(folder)
+    whole = folder.with_name(f"{folder.name}.json")  # of a training that came to its end
+    trained = read_json(whole) if resumed and whole.is_file() else None
     begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
     start = time.monotonic()
     program = [*(shlex.split(options.launcher) if options.launcher else [sys.executable]), str(FINETUNE)]
     code, lines = children.launch([*program, *options.passed, *run.flags, "--output_dir", str(folder), *begin])
-    failed = folder.with_name(f"{run.name}.log")
+    failed = options.results / "scratch" / f"{run.name}.log"
     if code != 0:
         raise ChildProcessError(why_it_failed(run, code, lines, failed))
     failed.unlink(missing_ok=True)
@@ -211,15 +225,21 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
     scored = [entry for entry in log if entry.get("eval_balanced_accuracy") is not None]
     with children.alone:
         versions = environment()
+    results = read_json(folder / run_folder.RESULTS_FILE)
+    if trained is None:
+        times = {name: value for name, value in results.items() if name.startswith("train_")}
+        trained = {"resumed": resumed, "times": times}
+        if not options.keep_models:
+            run_folder.write_json(whole, trained)
     found = {
         "row": run.method.name,
         **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},
         "flags": options.flags | by_name(run.flags),
-        "all_results": read_json(folder / run_folder.RESULTS_FILE),
+        "all_results": results | trained["times"],
         "history": [[entry["epoch"], entry["eval_balanced_accuracy"]] for entry in scored],
         "collapse": last_collapse(log),
         "seconds": time.monotonic() - start,
-        "resumed": resumed,  # its times are then those of the last part alone
+        "resumed": trained["resumed"],  # its times are then those of the last part alone
         "jobs": options.jobs,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": versions,
@@ -230,9 +250,15 @@ def finish(run: Run, options: argparse.Namespace, children: Children) -> dict[st
         with children.alone:
             found |= test_rows(run, folder, options.results)
     run_folder.write_json(options.results / "runs" / f"{run.name}.json", found)
-    if not options.keep_models:
-        shutil.rmtree(folder)
     return found
+
+
+def remove_spent(options: argparse.Namespace) -> None:
+    """Remove the trained models from which no run will go on."""
+    for name in set() if options.keep_models else spent_trainings(options):
+        folder = options.results / "scratch" / name
+        folder.with_name(f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def why_it_failed(run: Run, code: int, lines: Sequence[str], file: Path) -> str:

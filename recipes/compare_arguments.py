@@ -47,7 +47,7 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     )
     add("--jobs", type=int, default=1, help="Runs at once, for a device or many cores that hold several. %(default)s")
     add("--launcher", help='What runs finetune.py, such as "accelerate launch"; python if not given.')
-    add("--keep_models", action="store_true", help="Keep the folders of the runs, in scratch/.")
+    add("--keep_models", action="store_true", help="Keep each run's folder, in scratch/; each trains anew.")
     add("--tuning_only", action="store_true", help="Choose the rates, and leave the test split alone.")
     add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
     end = argv.index("--") if "--" in argv else len(argv)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comparison
-from compare_arguments import by_name, read_json
+from compare_arguments import by_name, chosen_methods, read_json
 from compare_methods import Method
 from compare_table import number
+
+AFTER_TRAINING = ("final_frame",)
+"""Flags of what is done to a trained model; as is scoring the test split."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Run:
         if self.learning_rate is not None and self.head_rate is not None:
             flags += ["--head_learning_rate", number(self.head_rate * self.learning_rate)]
         return flags
+
+    @property
+    def training(self) -> str:
+        """Name of what it trains: runs that differ in what comes after training alone have the same."""
+        flags = by_name(self.settings)
+        return "-".join(f"{name}_{value}" for name, value in flags.items() if name not in AFTER_TRAINING)
 
     @property
     def flags(self) -> list[str]:
@@ -76,6 +85,18 @@ def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
     if len(found) < len(runs):
         return []
     return [replace(runs[comparison.best_of(found)], stage="final", seed=seed) for seed in options.seeds]
+
+
+def spent_trainings(options: argparse.Namespace) -> set[str]:
+    """Return the trainings of finished runs from which no other run will go on: while a method is tuned, one may from each."""
+    finished, wanted = set(), set()
+    for method in chosen_methods(options):
+        tuning = tuning_runs(method, options)
+        final = [] if options.tuning_only else final_runs(method, options)  # none before its tuning is finished
+        pending = {run for run in (*tuning, *final) if read_run(run, options) is None}
+        finished |= {run.training for run in {*tuning, *final} - pending}
+        wanted |= {run.training for run in (pending if final or options.tuning_only else tuning)}
+    return finished - wanted
 
 
 def read_run(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
