@@ -132,7 +132,9 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
     done = sum(
         read_run(run, options) is not None for runs in stages for method in methods for run in runs(method, options)
     )
-    print(f"{tuned + tested} runs: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True)
+    print(
+        f"{counted(tuned + tested)}: {tuned} to choose rates, {tested} with the test split; {done} finished", flush=True
+    )
     timed = False
     remove_spent(options)  # of a comparison that ended before it did so
     for runs in stages:
@@ -145,11 +147,11 @@ def run_all(options: argparse.Namespace, children: Children) -> None:
                 left, seconds = tuned + tested - done, found["seconds"]
                 print(f"[{done}/{tuned + tested}] {run}: {outcome(found)}; {duration(seconds)}", flush=True)
                 if left and not timed and not found["resumed"]:
-                    print(f"{left} runs to go, at most about {duration(seconds * left / options.jobs)}", flush=True)
+                    print(f"{counted(left)} to go, at most about {duration(seconds * left / options.jobs)}", flush=True)
                     timed = True
             if (now := count_tuning()) > tuned:
                 print(
-                    f"{now - tuned} runs more: the best rate of a method is the lowest or highest of its own",
+                    f"{counted(now - tuned)} more: the best rate of a method is the lowest or highest of its own",
                     flush=True,
                 )
                 tuned = now
@@ -401,6 +403,11 @@ def alone_in(folder: Path) -> Iterator[Children]:
         yield Children(lock)
     finally:
         os.close(lock)
+
+
+def counted(runs: int) -> str:
+    """Write a number of runs."""
+    return f"{runs} run{'' if runs == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

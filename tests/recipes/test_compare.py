@@ -329,7 +329,7 @@ def test_a_method_on_the_digits(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert (
         said.startswith("2 runs: 1 to choose rates, 1 with the test split; 0 finished")
-        and "1 runs to go, at most about" in said
+        and "1 run to go, at most about" in said
     )
     labels = np.array(json.loads(Path("r/test_labels.json").read_text())["labels"])
     for file in Path("r/runs").glob("*-final-*.json"):
