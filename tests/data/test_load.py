@@ -299,6 +299,7 @@ def large_table(label):
     return pa.table({"text": pa.chunked_array([texts] * chunks), "label": pa.chunked_array([labels] * chunks)})
 
 
+@pytest.mark.slow
 def test_no_step_joins_the_texts_of_a_split(monkeypatch):
     monkeypatch.setattr(load, "open_data_set", lambda *_, **__: Source("files", {"train": rows, "test": rows}))
     rows = Dataset(InMemoryTable(large_table(lambda row: f"{row % 4}{'y' * 2**20}")), fingerprint="large")

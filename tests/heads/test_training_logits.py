@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from slow_cases import rest_slow
 from small_run import make_model, make_trainer, weights
 
 from etf_adapt.geometry.closed_form import closed_form_vectors
@@ -150,7 +151,7 @@ class TestTrainer:
         torch.testing.assert_close(head.weight.double(), form.scale * weight, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("chooses", [False, True])
-    @pytest.mark.parametrize("sampler", ["instance", "balanced"])
+    @pytest.mark.parametrize("sampler", rest_slow(["instance", "balanced"], fast=1))
     def test_passes_read_a_part_where_steps_read_the_rest(self, tmp_path, monkeypatch, sampler, chooses):
         monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
         read = []

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import HfApi, close_session, get_session
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from slow_cases import rest_slow
 from small_card import card_facts
 
 from etf_adapt import extend, refit
@@ -359,7 +360,7 @@ def test_the_card_of_a_run_names_the_model_as_the_hub_does(hub, run_folder):
     assert {"class_counts.png", "recalls.png"} <= hub.pushed("me/net")[-1].changed
 
 
-@pytest.mark.parametrize("is_run", [True, False])
+@pytest.mark.parametrize("is_run", rest_slow([True, False], fast=1))
 def test_statistics_go_out_where_asked_for_and_the_card_says_so(hub, run_folder, is_run):
     if not is_run:
         (run_folder / "card.json").unlink()

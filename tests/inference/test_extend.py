@@ -6,6 +6,7 @@ import pytest
 import small_texts
 import timm
 import torch
+from slow_cases import rest_slow
 from small_run import make_trainer
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
@@ -123,7 +124,10 @@ def test_the_command_adds_a_table_of_a_few_rows(place, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("settings", "keeps"),
-    [({}, True), ({"keep_statistics": False}, False), ({"realign": "never"}, False), ({"frame": "random"}, False)],
+    rest_slow(
+        [({}, True), ({"realign": "never"}, False), ({"keep_statistics": False}, False), ({"frame": "random"}, False)],
+        fast=2,
+    ),
 )
 def test_a_finished_run_keeps_the_statistics_of_its_final_features(tmp_path, settings, keeps):
     trainer = make_trainer(tmp_path, num_train_epochs=1, **settings)
@@ -134,7 +138,7 @@ def test_a_finished_run_keeps_the_statistics_of_its_final_features(tmp_path, set
 
 
 @pytest.mark.parametrize("has_validation", [True, False])
-@pytest.mark.parametrize("frame", ["whitened", "means"])
+@pytest.mark.parametrize("frame", rest_slow(["whitened", "means"], fast=1))
 def test_statistics_of_a_run_give_the_calibrated_head_that_it_saves(tmp_path, frame, has_validation):
     settings = {} if has_validation else {"eval_strategy": "no", "load_best_model_at_end": False}
     trainer = make_trainer(tmp_path, num_train_epochs=1, frame=frame, **settings)

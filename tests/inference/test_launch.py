@@ -109,6 +109,7 @@ if keep_freed_memory():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux to read the memory of a process")
 def test_freed_memory_is_kept_until_it_is_given_back():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import approx_fprime
+from slow_cases import rest_slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etf_adapt.losses.terms import log_prior
@@ -56,7 +57,9 @@ def test_a_factor_and_a_prior_in_the_logits_are_undone(factor, strength):
     assert fit_logit_scale(logits / factor, labels) == pytest.approx(factor, rel=0.05)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3, 18, 68, 89, 91])  # the last five have defeated Newton's steps
+@pytest.mark.parametrize(
+    "seed", rest_slow([0, 3, 91, 1, 18, 68, 89], fast=3)
+)  # all but 0 and 1 have defeated Newton's steps
 def test_the_fit_beats_a_fine_grid_wherever_the_minimum_lies(seed):
     rows = hard_rows(seed)
     factors, strengths = 2.0 ** np.arange(-6, 10.1, 0.25), np.arange(0, 8, 0.25)

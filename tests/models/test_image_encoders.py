@@ -12,6 +12,7 @@ import pytest
 import torch
 from export_onnx import export_onnx
 from PIL import Image
+from slow_cases import rest_slow
 from transformers import (
     AutoModel,
     BertConfig,
@@ -73,7 +74,7 @@ def test_the_feature_is_the_pooled_output(kind, tmp_path):
     assert torch.equal(model(images()).logits, head_modules(model)["classifier"](expected))
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", rest_slow(ENCODERS, fast=2))
 @pytest.mark.parametrize("head", ["etf", "cosine"])
 def test_a_folder_comes_back_and_so_does_a_checkpoint(kind, head, tmp_path):
     model = load(save_encoder(tmp_path / "encoder", kind), id2label=NAMES, head=head)

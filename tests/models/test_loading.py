@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save
+from slow_cases import rest_slow
 from small_models import LABELS, batch, finished, logits, save_tokenizer
 from timm.models import save_for_hf
 from transformers import (
@@ -149,7 +150,7 @@ def two_revisions(hub, online, tmp_path, monkeypatch):
     return folders
 
 
-@pytest.mark.parametrize("name", ["me/vit", TIMM])
+@pytest.mark.parametrize("name", rest_slow(["me/vit", TIMM], fast=1))
 def test_a_revision_of_a_model_is_the_one_that_is_read_also_offline(hub, two_revisions, name, monkeypatch):
     images = load_data("digits").test["image"][:3]
     for revision in (None, "v2"):

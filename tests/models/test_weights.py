@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from slow_cases import rest_slow
 from small_models import batch, logits, stock_vit, the_head
 
 from etf_adapt.models.auto import ETFForImageClassification
@@ -31,7 +32,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    ("form", "num_classes"), [*((form, 7) for form in FORMS), *(("weights.safetensors", count) for count in (3, 0))]
+    ("form", "num_classes"),
+    rest_slow([("weights.safetensors", count) for count in (3, 0)] + [(form, 7) for form in FORMS], fast=3),
 )
 def test_the_backbone_is_that_of_the_file_and_the_head_is_new(form, num_classes, tmp_path, caplog):
     model = stock(num_classes)

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Features, Value
 from PIL import Image
+from slow_cases import rest_slow
 
 from etf_adapt import errors
 from etf_adapt.commands.main import main
@@ -203,7 +204,7 @@ def test_what_only_the_libraries_can_tell_is_told_before_training(name, tmp_path
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", rest_slow(["test", "validation"], fast=1))
 def test_a_damaged_image_costs_the_scores_of_its_split_and_not_the_training(split, tmp_path, capsys):
     noise = Image.effect_noise((32, 32), 50)
     for name in ("train", "validation", "test"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from export_onnx import example_inputs, export_onnx
+from slow_cases import rest_slow
 from small_run import make_model
 from transformers import (
     BertConfig,
@@ -123,7 +124,7 @@ def test_inputs_are_made_up_that_the_model_takes(name, tmp_path):
     assert model(**batch).logits.shape == (4, 3)
 
 
-@pytest.mark.parametrize("name", ["timm cnn", "bert", "mean of tokens"])
+@pytest.mark.parametrize("name", rest_slow(["bert", "timm cnn", "mean of tokens"], fast=1))
 def test_torch_exports_it_with_a_free_batch_size(name, tmp_path):
     model = MODELS[name](tmp_path).eval()
     batch = example_inputs(model)

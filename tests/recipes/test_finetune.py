@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from slow_cases import rest_slow
 from transformers import (
     AutoModelForImageClassification,
     DINOv3ViTConfig,
@@ -196,20 +197,31 @@ BEFORE_TAIL = ["--validation_before_long_tail", "--imbalance_factor", "5"]
 
 @pytest.mark.parametrize(
     ("flags", "loss"),
-    [
-        (["--head", "linear", "--pretrained", "false", *BEFORE_TAIL], {"name": "cross_entropy"}),
-        (["--head", "cosine", "--evaluate_test", "false"], {"name": "logit_adjusted"}),
-        (["--paper"], {"name": "dot_regression"}),
-        (
-            ["--head", "linear", "--loss", "focal", "--class_weights", "balanced"],
-            {"name": "focal", "class_weights": "balanced"},
-        ),
-        (["--loss", "logit_adjusted", "--sampler", "sqrt", "--head_trainable"], {"name": "logit_adjusted"}),
-        (
-            ["--validation_fraction", "0", "--image_size", "40", "--no_augment", "--loss_options", json.dumps(MARGIN)],
-            {"name": "margin_dot_regression", **MARGIN},
-        ),
-    ],
+    rest_slow(
+        [
+            (["--head", "linear", "--pretrained", "false", *BEFORE_TAIL], {"name": "cross_entropy"}),
+            (["--head", "cosine", "--evaluate_test", "false"], {"name": "logit_adjusted"}),
+            (["--paper"], {"name": "dot_regression"}),
+            (
+                ["--head", "linear", "--loss", "focal", "--class_weights", "balanced"],
+                {"name": "focal", "class_weights": "balanced"},
+            ),
+            (["--loss", "logit_adjusted", "--sampler", "sqrt", "--head_trainable"], {"name": "logit_adjusted"}),
+            (
+                [
+                    "--validation_fraction",
+                    "0",
+                    "--image_size",
+                    "40",
+                    "--no_augment",
+                    "--loss_options",
+                    json.dumps(MARGIN),
+                ],
+                {"name": "margin_dot_regression", **MARGIN},
+            ),
+        ],
+        fast=3,
+    ),
     ids=["linear", "cosine", "paper", "focal", "etf trained", "etf with options"],
 )
 def test_every_head_runs_to_a_stock_folder(flags, loss, tmp_path, no_plots, monkeypatch):

@@ -10,6 +10,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from slow_cases import rest_slow
 from small_card import HOSTILE_NAMES, card_facts
 
 from etf_adapt.results.card import CARD_FILES, escape_markdown, is_edited, make_card, read_facts, write_card
@@ -144,7 +145,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", rest_slow(EDITS, fast=3))
 def test_an_edited_card_is_never_overwritten_and_the_new_one_stands_beside_it(tmp_path, caplog, name):
     file = write_card(tmp_path, card_facts())
     assert not is_edited(file)

@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from slow_cases import rest_slow
 from small_run import make_model, make_trainer, same, weights
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
@@ -100,7 +101,7 @@ def plain(tmp_path_factory):
     return weights(trained(tmp_path_factory.mktemp("plain")))
 
 
-@pytest.mark.parametrize("name", CHANGES_WEIGHTS)
+@pytest.mark.parametrize("name", rest_slow(CHANGES_WEIGHTS, fast=8))
 def test_settings_of_training_reach_it(name, plain, tmp_path):
     assert not same(weights(trained(tmp_path, **{name: CHANGES_WEIGHTS[name]})), plain)
 

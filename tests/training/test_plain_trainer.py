@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import rest_slow
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -50,8 +51,7 @@ def mixtral(**head):
 
 
 MAKERS = {"vit": vit, "cnn": cnn, "bert": bert, "mixtral": mixtral}
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("mixtral", "etf"), ("vit", "cosine"))]
-HEADS = [("vit", "etf"), ("cnn", "etf"), ("bert", "etf"), ("vit", "paper"), *SLOW]
+HEADS = [("cnn", "etf"), ("vit", "paper"), ("vit", "etf"), ("bert", "etf"), ("mixtral", "etf"), ("vit", "cosine")]
 
 
 def rows(name, seed=0):
@@ -111,7 +111,7 @@ def logits(model, name):
     return model.eval()(**{key: torch.stack([row[key] for row in inputs])}).logits
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "mixtral"])
+@pytest.mark.parametrize("name", rest_slow(["vit", "bert", "mixtral"], fast=1))
 def test_accumulated_batches_are_one_big_batch(name, tmp_path):
     results = []
     for size, steps in ((8, 1), (2, 4)):
@@ -132,7 +132,7 @@ def test_accumulated_batches_are_one_big_batch(name, tmp_path):
         torch.testing.assert_close(results[1][key], tensor, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize(("name", "head"), HEADS)
+@pytest.mark.parametrize(("name", "head"), rest_slow(HEADS, fast=2))
 def test_a_run_resumed_in_mid_epoch_ends_as_the_uninterrupted_one(name, head, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2}
     model = MAKERS[name](head=head)
@@ -164,7 +164,7 @@ class Record(TrainerCallback):
         model.train(training)
 
 
-@pytest.mark.parametrize(("name", "head"), HEADS)
+@pytest.mark.parametrize(("name", "head"), rest_slow(HEADS, fast=2))
 def test_the_best_checkpoint_comes_back_exactly(name, head, tmp_path):
     scores = iter([0.1, 0.9, 0.2, 0.3])
     record = Record(name)
@@ -237,7 +237,7 @@ def test_a_run_resumes_from_a_sharded_checkpoint(tmp_path, monkeypatch):
     assert same(train(resumed, resume_from_checkpoint=str(checkpoint)), final)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", rest_slow(MAKERS, fast=2))
 def test_a_checkpoint_that_lacks_weights_is_not_trained_on(name, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     train(make_trainer(MAKERS[name](), name, tmp_path, **settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from slow_cases import rest_slow
 from small_run import make_model, make_trainer, same, weights
 from transformers import TrainerCallback
 
@@ -75,14 +76,7 @@ class Rates(TrainerCallback):
         self.used[state.global_step] = optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        "constant",
-        "cosine",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "constant_with_warmup")),
-    ],
-)
+@pytest.mark.parametrize("schedule", rest_slow(["cosine", "constant", "linear", "constant_with_warmup"], fast=1))
 def test_a_longer_run_follows_the_schedule_of_its_length_and_says_so(schedule, tmp_path, capsys):
     settings = {"lr_scheduler_type": schedule, "load_best_model_at_end": False, "realign": "epochs"}
     whole_rates, resumed_rates = Rates(), Rates()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slow_cases import rest_slow
 from small_run import make_trainer, same, weights
 from transformers import TrainerCallback
 
@@ -52,15 +53,18 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("strategy", "event", "count", "step"),
-    [
-        ("epochs", "on_step_begin", 2, 2),
-        ("epochs", "on_step_begin", 6, 6),  # its epoch ends: an evaluation is due
-        ("epochs", "on_prediction_step", 4, 12),  # in mid-evaluation
-        ("epochs", "on_evaluate", 3, 18),
-        ("steps", "on_step_begin", 15, 15),  # evaluated, the best so far, and no checkpoint due
-        ("steps", "on_prediction_step", 2, 3),
-        ("steps", "on_step_begin", 18, 18),
-    ],
+    rest_slow(
+        [
+            ("epochs", "on_step_begin", 6, 6),  # its epoch ends: an evaluation is due
+            ("epochs", "on_prediction_step", 4, 12),  # in mid-evaluation
+            ("steps", "on_step_begin", 15, 15),  # evaluated, the best so far, and no checkpoint due
+            ("epochs", "on_step_begin", 2, 2),
+            ("epochs", "on_evaluate", 3, 18),
+            ("steps", "on_prediction_step", 2, 3),
+            ("steps", "on_step_begin", 18, 18),
+        ],
+        fast=3,
+    ),
 )
 def test_a_run_that_was_asked_to_stop_ends_as_the_uninterrupted_one(tmp_path, whole, strategy, event, count, step):
     settings = SETTINGS | STRATEGIES[strategy]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from slow_cases import rest_slow
 from small_run import NoisyRows, make_model, make_trainer, run_program, same, weights
 from torch.utils.data import SequentialSampler
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -64,16 +65,19 @@ def test_one_seed_gives_one_result_and_another_seed_another(tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "accumulation", "mixup", "realign"),
-    [
-        (3, 1, 0.4, "epochs"),
-        (9, 1, 0.0, "epochs"),
-        (12, 1, 0.0, "epochs"),
-        (9, 2, 0.4, "epochs"),
-        (3, 1, 0.0, "steps"),
-        (9, 2, 0.0, "steps"),
-        (12, 1, 0.0, "steps"),
-        (9, 1, 0.4, "steps"),
-    ],
+    rest_slow(
+        [
+            (9, 2, 0.4, "epochs"),
+            (9, 2, 0.0, "steps"),
+            (12, 1, 0.0, "steps"),
+            (3, 1, 0.4, "epochs"),
+            (9, 1, 0.0, "epochs"),
+            (12, 1, 0.0, "epochs"),
+            (3, 1, 0.0, "steps"),
+            (9, 1, 0.4, "steps"),
+        ],
+        fast=3,
+    ),
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulation, mixup, realign):
     settings = {
@@ -104,7 +108,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, step, accumulatio
     assert resumed.state.best_global_step == whole.state.best_global_step
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "paper", "timm"])
+@pytest.mark.parametrize("kind", rest_slow(["timm", "paper", "linear", "cosine"], fast=2))
 def test_every_head_and_library_resumes_exactly(tmp_path, kind):
     settings = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no", "num_train_epochs": 2}
 
@@ -346,12 +350,15 @@ def test_without_epochs_the_head_is_aligned_only_and_the_run_says_so(tmp_path, c
 
 @pytest.mark.parametrize(
     ("realign", "unnoted", "changed"),
-    [
-        ("never", {}, []),
-        ("epochs", {}, [6, 12]),
-        ("steps", {}, [4, 6, 8, 12]),  # every four, and at the ends of epochs
-        ("steps", {"mixup": 0.2}, [6, 12]),  # what is read of mixed rows is that of none
-    ],
+    rest_slow(
+        [
+            ("steps", {}, [4, 6, 8, 12]),  # every four, and at the ends of epochs
+            ("steps", {"mixup": 0.2}, [6, 12]),  # what is read of mixed rows is that of none
+            ("never", {}, []),
+            ("epochs", {}, [6, 12]),
+        ],
+        fast=2,
+    ),
 )
 def test_the_head_changes_when_it_is_aligned_again(tmp_path, realign, unnoted, changed):
     class Watch(TrainerCallback):
