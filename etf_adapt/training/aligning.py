@@ -49,7 +49,8 @@ class AligningTrainer(EvaluatingTrainer):
     realignment = "never"  # "steps", "epochs" or "never": when a fixed head is aligned again in training
     _training_logits: TrainingLogits
     _realigned_at: int | None = None  # step
-    _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last alignment, with its step
+    _statistics: tuple[int, tuple[ClassStatistics, ...]] | None = None  # of the last pass over all rows, with its step
+    _read_again_at: int | None = None  # step of a pass over some, where `_training_logits` has the statistics
 
     @property
     def first_head(self) -> ClassifierHead:
@@ -75,7 +76,7 @@ class AligningTrainer(EvaluatingTrainer):
         self.alignment = {
             name: value for name, value in vars(result).items() if name not in ("rows_seen", "statistics")
         }
-        self._statistics = self.state.global_step, result.statistics
+        self._statistics, self._read_again_at = (self.state.global_step, result.statistics), None
         is_wanted = self.args.leave_one_out or self.realignment == "steps"
         seen = zip(self.heads.items(), result.rows_seen, strict=True)
         kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
@@ -117,7 +118,7 @@ class AligningTrainer(EvaluatingTrainer):
             rows.set_head(self.heads[path], self._form_of_training(rows.form))
         self._share_heads()
         self.alignment = {**self.alignment, "penalties": tuple(rows.form.penalty for rows in held.values())}
-        self._statistics = self.state.global_step, tuple(rows.statistics for rows in held.values())
+        self._read_again_at = self.state.global_step
 
     def _form_of_training(self, form: Form) -> Form:
         """Return the form of a head whose features see the training rows: leave-one-out scores say little of its penalty."""
@@ -162,6 +163,8 @@ class AligningTrainer(EvaluatingTrainer):
         is_closed_form = all(head.frame in MEAN_FRAMES and head.is_stock_layer for head in self.heads.values())
         if not is_closed_form or not self._has_whole_weights:
             return ()
+        if self._read_again_at == self.state.global_step:
+            return tuple(rows.statistics for rows in self._training_logits.rows.values())
         step, rows = self._statistics or (-1, ())
         if step == self.state.global_step:
             return rows
@@ -219,7 +222,7 @@ class AligningTrainer(EvaluatingTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_global_step != self.state.global_step:
-            self._statistics = self._evaluated = None
+            self._statistics = self._evaluated = self._read_again_at = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         for rows in self._training_logits.rows.values():
@@ -235,6 +238,7 @@ class AligningTrainer(EvaluatingTrainer):
             "alignment": self.alignment,
             "forms": rows.forms(),
             "realigned_at": self._realigned_at,
+            "read_again_at": self._read_again_at,
         }
         return state, rows.tensors()
 
@@ -243,7 +247,8 @@ class AligningTrainer(EvaluatingTrainer):
         self._training_logits.restore(tensors, state["forms"], self.args.device)
         for path, head in self.heads.items():
             head.frame = state["frames"][path]
-        self.alignment, self._realigned_at = state["alignment"] or {}, state["realigned_at"]
+        self.alignment = state["alignment"] or {}
+        self._realigned_at, self._read_again_at = state["realigned_at"], state.get("read_again_at")
 
     def _labels_of_evaluation(self) -> NDArray[np.int64] | None:
         with suppress(ValueError):  # a data set without labels

@@ -23,7 +23,7 @@ from etf_adapt.inference.held_out import score_features
 from etf_adapt.metrics.calibration import fit_balanced
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CARD_FILES, read_facts
-from etf_adapt.training import finishing
+from etf_adapt.training import aligning, finishing
 from etf_adapt.training.finishing import is_adjusted
 
 NAMES = {0: "ash", 1: "birch", 2: "cedar"}
@@ -177,6 +177,24 @@ def test_a_run_that_was_resumed_after_its_last_evaluation_ends_in_the_same_bits(
     assert ended[0][1] == ended[1][1]
     for name, tensor in ended[0][0].items():
         assert torch.equal(tensor, ended[1][0][name]), name
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_a_run_that_was_stopped_after_its_last_step_ends_in_the_same_bits(tmp_path, monkeypatch, chooses):
+    """Also where a pass reads some rows and training has read the others."""
+    monkeypatch.setattr(aligning, "MIN_READ_ROWS", 20)
+    settings = {"learning_rate": 1e-3, "eval_counts": (33, 20, 11), "load_best_model_at_end": chooses}
+    whole = trained(tmp_path, **settings)
+    assert (
+        len(whole.sampled_rows()) < len(whole.train_labels) and whole.state.best_global_step == whole.state.global_step
+    )
+    scores = whole.finish()
+    tensors = load_file(tmp_path / "model.safetensors")
+    resumed = make_trainer(tmp_path, model=make_model(id2label=NAMES), num_train_epochs=1, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.finish()["eval_loss"] == scores["eval_loss"]
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 @pytest.mark.parametrize("case", ["other rows", "earlier weights", "folder differs"])
