@@ -213,8 +213,8 @@ def finish_alone(run: Run, options: argparse.Namespace, children: Children) -> d
     """Do one run, while no other trains the same; where one has trained it before, its last checkpoint is the trained model."""
     folder = options.results / "scratch" / (run.name if options.keep_models else run.training)
     resumed = has_checkpoint(folder)
-    whole = folder.with_name(f"{folder.name}.json")  # of a training that came to its end
-    trained = read_json(whole) if resumed and whole.is_file() else None
+    trained_file = folder.with_name(f"{folder.name}.json")  # there once the training has come to its end
+    trained = read_json(trained_file) if resumed and trained_file.is_file() else None
     begin = ["--resume_from_checkpoint", "last"] if resumed else ["--overwrite_output_dir"]
     start = time.monotonic()
     program = [*(shlex.split(options.launcher) if options.launcher else [sys.executable]), str(FINETUNE)]
@@ -232,7 +232,7 @@ def finish_alone(run: Run, options: argparse.Namespace, children: Children) -> d
         times = {name: value for name, value in results.items() if name.startswith("train_")}
         trained = {"resumed": resumed, "times": times}
         if not options.keep_models:
-            run_folder.write_json(whole, trained)
+            run_folder.write_json(trained_file, trained)
     found = {
         "row": run.method.name,
         **{name: getattr(run, name) for name in ("stage", "learning_rate", "head_rate", "seed")},

@@ -13,7 +13,7 @@ from compare_methods import Method
 from compare_table import number
 
 AFTER_TRAINING = ("final_frame",)
-"""Flags of what is done to a trained model; as is scoring the test split."""
+"""Flags that act on the trained model alone."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def final_runs(method: Method, options: argparse.Namespace) -> list[Run]:
 
 
 def spent_trainings(options: argparse.Namespace) -> set[str]:
-    """Return the trainings of finished runs from which no other run will go on: while a method is tuned, one may from each."""
+    """Return the trainings of finished runs from which no run will go on; while a method is tuned, each may be the best."""
     finished, wanted = set(), set()
     for method in chosen_methods(options):
         tuning = tuning_runs(method, options)
