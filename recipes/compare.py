@@ -4,7 +4,7 @@ r"""Compare heads, losses and samplers on one data set: same backbone, budget an
     python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
         --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
     python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
-    python recipes/compare.py --results results/first --rows etf etf_share --tuning_only --dataset $DATA/clinc150
+    python recipes/compare.py --results results/first --rows etf cosine_la --tuning_only --dataset $DATA/clinc150
 
 All other flags go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
 run at every rate with the first seed, without the test split; then, at the rates of the least validation log loss, with

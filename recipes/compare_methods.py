@@ -64,11 +64,6 @@ UNTUNED = {
 }
 FAMILY = {
     "etf": ("ETF (default)", "--head etf"),
-    "etf_epochs": ("ETF, aligned after each epoch", "--head etf --realign epochs"),
-    "etf_dropout": ("ETF, with the backbone's dropout", "--head etf --dropout model"),
-    "etf_share": ("ETF, rows not left out", "--head etf --leave_one_out false"),
-    "etf_once": ("ETF, aligned once", "--head etf --realign never"),
-    "etf_means": ("ETF, class means", "--head etf --frame means"),
     "etf_dr": ("ETF, dot regression on vertices", "--head etf --loss dot_regression"),
     "paper": ("ETF, dot regression as published", "--paper"),
 }
