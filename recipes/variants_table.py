@@ -4,8 +4,8 @@ r"""What one change of the default does: a part of it exchanged, or fewer of the
     python recipes/variants_table.py --results recipes/results/variants --table_only     # of what is finished; runs nothing
 
 Batch, epochs and rate are those of the rule in `etf_adapt/training/budget.py`, which raises the rate where fewer parameters
-are trained. Scores are those of validation rows; test rows are not read. A finished run is one small file in `runs/`, and the
-same command goes on after any stop.
+are trained. In the same ways a cosine head is trained and, at the end, refitted. Scores are those of validation rows; test
+rows are not read. A finished run is one small file in `runs/`, and the same command goes on after any stop.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ SETS = {
     "--validation_before_long_tail true",
 }
 LAST_BLOCK = {"clinc150": r"embeddings|layer\.[0-4]\.", "cifar100": r"embed|cls_token|blocks\.([0-9]|10)\."}
+TRAINED = {  # less of the backbone
+    "lora": ("LoRA of rank 8 in all linear layers", f"--peft {ADAPTERS / 'lora_rank8.json'}"),
+    "mlp": ("LoRA of rank 16 in the MLPs", f"--peft {ADAPTERS / 'mlp.json'}"),
+    "biases": ("biases and norms alone", "--freeze ^(?!.*(bias|[nN]orm))"),
+    "last": ("last block alone", "--freeze {last_block}"),
+}
+COSINE = "--head cosine --loss logit_adjusted --final_frame whitened"
 VARIANTS = {
     "default": ("**the default**", ""),
     "epochs": ("aligned after each epoch alone", "--realign epochs"),
@@ -46,11 +53,13 @@ VARIANTS = {
     "sqrt": ("rows of rare classes drawn oftener (root sampling)", "--sampler sqrt"),
     "balanced": ("classes drawn alike", "--sampler balanced"),
     "pooling": ("mean of the tokens for the stock pooler's feature", "--pooling mean"),
-    "lora": ("LoRA of rank 8 in all linear layers", f"--peft {ADAPTERS / 'lora_rank8.json'}"),
-    "mlp": ("LoRA of rank 16 in the MLPs", f"--peft {ADAPTERS / 'mlp.json'}"),
-    "biases": ("biases and norms alone", "--freeze ^(?!.*(bias|[nN]orm))"),
-    "last": ("last block alone", "--freeze {last_block}"),
+    **TRAINED,
     "none": ("nothing trained: the head alone, in closed form", "--num_train_epochs 0"),
+    "cosine": ("cosine head, logit-adjusted, then refitted", COSINE),
+    **{
+        f"cosine_{name}": (f"cosine head, refitted: {title}", f"{COSINE} {flags}")
+        for name, (title, flags) in TRAINED.items()
+    },
 }
 PLAIN = "--head etf --imbalance_factor 100 --prior_adjustment fit --torch_threads 1 --evaluate_test false --save_strategy no "
 PLAIN += "--load_best_model_at_end false --eval_strategy no --overwrite_output_dir"
@@ -71,7 +80,7 @@ def run(name: str, variant: str, seed: int, options: argparse.Namespace) -> None
     if file.is_file():
         return
     folder = (options.scratch or options.results / "scratch") / f"{name}-{variant}-{seed}"
-    flags = f"{SETS[name]} {VARIANTS[variant][1]} {PLAIN}".format(
+    flags = f"{SETS[name]} {PLAIN} {VARIANTS[variant][1]}".format(
         data=options.data, models=options.models, last_block=LAST_BLOCK[name]
     )
     command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags.split()]
