@@ -1,20 +1,21 @@
 r"""Compare heads, losses and samplers on one data set: same backbone, budget and tuning effort for every method.
 
-    python recipes/compare.py --results results/digits --rows linear_ce etf_dr --num_train_epochs 10
-    python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_dr --seeds 0 1 2 \
+    python recipes/compare.py --results results/digits --rows linear_ce etf_untuned --num_train_epochs 10
+    python recipes/compare.py --results results/clinc150 --rows linear_ce cosine_la etf_untuned --seeds 0 1 2 \
         --learning_rates 2e-5 5e-5 1e-4 --head_rates 1 10 --model $MODELS/all-MiniLM-L6-v2 --dataset $DATA/clinc150
     python recipes/compare.py --results results/clinc150 --table_only       # of what is finished; runs nothing
     python recipes/compare.py --results results/first --rows etf cosine_la --tuning_only --dataset $DATA/clinc150
 
-All other flags go to recipes/finetune.py in every run; `--rows` names the methods (compare_methods.py). First each method is
-run at every rate with the first seed, without the test split; then, at the rates of the least validation log loss, with
-every seed, and the test split is scored once. Where a method's best rate is the lowest or the highest, the tables say so, and
-`--widen 2` tries up to two more in that direction. The same command continues after any stop: a finished run is one small file
-in `runs/` and is never run again, an interrupted one resumes from its newest checkpoint. Runs that train the same train once:
-the first seed at a method's best rate, and a method with the same one refitted. More methods, seeds or rates may be added
-later. The tables are written to `table.md` and `table.json`, the scores that chose the rates to `validation.md`;
-`--tuning_only` stops there, before any run sees the test split. What is printed ends with the command that trains the method of
-the best validation score.
+`--rows` names the methods (compare_methods.py): `etf_untuned` is the default as it stands, `etf` the same with rates tuned. All
+other flags go to recipes/finetune.py in every run, with `--prior_adjustment fit` unless another is given, so that all heads are
+adjusted for the prior. First each method is run at every rate with the first seed, without the test split; then, at the rates
+of the least validation log loss, with every seed, and the test split is scored once. Where a method's best rate is the lowest
+or the highest, the tables say so, and `--widen 2` tries up to two more in that direction. The same command continues after any
+stop: a finished run is one small file in `runs/` and is never run again, an interrupted one resumes from its newest checkpoint.
+Runs that train the same train once: the first seed at a method's best rate, and a method with the same one refitted. More
+methods, seeds or rates may be added later. The tables are written to `table.md` and `table.json`, the scores that chose the
+rates to `validation.md`; `--tuning_only` stops there, before any run sees the test split. What is printed ends with the command
+that trains the method of the best validation score.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Children:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
-    with errors.one_line_errors():
+    with errors.one_line_errors(stopped="stopped; the same command goes on"):
         try:
             options = read_arguments(list(sys.argv[1:] if argv is None else argv), __doc__)
             if not options.table_only:
@@ -340,7 +341,7 @@ def leave_table(options: argparse.Namespace) -> None:
             "tuning_validation": validation_score(tuned[comparison.best_of(tuned)]) if tuned else None,
         }
         finished.append({**fixed, **chosen, **tuning, "runs": final})
-    if not validated:
+    if not (validated or finished):
         raise ValueError(
             f"`results` (={str(options.results)!r}) holds no finished method: run it without --table_only."
         )
@@ -348,9 +349,10 @@ def leave_table(options: argparse.Namespace) -> None:
     results = run_folder.public_value(str(options.results))
     made_by = command(results, lists, options.flags, public_launcher(options))
     first = command(results, lists, options.flags, public_launcher(options), tuning_only=True)
-    versions = versions_of([run for _, runs in validated for run in runs])
-    table = validation_table(validated, options.seeds[0], first, versions)
-    (options.results / "validation.md").write_text(table, encoding="utf-8")
+    if validated:
+        versions = versions_of([run for _, runs in validated for run in runs])
+        table = validation_table(validated, options.seeds[0], first, versions)
+        (options.results / "validation.md").write_text(table, encoding="utf-8")
     if not finished:
         print(f"\n{terminal_validation(validated, str(options.results / 'validation.md'))}")
         scores = {method.name: validation_score(runs[comparison.best_of(runs)]) for method, runs in validated}

@@ -9,10 +9,12 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from compare_methods import METHODS, Method
 
+from etf_adapt.commands.flags import translate
+from etf_adapt.commands.parser import RaisingParser, with_underscores
 from etf_adapt.errors import check_choice
 from etf_adapt.results import run_folder
 
@@ -22,17 +24,11 @@ OWN_FLAGS = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "ev
              "head_learning_rate")  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser that raises its errors, so that they look like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print under its usage."""
-        raise ValueError(message)
-
-
 def read_arguments(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """Parse and check the arguments; those of finetune.py become `passed`, as given, and `flags`, by name, fit to publish."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = RaisingParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--results", type=Path, required=True, help="Folder of what this comparison finds.")
     add("--rows", nargs="+", default=[], help=f"Methods, any of {', '.join(METHODS)}.")
@@ -51,13 +47,16 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     add("--tuning_only", action="store_true", help="Choose the rates, and leave the test split alone.")
     add("--table_only", action="store_true", help="Run nothing; the settings are those in the folder.")
     end = argv.index("--") if "--" in argv else len(argv)
-    options, further = parser.parse_known_args(list(map(_underscored, argv[:end])))
-    options.passed = [*further, *argv[end + 1 :]]
+    options, further = parser.parse_known_args(list(map(with_underscores, argv[:end])))
+    options.passed = translate([*further, *argv[end + 1 :]])
     options.flags = by_name(options.passed)
     if options.table_only:
         if options.passed:
             raise ValueError(f"`table_only` (=True) takes its settings from the folder: leave out {options.passed[0]}.")
         vars(options).update({"widen": 0} | read_json(options.results / SETTINGS_FILE))
+    elif "prior_adjustment" not in options.flags:  # finetune.py's own choice adjusts ETF heads alone
+        options.passed += ["--prior_adjustment", "fit"]
+        options.flags["prior_adjustment"] = "fit"
     if options.jobs < 1:
         raise ValueError(f"`jobs` (={options.jobs}) must be at least 1.")
     if options.widen < 0:
@@ -85,12 +84,6 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
             instead = f", or give --{name}s" if f"{name}s" in LISTS else ""
             raise ValueError(f"`{name}` is set by {taken.get(name, 'this recipe')}: leave it out{instead}.")
     return options
-
-
-def _underscored(word: str) -> str:
-    """Write hyphens in the name of a flag as underscores."""
-    name, equals, value = word.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def by_name(words: Sequence[str]) -> dict[str, str]:

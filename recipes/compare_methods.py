@@ -33,10 +33,6 @@ BASELINES = {
     ),
     "linear_focal": ("linear, focal", "--head linear --loss focal"),
     "linear_la": ("linear, logit-adjusted", "--head linear --loss logit_adjusted"),
-    "linear_la_sqrt_smooth": (
-        "linear, logit-adjusted, root sampling, smoothed",
-        "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1",
-    ),
     "linear_weighted_refit": (
         "linear, class-weighted cross-entropy, then refitted",
         "--head linear --loss cross_entropy --class_weights balanced --final_frame whitened",
@@ -63,17 +59,13 @@ UNTUNED = {
     "etf_untuned": ("ETF (default, untuned)", "--head etf"),
 }
 FAMILY = {
-    "etf": ("ETF (default)", "--head etf"),
+    "etf": ("ETF (default), tuned", "--head etf"),
     "etf_dr": ("ETF, dot regression on vertices", "--head etf --loss dot_regression"),
     "paper": ("ETF, dot regression as published", "--paper"),
 }
 OTHERS = {
     "etf_la": ("ETF, logit-adjusted", "--head etf --loss logit_adjusted"),
     "etf_ce": ("ETF, cross-entropy", "--head etf --loss cross_entropy"),
-}
-TRAINED = {
-    "etf_trained": ("ETF, trained on", "--head etf --head_trainable true"),
-    "etf_trained_la": ("ETF trained on, logit-adjusted", "--head etf --head_trainable true --loss logit_adjusted"),
 }
 METHODS = {
     method.name: method
@@ -82,7 +74,6 @@ METHODS = {
         _methods("family", UNTUNED, is_tuned=False),
         _methods("family", FAMILY),
         _methods("other", OTHERS),
-        _methods("other", TRAINED, trains_head=True),
     )
     for method in methods
 }

@@ -66,7 +66,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe on command-line arguments."""
-    with errors.one_line_errors():
+    with errors.one_line_errors(stopped="stopped; --resume true goes on from the newest checkpoint"):
         parser = Parser([Arguments], description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
         (args,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
         if args.table is not None:

@@ -15,6 +15,7 @@ from etf_adapt.training.checkpoints import begin_checkpoint, complete_checkpoint
 LABELS = ["cat"] * 6 + ["dog"] * 4
 REAL_LAUNCH = compare.Children.launch
 SHARED = ["--dataset", "pets", "--num_train_epochs", "2"]
+ADJUSTED = [*SHARED, "--prior_adjustment", "fit"]  # as they are kept
 TWO_ROWS = ["--results", "r", "--rows", "linear_ce", "etf_dr", "--seeds", "0", "1", "--learning_rates", "1e-3", "1e-4"]
 
 

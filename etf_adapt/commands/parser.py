@@ -37,7 +37,7 @@ class Parser(RaisingParser):
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse the words of a command line; ``--help`` prints and ends the process."""
-        arguments, unknown = self.parse_known_args([_with_underscores(word) for word in words])
+        arguments, unknown = self.parse_known_args([with_underscores(word) for word in words])
         if unknown and not unknown[0].startswith("-"):
             raise ValueError(f"{unknown[0]!r} is one word too many; see {self.prog} --help.")
         if unknown:
@@ -56,7 +56,8 @@ class _Formatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if shows else action.help
 
 
-def _with_underscores(word: str) -> str:
+def with_underscores(word: str) -> str:
+    """Write hyphens in the name of a flag as underscores."""
     flag, equals, value = word.partition("=")
     return f"{flag[:2]}{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
@@ -67,6 +68,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
     return number
+
+
+def true_or_false(text: str) -> bool:
+    """Return a truth value, as flags are read; any other word is refused."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return words[text.lower()]
 
 
 def add_model_flags(parser: Parser) -> None:

@@ -15,7 +15,7 @@ import compare_methods
 import numpy as np
 import pytest
 from comparison import unpack_rows
-from fake_runs import LABELS, REAL_LAUNCH, SHARED, TWO_ROWS, files, refused
+from fake_runs import ADJUSTED, LABELS, REAL_LAUNCH, SHARED, TWO_ROWS, files, refused
 
 from etf_adapt.commands.finetune_arguments import parse_training, read_arguments
 from etf_adapt.results import run_folder
@@ -52,6 +52,24 @@ class TestMethod:
         assert "| by the rule | - | 0 | - |" in Path("r/table.md").read_text()
         compare.main(["--results", "r", "--table_only"])
         assert len(files()) == 4 + 2 + 2
+
+    def test_every_head_is_adjusted_for_the_prior_unless_asked_otherwise(self, runs):
+        compare.main([*TWO_ROWS, *SHARED])
+        assert {call["prior_adjustment"] for call in runs.calls} == {"fit"}
+        compare.main(["--results", "q", *TWO_ROWS[2:], *SHARED, "--prior_adjustment", "none"])
+        assert {call["prior_adjustment"] for call in runs.calls[10:]} == {"none"}
+
+    def test_a_method_that_is_not_tuned_may_stand_alone(self, runs, capsys):
+        compare.main(["--results", "r", "--rows", "etf_untuned", "--seeds", "0", "1", *SHARED])
+        assert "| **ETF" in Path("r/table.md").read_text() or "| ETF" in Path("r/table.md").read_text()
+        assert not Path("r/validation.md").exists()
+        assert capsys.readouterr().out.splitlines()[-1].endswith("--prior_adjustment fit --head etf --seed 0")
+
+    @pytest.mark.parametrize("words", [["--lr", "1e-3"], ["--lr=1e-3"], ["--config", "flags.yaml"]])
+    def test_flags_that_a_row_sets_are_refused_by_any_of_their_names(self, runs, capsys, words):
+        Path("flags.yaml").write_text("lr: 0.001\n")
+        said = refused(["--results", "r", "--rows", "etf_untuned", *SHARED, *words], capsys)
+        assert "`learning_rate` is set by this recipe" in said and not runs.calls
 
     def test_every_row_is_one_that_finetune_understands(self):
         options = compare.read_arguments(["--results", "r", "--rows", *compare_methods.METHODS, "--"])
@@ -126,7 +144,7 @@ class TestGoingOn:
             begin_checkpoint(Path("r/scratch", name, "checkpoint-5"))
             if rate == "0.001":
                 complete_checkpoint(Path("r/scratch", name, "checkpoint-5"), {})
-        run_folder.write_json("r/settings.json", {"flags": compare.by_name(SHARED)})
+        run_folder.write_json("r/settings.json", {"flags": compare.by_name(ADJUSTED)})
         compare.main([*TWO_ROWS, *SHARED])
         how = {Path(call["output_dir"]).name: call.get("resume_from_checkpoint") for call in runs.calls}
         assert how.pop(unfinished["0.001"]) == "last"
@@ -197,16 +215,14 @@ class TestTable:
 
     def test_the_terminal_shows_columns_and_the_command_that_trains_the_best_method(self, runs, capsys):
         assert max(map(len, compare_methods.METHODS)) < 24, "the width of the first column"
-        long = ["--learning_rates", "1e-3", "1e-4", "--rows", "linear_la_sqrt_smooth", *TWO_ROWS[3:5], "--seeds", "0"]
+        long = ["--learning_rates", "1e-3", "1e-4", "--rows", "linear_focal", *TWO_ROWS[3:5], "--seeds", "0"]
         compare.main(["--results", "r", *long, "1", *SHARED])
         *lines, title, last = capsys.readouterr().out.partition("\n\n")[2].splitlines()  # behind those of the runs
         assert max(map(len, lines)) <= 100 and any("r/table.md" in line for line in lines)
         assert any(line.startswith("linear_ce ") and "75.0 ± 7.1" in line for line in lines)
-        assert title.endswith("of the best validation score, linear_la_sqrt_smooth:")
-        flags = (
-            "--head linear --loss logit_adjusted --sampler sqrt --label_smoothing 0.1 --learning_rate 0.0001 --seed 0"
-        )
-        begin = "python recipes/finetune.py --dataset pets --num_train_epochs 2"
+        assert title.endswith("of the best validation score, linear_focal:")
+        flags = "--head linear --loss focal --learning_rate 0.0001 --seed 0"
+        begin = "python recipes/finetune.py --dataset pets --num_train_epochs 2 --prior_adjustment fit"
         assert last == f"{begin} {flags} --head_learning_rate 0.001"
         compare.main(["--results", "r", "--table_only"])
         assert capsys.readouterr().out.splitlines()[-1] == last
@@ -263,7 +279,8 @@ class TestMistakes:
             ([*TWO_ROWS[:2], *SHARED], "`rows` (=[])"),
             ([*TWO_ROWS, *SHARED, "--seed", "1"], "`seed` is set by this recipe"),
             ([*TWO_ROWS, *SHARED, "--head=cosine"], "`head` is set by row"),
-            ([*TWO_ROWS, "--", "settings.yaml"], "belongs to no flag"),
+            ([*TWO_ROWS, "--", "settings.yaml"], "There is no file of settings"),
+            ([*TWO_ROWS, "--", "pets"], "belongs to no flag"),
             ([*TWO_ROWS, "--jobs", "2", "--launcher", "accelerate launch", *SHARED], "contradict each other"),
             ([*TWO_ROWS, "--jobs", "0", *SHARED], "`jobs`"),
             ([*TWO_ROWS, "--launcher", "no_such_program -x", *SHARED], "`launcher`"),

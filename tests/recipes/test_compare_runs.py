@@ -7,7 +7,7 @@ from pathlib import Path
 
 import compare
 import pytest
-from fake_runs import SHARED, TWO_ROWS, FakeRuns, files
+from fake_runs import ADJUSTED, SHARED, TWO_ROWS, FakeRuns, files
 
 from etf_adapt.training.checkpoints import begin_checkpoint, complete_checkpoint
 
@@ -106,7 +106,7 @@ class TestTraining:
     def test_models_of_other_rows_are_left_alone(self, runs):
         other = Path("r/scratch/head_linear-loss_focal-learning_rate_0.001-seed_0-head_learning_rate_0.01")
         begin_checkpoint(other / "checkpoint-5")
-        Path("r/settings.json").write_text(json.dumps({"flags": compare.by_name(SHARED)}))
+        Path("r/settings.json").write_text(json.dumps({"flags": compare.by_name(ADJUSTED)}))
         compare.main([*WITH_REFIT, *RATES, *SHARED])
         assert [path.name for path in Path("r/scratch").iterdir()] == [other.name]
 
