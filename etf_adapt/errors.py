@@ -66,7 +66,7 @@ def check_choice(argument: str, value: Any, valid: Iterable[str]) -> None:
 
 @contextmanager
 def one_line_errors(
-    stopped: str = "stopped; --resume_from_checkpoint last goes on from the newest checkpoint",
+    stopped: str = "stopped; a run that left a checkpoint goes on by --resume_from_checkpoint last",
 ) -> Iterator[None]:
     """End the process with one line, without a traceback, for an error that the user can mend.
 

@@ -159,7 +159,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, 
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if model_args.paper:
-        if "--head" in argv and model_args.head != "paper":
+        if any(word.partition("=")[0] == "--head" for word in argv) and model_args.head != "paper":
             raise ValueError(f"`paper` (=True) contradicts `head` (={model_args.head!r}): give one of them.")
         model_args.head = "paper"
     check_loss_options(model_args.loss_options)
@@ -251,7 +251,7 @@ def check_resumed(folder: str, arguments: Mapping[str, Any]) -> None:
 
 def default_name(model_args: ModelArguments, data_args: DataArguments, rest: Sequence[str] = ()) -> str:
     """Name a run after its data, model and head, and after the learning rate and the seed if ``rest`` gives them."""
-    names = [_last_name(data_args.dataset, Path(data_args.dataset).stem), _last_name(model_args.model), model_args.head]
+    names = [last_name(data_args.dataset, Path(data_args.dataset).stem), last_name(model_args.model), model_args.head]
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--learning_rate", type=float)
     flags.add_argument("--seed", type=int)
@@ -262,7 +262,7 @@ def default_name(model_args: ModelArguments, data_args: DataArguments, rest: Seq
     return "-".join(names)
 
 
-def _last_name(source: str, name: str | None = None) -> str:
+def last_name(source: str, name: str | None = None) -> str:
     """Return the last part of a Hub id or path, also for `.`, as part of a name; ``name`` where it is no folder."""
     path = Path(source)
     name = path.resolve().name if path.is_dir() else name or path.name

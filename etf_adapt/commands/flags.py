@@ -94,7 +94,10 @@ def flags_from_file(file: str) -> list[str]:
 
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no file of settings {file!r}.")
-    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON or YAML ({' '.join(str(error).split())}): mend it.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings: it must map the names of arguments to values.")
     return flags_of(settings)

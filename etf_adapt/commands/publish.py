@@ -44,14 +44,12 @@ def main(argv: Sequence[str]) -> None:
 
 def publish_run(args: ETFTrainingArguments) -> None:
     """Publish the finished folder; exit code 3 where it cannot be."""
-    from etf_adapt.data.progress import announced
     from etf_adapt.hub.publish import publish
     from etf_adapt.hub.send import HubError
 
     options: dict[str, Any] = {"private": args.hub_private_repo, "revision": args.hub_revision}
     try:
-        with announced("publishing"):
-            print(f"published: {publish(str(args.output_dir), str(args.hub_model_id), **options)}")
+        print(f"published: {publish(str(args.output_dir), str(args.hub_model_id), **options)}")
     except HubError as error:
         print(f"trained and saved, but not published: {error}", file=sys.stderr)
         raise SystemExit(3) from error

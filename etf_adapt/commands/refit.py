@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from etf_adapt.commands.parser import TEXT_COLUMN, Parser, positive, prepare
+from etf_adapt.commands.finetune_arguments import last_name
+from etf_adapt.commands.parser import TEXT_COLUMN, Parser, positive, prepare, true_or_false
 from etf_adapt.errors import one_line_errors
 
 
@@ -28,7 +28,7 @@ def run_change(parser: Parser, argv: Sequence[str], change: Callable[..., list[s
     with one_line_errors(stopped="stopped; nothing was written"):
         options = vars(parser.parse(argv))
         start = time.monotonic()
-        options["output"] = options["output"] or f"{Path(options['model']).name}-{ending}"
+        options["output"] = options["output"] or f"{last_name(options['model'])}-{ending}"
         is_main = prepare()
         lines = change(**{name: value for name, value in options.items() if value is not None})
         if is_main:
@@ -52,7 +52,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--force", action="store_true", help="set the head also where held-out rows do not say it helps"
     )
-    parser.add_argument("--penalty", type=float, help="of the closed form, in mean eigenvalues; chosen by default")
+    parser.add_argument(
+        "--penalty",
+        type=float,
+        help="added to the eigenvalues of the covariance within the classes, in units of their mean; chosen by default",
+    )
     parser.add_argument(
         "--max_rows",
         type=positive,
@@ -78,7 +82,7 @@ def add_row_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--keep_statistics",
-        type=lambda text: text.lower() in ("true", "yes", "1"),
+        type=true_or_false,
         default=True,
         metavar="BOOL",
         help="keep the sums of each class's features beside the model, for extend",

@@ -24,13 +24,12 @@ from etf_adapt.data.transforms import image_transforms
 from etf_adapt.errors import DataError, check_choice, nearest_names
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.inference.launch import choose_num_workers
-from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_rows
-from etf_adapt.metrics.shots import SHOT_BOUNDS
+from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_both
+from etf_adapt.metrics.shots import SHOT_BOUNDS, ShotAccuracy
 from etf_adapt.models.folders import load_config, load_processor
 from etf_adapt.models.names import ENTRY, locate_model, resolve_model_name
 from etf_adapt.models.positions import token_limit
 from etf_adapt.models.timm_layout import data_config
-from etf_adapt.results.tables import UNADJUSTED
 from etf_adapt.sources.columns import encode_labels, find_columns, labels_are_hidden
 from etf_adapt.sources.opening import logger, quoted
 
@@ -186,7 +185,7 @@ def evaluate_split(
     split: str | None = None,
     unknown_classes: str = "fail",
     class_counts: Sequence[int] | None = None,
-    shot_bounds: Sequence[float] = SHOT_BOUNDS,
+    shot_bounds: tuple[float, float] = SHOT_BOUNDS,
     revision: str | None = None,
     columns: Mapping[str, Any] | None = None,
     **options: Any,
@@ -209,6 +208,7 @@ def evaluate_split(
     labels = match_names(rows, found.label, classifier.label_names, split=split, unknown_classes=unknown_classes)
     kept = np.flatnonzero(labels >= 0)
     counts, counted = _training_counts(classifier, splits, found.label, class_counts)
+    ShotAccuracy(counts, shot_bounds=shot_bounds)  # checks them before the rows are read
     rows = rows if len(kept) == len(labels) else rows.select(kept, keep_in_memory=True)
     inputs = column_of(rows, classifier.task, column=tuple(filter(None, (found.input, found.pair))), folder=folder)
     targets, files = torch.from_numpy(labels[kept]), [""] * len(kept)
@@ -227,9 +227,7 @@ def evaluate_split(
     offsets = (getattr(cast(Any, classifier.model).config, ENTRY, None) or {}).get("prior_adjustment")
     with classifier.mixed_precision():
         predicted = predict_rows(classifier.model, labelled(), num_rows=len(kept), offsets=offsets)
-    scores = score_rows(predicted, counts, shot_bounds)
-    before = score_rows(replace(predicted, predictions=predicted.unadjusted), counts, shot_bounds)
-    scores |= {f"{name}_unadjusted": before[name] for name in UNADJUSTED}
+    scores = score_both(predicted, counts, shot_bounds)
     predicted = replace(predicted, row_ids=kept[predicted.row_ids])
     named = files if classifier.task == "image" and any(files) else None
     return Evaluation(split, scores, predicted, classifier.label_names, counts, counted, len(labels) - len(kept), named)
@@ -264,6 +262,10 @@ def _training_counts(
 ) -> tuple[np.ndarray | None, str]:
     """Return the training rows of each class, and where that is known from."""
     if given is not None:
+        if len(given) != len(classifier.label_names):
+            raise ValueError(
+                f"`class_counts` has {len(given)} entries, the model {len(classifier.label_names)} classes."
+            )
         return np.asarray(given), "given"
     saved = (getattr(cast(Any, classifier.model).config, ENTRY, None) or {}).get("class_counts")
     if saved is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from etf_adapt.models.etf_model import ETFModel, is_live
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.pooling import ENCODER_CLASSES
 from etf_adapt.models.weights import load_noting_new
+from etf_adapt.results.tables import UNADJUSTED
 
 UNLABELLED = -1
 
@@ -121,6 +122,15 @@ def score_rows(
     return ShotAccuracy(class_counts, shot_bounds=(shot_bounds[0], shot_bounds[1])).compute(
         predictions=rows.predictions, references=rows.labels, confidences=rows.confidences, losses=rows.losses
     )
+
+
+def score_both(
+    rows: RowPredictions, class_counts: Sequence[int] | np.ndarray | None, shot_bounds: Sequence[float]
+) -> dict[str, float | None]:
+    """Return these metrics and, with the ending ``_unadjusted``, the main ones before the adjustment by the prior."""
+    before = score_rows(replace(rows, predictions=rows.unadjusted), class_counts, shot_bounds)
+    scores = score_rows(rows, class_counts, shot_bounds)
+    return scores | {f"{name}_unadjusted": before[name] for name in UNADJUSTED}
 
 
 def calibrate(

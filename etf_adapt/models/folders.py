@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from etf_adapt.errors import check_choice
 from etf_adapt.models.names import ENTRY, is_timm_elsewhere, locate_model, resolve_model_name
 from etf_adapt.models.timm_layout import ARGS_OF_WEIGHTS, NOTE, data_config, timm_config
+from etf_adapt.models.weights import named_if_broken
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
@@ -120,7 +121,8 @@ def read_weights(location: str | Path, **options: Any) -> dict[str, Tensor]:
         file = find_file(location, name, **options)
         if file is None:
             raise FileNotFoundError(f"`{location}` lacks {name}: its weights cannot be read.")
-        tensors |= load_file(file)
+        with named_if_broken(location):
+            tensors |= load_file(file)
     return tensors
 
 

@@ -24,7 +24,7 @@ from etf_adapt.errors import check_choice
 from etf_adapt.models.folders import NOT_STOCK, find_file, hub_options, load_config
 from etf_adapt.models.names import ENTRY
 from etf_adapt.models.positions import max_positions
-from etf_adapt.models.weights import load_noting_new
+from etf_adapt.models.weights import load_noting_new, named_if_broken
 from etf_adapt.results.run_folder import write_json
 
 POOLINGS = ("stock", "mean")  # of a text's tokens: as in the stock class, or their mean
@@ -67,7 +67,8 @@ class PooledEncoder(PreTrainedModel):
             file = find_file(location, dense, is_needed=True, **hub_options(options))
             model.lacks_layer = file is None
             if file is not None:
-                tensors = {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
+                with named_if_broken(location):
+                    tensors = {name.removeprefix("linear."): tensor for name, tensor in load_file(file).items()}
                 model.classifier.load_state_dict(tensors)
         return model.eval()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -99,9 +100,21 @@ def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, copy(model))
 
 
+@contextmanager
+def named_if_broken(location: str | Path) -> Iterator[None]:
+    """Name the place of a file of weights that was cut short, or of a pointer to one; safetensors' own error does not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"`{location}` holds weights that are not whole ({error}): copy or download them again."
+        ) from error
+
+
 def load_noting_new(auto_model: Any, location: str | Path, **options: Any) -> PreTrainedModel:
     """Load a model by one of transformers' Auto classes; note the parameters that its file lacks, and its loading info."""
-    model, found = auto_model.from_pretrained(location, output_loading_info=True, **options)
+    with named_if_broken(location):
+        model, found = auto_model.from_pretrained(location, output_loading_info=True, **options)
     names = {name for name, _ in model.named_parameters()}
     model._new_weights = tuple(sorted(names & {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}))
     model._loading_info = found

@@ -32,11 +32,13 @@ def metadata(facts: Any) -> ModelCardData:
     # long-tailed subset of one's own is not.
     name = one_line(facts.dataset["name"])
     is_hub_data = facts.dataset.get("kind") == "Hub"
+    repository, _, config = name.partition(":") if is_hub_data else (name, "", "")
     results = [
         EvalResult(
             task_type=pipeline_of(facts.task),
-            dataset_type=name if is_hub_data else "local",
+            dataset_type=repository if is_hub_data else "local",
             dataset_name=name,
+            dataset_config=config or None,
             dataset_split=facts.split,
             dataset_revision=facts.dataset.get("revision") if is_hub_data else None,
             metric_type=metric,
@@ -55,7 +57,7 @@ def metadata(facts: Any) -> ModelCardData:
         library_name=facts.library.replace("_", "-"),
         # transformers' pipeline does not load the head of a sentence-transformers folder
         pipeline_tag=None if facts.library == "sentence_transformers" else pipeline_of(facts.task),
-        datasets=[name] if is_hub_data else None,
+        datasets=[repository] if is_hub_data else None,
         tags=["etf_adapt", "long-tail", "neural-collapse"],
         eval_results=results or None,
         **kept,
@@ -72,6 +74,11 @@ def read_base_card(location: str | Path) -> dict[str, Any]:
     except Exception:  # no card, invalid YAML, or no network
         return {}
     return {key: found[key] for key in (*INHERITED, "language") if found.get(key)}
+
+
+def marked_if_folder(name: str) -> str:
+    """Return a name, that of a folder so that it is no Hub id elsewhere: a card may be written anew where no such folder is."""
+    return f"./{name}" if "/" in name and name[0] not in "./" and Path(name).exists() else name
 
 
 def is_hub_id(name: str) -> bool:

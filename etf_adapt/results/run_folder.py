@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import glob
 import json
@@ -22,6 +21,7 @@ import numpy as np
 
 from etf_adapt.errors import OutputFolderError
 from etf_adapt.results.claim import CLAIM_FILE
+from etf_adapt.results.prediction_files import write_rows
 
 ARGUMENTS_FILE = "arguments.json"
 RESULTS_FILE = "all_results.json"
@@ -42,8 +42,9 @@ MODEL_FILES = (
 CARD_FILE, NEW_CARD_FILE, FACTS_FILE = "README.md", "README.new.md", "card.json"
 COUNTS_FIGURE, RECALLS_FIGURE = "class_counts.png", "recalls.png"
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
-_SECRETS = ("token", "password", "secret")
-_STAGES = ("do_train", "do_eval", "do_predict")  # fields of TrainingArguments that choose nothing here
+_SECRET = re.compile(r"(^|[_-])(token|password|secret)([_-]|$)", re.I)  # `tokens` are those of texts
+# Fields of arguments that choose nothing here, and what the same run begun anew would not be given.
+_UNRECORDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint")
 
 
 def check_output_dir(folder: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
@@ -118,7 +119,7 @@ def _without_secrets(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {key: item for key, item in value.items() if not any(word in str(key) for word in _SECRETS)}
+        return {key: item for key, item in value.items() if not _SECRET.search(str(key))}
     return getattr(value, "value", value)  # of an enumeration, as it is typed
 
 
@@ -132,7 +133,7 @@ def recorded_arguments(*groups: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for group in groups:
         for field in dataclasses.fields(group):
-            if field.init and field.name not in _STAGES and not any(word in field.name for word in _SECRETS):
+            if field.init and field.name not in _UNRECORDED and not _SECRET.search(field.name):
                 arguments[field.name] = plain_value(_without_secrets(getattr(group, field.name)))
     return arguments
 
@@ -143,10 +144,13 @@ def public_command(argv: Sequence[str]) -> str:
     skip = False
     for word in argv:
         flag, equals, value = word.partition("=")
-        if skip or (flag.startswith("--") and any(secret in flag for secret in _SECRETS)):
-            skip = not skip and not equals
+        is_flag = flag.startswith("--")
+        is_secret = is_flag and _SECRET.search(flag) is not None
+        if is_secret or (skip and not is_flag):
+            skip = is_secret and not equals
             continue
-        words.append(f"{flag}={public_value(value)}" if flag.startswith("--") and equals else public_value(word))
+        skip = False
+        words.append(f"{flag}={public_value(value)}" if is_flag and equals else public_value(word))
     return shlex.join(["etf-adapt", "finetune", *words])
 
 
@@ -185,13 +189,13 @@ def write_predictions(
     files: Sequence[str] | None = None,
 ) -> None:
     """Write CSV with label, prediction, its calibrated probability and its file, if there are ``files``, for each row."""
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("row_id", "label", "prediction", "confidence", *(() if files is None else ("file",))))
-        places = [()] * len(row_ids) if files is None else [(file,) for file in files]
-        rows = zip(row_ids, labels, predictions, confidences, places, strict=True)
-        for row_id, label, prediction, confidence, place in rows:
-            writer.writerow((int(row_id), label_names[label], label_names[prediction], f"{confidence:.6f}", *place))
+    columns: dict[str, Iterable[Any]] = {
+        "row_id": map(int, row_ids),
+        "label": (label_names[label] for label in labels),
+        "prediction": (label_names[label] for label in predictions),
+        "confidence": (round(float(confidence), 6) for confidence in confidences),
+    } | ({} if files is None else {"file": files})
+    write_rows((dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), str(file))
 
 
 def share_weights(folder: str | os.PathLike[str]) -> None:

@@ -58,7 +58,8 @@ def find_columns(
     flags = [("image_column", image_column), *(("text_column", name) for name in texts), ("label_column", label_column)]
     for flag, name in flags:
         _require_column(dataset, name, flag)
-    _require_header(dataset, asked=[name for _, name in flags])
+    if not (image_column or texts):
+        _require_header(dataset, asked=[label_column])
     if image_column and not (_holds_images(dataset, image_column) or is_string(dataset, image_column)):
         raise DataError(f"`image_column` (={image_column}) holds no images: {describe_columns(dataset)}.")
     if wrong := [name for name in texts if not is_string(dataset, name)]:
@@ -180,7 +181,8 @@ def find_inputs(dataset: Dataset, task: str, *, column: Names = None) -> list[st
     found: list[Any] = _asked_names(column)
     for name in found:
         _require_column(dataset, name, f"{task}_column")
-    _require_header(dataset, asked=found)
+    if not found:
+        _require_header(dataset)
     fits, usual = (_holds_images, IMAGE_NAMES) if task == "image" else (is_string, TEXT_NAMES)
     free = [name for name in dataset.column_names if name not in LABEL_NAMES]
     free = [name for name in free if not isinstance(dataset.features[name], ClassLabel)]
@@ -212,8 +214,8 @@ def _require_column(dataset: Dataset, name: str | None, flag: str) -> None:
         raise DataError(f"`{flag}` (={name}) is no column: there are {describe_columns(dataset)}{hint}.")
 
 
-def _require_header(dataset: Dataset, *, asked: Sequence[str | None]) -> None:
-    """Refuse a table without a line of column names, whose first row would be taken for them."""
+def _require_header(dataset: Dataset, *, asked: Sequence[str | None] = ()) -> None:
+    """Refuse a table without a line of column names, whose first row would be taken for them; who names its inputs has one."""
     for name in dataset.column_names:
         if name in (*LABEL_NAMES, *IMAGE_NAMES, *TEXT_NAMES, *asked):
             continue
@@ -221,7 +223,7 @@ def _require_header(dataset: Dataset, *, asked: Sequence[str | None]) -> None:
         if recurs or re.fullmatch(r"[-+]?\d+(\.\d+)?", name):
             raise DataError(
                 f"Column name `{name}` looks like a cell of the first row: begin the table with a line of column names, such "
-                "as text,label; or, if this is one, name the columns by `text_column` or `image_column`, and `label_column`."
+                "as text,label; or, if this is one, name the column of its inputs by `text_column` or `image_column`."
             )
 
 
@@ -239,7 +241,8 @@ def _holds_images(dataset: Dataset, name: str) -> bool:
         return True
     if not is_string(dataset, name) or name not in IMAGE_NAMES:
         return False
-    return Path(dataset[0][name] or "").suffix.lower() in IMAGE_SUFFIXES
+    first = arrow_column(dataset, name).slice(0, 1).to_pylist()  # of this column alone: others may hold damaged images
+    return bool(first and first[0]) and Path(first[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
 def describe_columns(dataset: Dataset) -> str:

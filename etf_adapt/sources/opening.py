@@ -47,13 +47,17 @@ def open_source(
     root = None if image_root is None else Path(image_root).expanduser().absolute()
     if root is not None and not root.is_dir():
         raise FileNotFoundError(f"`image_root` (={image_root}) is no folder{_neighbour(root)}; give an existing one.")
-    path = Path(dataset).expanduser().absolute()
+    given = Path(dataset).expanduser()
+    path = given.absolute()
     if path.is_dir():
         source = _open_folder(path, root)
     elif path.is_file():
         source = _open_files([path], path.parent, ImageNames(path.parent, root), are_chosen=True)
     elif glob.has_magic(dataset):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+        found = sorted(
+            glob.glob(str(given), recursive=True)
+        )  # not of the absolute path: the working folder is no pattern
+        matches = [Path(match).absolute() for match in found if Path(match).is_file()]
         if not matches:
             raise FileNotFoundError(f"`dataset` (={dataset}) matches no file.")
         folder = Path(os.path.commonpath([match.parent for match in matches]))
@@ -258,6 +262,10 @@ def _by_split(loaded: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
         found = next((word for word in words if word in loaded), None)
         if found:
             splits[words[0]] = loaded[found]
+    if not splits:
+        raise DataError(
+            f"The splits {quoted(loaded)} are none of {', '.join(SPLIT_WORDS)}: rename them, or give a data set of one split."
+        )
     ignored = [name for name in loaded if not any(loaded[name] is rows for rows in splits.values())]
     if ignored:
         logger.warning("Not read, because their names are of no split: %s", ", ".join(ignored))

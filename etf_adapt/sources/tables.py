@@ -92,7 +92,7 @@ def _records(file: Path) -> Iterator[tuple[int, list[str]]]:
     line = 1
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
-            header = stream.readline()
+            header = next(filter(str.strip, stream), "")
             stream.seek(0)
             if file.suffix.lower() == ".tsv":  # of corpora for the most part, in which a quotation mark is a character
                 reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -169,9 +169,10 @@ def _objects(file: Path) -> Iterator[dict[str, Any]]:
     before = 0
     try:
         with open(file, encoding="utf-8-sig") as stream:
-            first, second = stream.readline(), stream.readline()
+            lines = filter(str.strip, stream)
+            first, second = next(lines, ""), next(lines, "")
             stream.seek(0)
-            if _is_row(first, alone=not second.strip()):
+            if _is_row(first, alone=not second):
                 for before, line in enumerate(stream):
                     if line.strip():
                         yield _checked_object(json.loads(line.strip()), file, f"line {before + 1}")

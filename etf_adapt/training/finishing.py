@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from etf_adapt.inference.predictions import (
     load_stock,
     predict_rows,
     predictions_of,
-    score_rows,
+    score_both,
 )
 from etf_adapt.metrics.shots import ShotAccuracy
 from etf_adapt.models.adapters import merge_adapters
@@ -32,7 +31,7 @@ from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.names import micro_folder
 from etf_adapt.results import run_folder, tables
 from etf_adapt.results.card import CardFacts, write_card
-from etf_adapt.results.card_metadata import read_base_card
+from etf_adapt.results.card_metadata import marked_if_folder, read_base_card
 from etf_adapt.training.aligning import AligningTrainer
 
 _COMPARED_BATCHES = 2
@@ -104,7 +103,7 @@ def finish(
         if rows is not None and split not in unread:
             with _noted(unread, split):
                 found = _predict_saved(trainer, stock, split, rows, known.get(split))
-                scored[split] = _score(trainer, found), found
+                scored[split] = score_both(found, trainer.class_counts, trainer.args.shot_bounds), found
     scores = {split: found for split, (found, _) in scored.items()}
     results = tables.flat_results(trainer.train_metrics, scores.get("validation"), scores.get("test"))
     if trainer.is_world_process_zero():
@@ -170,13 +169,6 @@ def _predict_saved(
     return predict_rows(stock, progress(batches, f"scoring {split}, batches"), num_rows=len(rows), offsets=offsets)
 
 
-def _score(trainer: AligningTrainer, found: RowPredictions) -> dict[str, float | None]:
-    scores = score_rows(found, trainer.class_counts, trainer.args.shot_bounds)
-    before = replace(found, predictions=found.unadjusted)
-    unadjusted = score_rows(before, trainer.class_counts, trainer.args.shot_bounds)
-    return scores | {f"{name}_unadjusted": unadjusted[name] for name in tables.UNADJUSTED}
-
-
 def _report(
     trainer: AligningTrainer,
     results: Mapping[str, Any],
@@ -217,7 +209,7 @@ def _report(
             model_id=repo_id or run_folder.public_value(str(folder)),
             on_hub=repo_id is not None,
             task=trainer.model._task,
-            base_model=base_model or public_origin or type(trainer.model).__name__,
+            base_model=marked_if_folder(base_model or public_origin or type(trainer.model).__name__),
             dataset={**description, "name": run_folder.public_value(description["name"])},
             label_names=names,
             class_counts=counts.tolist(),

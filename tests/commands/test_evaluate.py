@@ -103,6 +103,31 @@ def test_class_counts_are_the_models_else_those_of_train_else_unknown(bert, tmp_
         assert etf_adapt.evaluate(bert, rows(), class_counts=counts).scores["many"] is not None
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shot_bounds": [100, 20]}, r"`shot_bounds` \(=\(100, 20\)\)"),
+        ({"class_counts": [1, 2]}, "`class_counts` has 2 entries, the model 3 classes"),
+        ({"class_counts": [1.5, 2.0, 3.0]}, "must hold the training rows of each class"),
+    ],
+)
+def test_wrong_counts_are_known_before_a_row_is_read(bert, monkeypatch, options, words):
+    monkeypatch.setattr("etf_adapt.inference.classifier.predict_rows", lambda *_, **__: pytest.fail("rows were read"))
+    with pytest.raises(ValueError, match=words):
+        etf_adapt.evaluate(bert, rows(), **options)
+
+
+def test_weights_that_are_not_whole_are_named(tmp_path):
+    finished("bert").save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    for content in (weights.read_bytes()[:-100], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"):
+        weights.write_bytes(content)
+        with pytest.raises(OSError, match="model` holds weights that are not whole"):
+            etf_adapt.evaluate(str(tmp_path / "model"), rows())
+        with pytest.raises(OSError, match="model` holds weights that are not whole"):
+            etf_adapt.ETFForSequenceClassification.from_pretrained(tmp_path / "model")
+
+
 def test_a_finished_model_scores_without_its_adjustment_too(tmp_path):
     model = finished("bert")
     model.save_pretrained(tmp_path)

@@ -28,6 +28,18 @@ class TestArguments:
         *_, argv = read_arguments(["--model", "some/vit.b16", "--dataset", "../x/cifar100", "--head", "linear"])
         assert argv == ["--output_dir", str(Path("out/cifar100-vit.b16-linear"))]
 
+    @pytest.mark.parametrize("words", [["--head", "linear"], ["--head=linear"]])
+    def test_the_published_method_has_its_own_head(self, words):
+        with pytest.raises(ValueError, match=r"`paper` \(=True\) contradicts `head` \(='linear'\)"):
+            read_arguments(["--paper", *words])
+        assert read_arguments(["--paper", "--head=paper"])[0].head == "paper"
+
+    @pytest.mark.parametrize("content", [b"model: [micro\n", b"{", b"model: \xff\n"])
+    def test_a_broken_file_of_settings_is_named(self, tmp_path, content):
+        (tmp_path / "flags.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match=r"flags.yaml is no JSON or YAML \(.+\): mend it"):
+            translate(["--config", str(tmp_path / "flags.yaml")])
+
     @pytest.mark.parametrize(
         ("flags", "name"),
         [

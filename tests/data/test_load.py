@@ -15,6 +15,7 @@ from datasets.table import InMemoryTable
 from PIL import Image as PILImage
 
 from etf_adapt.data import load
+from etf_adapt.data.inputs import open_inputs
 from etf_adapt.data.load import load_data
 from etf_adapt.data.long_tail import class_counts
 from etf_adapt.errors import DataError
@@ -452,6 +453,26 @@ def test_paths_that_hold_no_data_set(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             load_data(str(tmp_path / name))
+
+
+def test_splits_of_which_none_is_known_are_one_message(tmp_path):
+    DatasetDict({name: Dataset.from_dict({"text": ["a"], "label": ["x"]}) for name in ("en", "de")}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    message = "The splits `en`, `de` are none of train, validation, test: rename them, or give a data set of one split"
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=message):
+        open_inputs(str(tmp_path / "saved"), task="text")
+
+
+def test_a_pattern_is_read_in_a_folder_whose_name_is_one(tmp_path, monkeypatch):
+    place = tmp_path / "data[1]"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for name in ("train-0", "train-1"):
+        table(TEXTS["train"]).to_csv(f"{name}.csv", index=False)
+    assert load_data("train-*.csv", validation_fraction=0).train.num_rows == 120
 
 
 def test_files_whose_names_are_of_no_split_are_said_to_be_left_out(tmp_path, caplog):

@@ -220,6 +220,24 @@ def test_the_command_says_what_was_done_in_one_line_each(place, tmp_path, capsys
     assert json.loads((tmp_path / "new" / "config.json").read_text())["etf_adapt"]["head"]["frame"] == "whitened"
 
 
+@pytest.mark.parametrize("model", [".", "../model"])
+def test_the_folder_of_the_result_is_named_after_the_models(place, monkeypatch, capsys, model):
+    given = {}
+
+    def note(**options):
+        given.update(options)
+        raise ValueError("noted")
+
+    monkeypatch.chdir(place / "model")
+    monkeypatch.setattr("etf_adapt.inference.refit.refit", note)
+    with pytest.raises(SystemExit):
+        main([model, "rows.csv", "--keep_statistics", "no"])
+    assert (given["output"], given["keep_statistics"]) == ("model-refitted", False)
+    with pytest.raises(SystemExit):
+        main([model, "rows.csv", "--keep_statistics", "ture"])
+    assert "'ture' must be true or false" in capsys.readouterr().err
+
+
 def test_pairs_of_columns_reach_the_model_as_pairs(place, tmp_path):
     texts = small_texts.rows(EVEN, 3)
     lines = "".join(f"{text},{other},{label}\n" for (text, label), (other, _) in zip(texts, small_texts.rows(EVEN, 4)))

@@ -14,7 +14,7 @@ from slow_cases import rest_slow
 from small_card import HOSTILE_NAMES, card_facts
 
 from etf_adapt.results.card import CARD_FILES, escape_markdown, is_edited, make_card, read_facts, write_card
-from etf_adapt.results.card_metadata import is_hub_id, read_base_card
+from etf_adapt.results.card_metadata import is_hub_id, marked_if_folder, read_base_card
 
 
 def metadata_of(facts):
@@ -34,6 +34,23 @@ def test_metadata_are_what_the_hub_reads():
 def test_a_local_base_model_or_data_set_is_not_given_out_as_a_hub_id(name):
     metadata = metadata_of(card_facts(base_model=name))
     assert "base_model" not in metadata and "base_model_relation" not in metadata and "datasets" not in metadata
+
+
+def test_a_hub_data_set_is_told_by_its_repository_and_its_configuration():
+    told = metadata_of(card_facts(dataset={"name": "nyu-mll/glue:sst2", "kind": "Hub"}))
+    found = told["model-index"][0]["results"][0]["dataset"]
+    assert told["datasets"] == ["nyu-mll/glue"]
+    assert (found["type"], found["config"], found["name"]) == ("nyu-mll/glue", "sst2", "nyu-mll/glue:sst2")
+
+
+def test_the_folder_of_a_base_model_is_no_hub_id_where_it_is_not(tmp_path, monkeypatch):
+    (tmp_path / "models/vit").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = [marked_if_folder(name) for name in ("models/vit", "google/vit", "./models/vit", "micro")]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert names == ["./models/vit", "google/vit", "./models/vit", "micro"]
+    assert [is_hub_id(name) for name in names] == [False, True, False, False]
 
 
 def test_a_folder_of_this_machine_is_no_hub_id(tmp_path, monkeypatch):

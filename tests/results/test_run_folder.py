@@ -108,6 +108,33 @@ def test_the_command_tells_no_token_and_no_place_of_this_machine():
     assert run_folder.public_command(argv) == "etf-adapt finetune --model vit --data=d --paper"
 
 
+def test_what_counts_tokens_is_no_secret_and_flags_behind_a_secret_stay():
+    words = [
+        "--include_num_input_tokens_seen",
+        "--seed",
+        "1",
+        "--hub-token",
+        "--bf16",
+        "--hub_token",
+        "hf_x",
+        "--paper",
+    ]
+    assert (
+        run_folder.public_command(words) == "etf-adapt finetune --include_num_input_tokens_seen --seed 1 --bf16 --paper"
+    )
+    public = run_folder.public_value({"max_tokens": 1, "hub_token": "x", "client_secret": "y", "password": "z"})
+    assert public == {"max_tokens": 1}
+
+
+def test_the_arguments_of_a_resumed_run_begin_it_anew():
+    @dataclasses.dataclass
+    class Arguments:
+        seed: int = 3
+        resume_from_checkpoint: str = "last"
+
+    assert run_folder.recorded_arguments(Arguments()) == {"seed": 3}
+
+
 def test_the_log_has_one_line_a_step(tmp_path):
     history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_accuracy": 0.5}, {"step": 2, "loss": math.nan}]
     run_folder.write_log(tmp_path / "log.jsonl", history)

@@ -29,6 +29,13 @@ def test_columns_are_found(columns, options, expected):
     assert (found.task, found.input, found.label) == expected
 
 
+def test_columns_are_found_without_reading_another_column():
+    features = Features({"image": Image(), "file_name": Value("string"), "label": Value("string")})
+    rows = {"image": [{"bytes": b"no image", "path": None}], "file_name": ["a.jpg"], "label": ["k"]}
+    assert find_columns(Dataset.from_dict(rows, features=features)).input == "image"
+    assert find_columns(Dataset.from_dict(rows, features=features), image_column="file_name").input == "file_name"
+
+
 def test_of_several_class_labels_the_usual_name_is_taken():
     features = Features({"text": Value("string"), "coarse_label": ClassLabel(2), "fine_label": ClassLabel(3)})
     rows = Dataset.from_dict({"text": ["x"], "coarse_label": [0], "fine_label": [1]}, features=features)

@@ -9,6 +9,7 @@ import random
 import pandas
 import pytest
 
+from etf_adapt.data.inputs import open_inputs
 from etf_adapt.data.load import load_data
 from etf_adapt.errors import DataError
 from etf_adapt.sources import tables
@@ -112,6 +113,19 @@ def test_a_table_without_column_names_keeps_its_first_row(header, tmp_path):
         load_data(str(write(tmp_path / "rows.csv", header, *rows)))
     data = load_data(str(tmp_path / "rows.csv"), label_column=second, text_column=header.split(",")[0])
     assert data.description["rows_in_source"] == {"train": 40}  # a person who names the columns knows them
+
+
+@pytest.mark.parametrize("columns", [["0", "1"], ["0", "1", "2"], ["2019", "1", "-1"]])
+def test_columns_with_numbers_for_names_are_read_where_the_inputs_are_named(columns, tmp_path):
+    rows = [",".join([f"text {row}", "ab"[row % 2], *["x"] * (len(columns) - 2)]) for row in range(40)]
+    file = str(write(tmp_path / "rows.csv", ",".join(columns), *rows))
+    text, label = columns[:2]
+    assert load_data(file, label_column=label, text_column=text).label_names == ["a", "b"]
+    assert next(iter(open_inputs(file, task="text", column=text))) == ("text 0",)
+    with pytest.raises(
+        DataError, match=r"looks like a cell of the first row.*name the column of its inputs by `text_column`"
+    ):
+        open_inputs(file, task="text")
 
 
 def test_files_of_one_split_have_one_header_in_any_order(tmp_path):
@@ -251,3 +265,13 @@ def test_a_stream_holds_the_cells_of_the_whole_table_and_reads_as_it_goes(tmp_pa
     assert [next(rows)["id"] for _ in range(40)] == ["1"] * 40
     with pytest.raises(DataError, match="the row on line 42 has 1 fields"):
         next(rows)
+
+
+@pytest.mark.parametrize("lines", [["", "text;label", "a;x", "b;y"], ["", "", "text\tlabel", "a\tx", "b\ty"]])
+def test_a_blank_line_before_the_header_hides_no_separator(lines, tmp_path):
+    assert read_tables([write(tmp_path / "rows.csv", *lines)])["text"][:] == ["a", "b"]
+
+
+def test_a_blank_line_before_the_first_object_is_passed_over(tmp_path):
+    lines = ["", '{"text": "a", "label": "x"}', "", '{"text": "b", "label": "y"}']
+    assert read_tables([write(tmp_path / "rows.jsonl", *lines)])["text"][:] == ["a", "b"]
