@@ -1,7 +1,8 @@
 """A run of a few seconds: noisy images of three uneven classes and a ViT of 3,000 weights; a module and a program.
 
 As a program it takes one JSON argument: the keywords of ``make_trainer``, and ``resume``, ``kill_at`` (a step at which the
-process kills itself) and ``record`` (a folder for the rows seen, the final weights and the metrics).
+process kills itself), ``unreadable`` (the data set, "eval" or "alignment", whose row 9 cannot be read) and ``record`` (a folder
+for the rows seen, the final weights and the metrics, or the error that ended the run).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
+from etf_adapt.errors import DataError
 from etf_adapt.models.auto import adapt
 from etf_adapt.training import aligning
 from etf_adapt.training.arguments import ETFTrainingArguments
@@ -31,6 +34,8 @@ COUNTS = (60, 21, 7)
 
 class NoisyRows(Dataset):
     """Images (3, 8, 8): the pattern of the row's class and noise."""
+
+    unreadable: int | None = None
 
     def __init__(self, counts: tuple[int, ...], seed: int) -> None:
         patterns = torch.randn(len(counts), 3, 8, 8, generator=torch.Generator().manual_seed(99))
@@ -43,6 +48,8 @@ class NoisyRows(Dataset):
         return len(self.labels)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        if row == self.unreadable:
+            raise DataError(f"Row {row} cannot be read.")
         return {"pixel_values": self.images[row], "labels": int(self.labels[row]), "row_id": int(row)}
 
 
@@ -128,7 +135,11 @@ class KillAt(TrainerCallback):
 
 def main(settings: dict[str, Any]) -> None:
     resume, kill_at, record = settings.pop("resume", None), settings.pop("kill_at", None), settings.pop("record", None)
+    unreadable = settings.pop("unreadable", None)
     trainer = make_trainer(**settings, callbacks=() if kill_at is None else (KillAt(kill_at),))
+    trainer.alignment_dataset = copy(trainer.train_dataset)
+    if unreadable is not None:
+        getattr(trainer, f"{unreadable}_dataset").unreadable = 9
     seen: list[list[int]] = []
     step = trainer.training_step
 
@@ -137,9 +148,13 @@ def main(settings: dict[str, Any]) -> None:
         return step(model, inputs, num_items_in_batch)
 
     trainer.training_step = recorded
-    trainer.train(resume)
-    metrics = {name: value for name, value in trainer.evaluate().items() if "second" not in name and "time" not in name}
     rank = trainer.args.process_index
+    try:
+        trainer.train(resume)
+    except DataError as error:
+        Path(record, f"{rank}.txt").write_text(str(error))
+        return
+    metrics = {name: value for name, value in trainer.evaluate().items() if "second" not in name and "time" not in name}
     if record is not None:
         folder = Path(record)
         folder.mkdir(exist_ok=True)

@@ -131,7 +131,7 @@ def _run(argv: Sequence[str]) -> FinetuneResult | None:
         classes: dict[str, Any] = {"id2label": data.id2label, "class_counts": data.class_counts.tolist()}
         model = factory.from_pretrained(location, **classes, seed=args.seed, **model_args.load_options())
     # Refuses now what cannot be at the end.
-    is_adjusted(model, model_args.prior_adjustment, has_validation=data.validation is not None)
+    is_adjusted(model, model_args.prior_adjustment, data.class_counts, has_validation=data.validation is not None)
     with announced("preparing the rows"):
         options = {name: getattr(data_args, name) for name in ("image_size", "augment", "max_length")}
         rows = prepare_rows(model, location, data, seed=args.seed, **options)

@@ -88,16 +88,42 @@ def count_classes(data: Iterable[Any], num_classes: int) -> NDArray[np.int64]:
     return counts
 
 
+_meetings: list[Callable[[], None]] = []  # where the other processes wait for one that leaves a pass over data
+
+
+class LeftTogether(DataError):
+    """Raised where another process leaves a pass, by an error that all of them will raise."""
+
+
+@contextmanager
+def met_by(meet: Callable[[], None]) -> Iterator[None]:
+    """Call ``meet`` where this process leaves a pass by a ``DataError``: the others are met there first."""
+    _meetings.append(meet)
+    try:
+        yield
+    finally:
+        _meetings.remove(meet)
+
+
+def leave_pass(error: DataError) -> str:
+    """Meet the other processes where they wait; return what they are to be told, nothing where one of them left first."""
+    if isinstance(error, LeftTogether):
+        return ""
+    for meet in _meetings:
+        meet()
+    return message_of(error)
+
+
 @contextmanager
 def raised_everywhere() -> Iterator[None]:
     """Raise on every process the ``DataError`` of one: the others would wait for it."""
-    message = None
+    message = ""
     try:
         yield
     except DataError as error:
-        message = message_of(error)
-    if message := next(filter(None, gather_object([message])), None):
-        raise DataError(message)
+        message = leave_pass(error)
+    if told := next(filter(None, gather_object([message])), None):
+        raise DataError(told)
 
 
 def own_batches(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -18,6 +18,7 @@ MEAN_FRAMES = ("means", "whitened")
 """Frames that are made from features."""
 
 TINY = 1e-12
+_ROUNDING = 1e-10  # of a second moment that was updated many times, in parts of itself
 
 
 def closed_form_vectors(
@@ -60,7 +61,9 @@ def penalized_covariance(statistics: ClassStatistics, penalty: float | None) -> 
     r"""Return :math:`S_w + \lambda I`, the matrix of the whitened frame."""
     within = statistics.within
     ridge = (1.0 if penalty is None else penalty) * float(within.diagonal().mean())
-    return within + (ridge + TINY) * torch.eye(within.shape[0], dtype=torch.float64)
+    # Of classes of one row each the covariance is zero but for rounding, which may make it indefinite.
+    least = _ROUNDING * float(statistics.moment.diagonal().mean() / statistics.counts.sum())
+    return within + max(ridge + TINY, least) * torch.eye(within.shape[0], dtype=torch.float64)
 
 
 def unit_vectors(offsets: Tensor, covariance: Tensor | None) -> Tensor:
@@ -68,7 +71,7 @@ def unit_vectors(offsets: Tensor, covariance: Tensor | None) -> Tensor:
     if covariance is None:
         return torch.nn.functional.normalize(offsets, dim=1)
     weight = torch.linalg.solve(covariance, offsets.T).T
-    return weight / (weight * offsets).sum(dim=1, keepdim=True).sqrt().clamp_min(TINY)
+    return weight / (weight * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
 
 
 def check_frame(statistics: ClassStatistics, frame: str, penalty: float | None) -> None:

@@ -137,6 +137,8 @@ def align_head(
         rows=int(rows.statistics[0].counts.sum()),
         rows_seen=tuple(
             _rows_seen(rows, index, Form(frame, penalties[index], head.bias is not None, scale))
+            if head.is_stock_layer
+            else None  # a cosine head scores otherwise
             for index, head in enumerate(heads.values())
         ),
         statistics=tuple(rows.statistics),

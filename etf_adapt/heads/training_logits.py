@@ -26,6 +26,10 @@ class TrainingLogits:
         for path, head in heads.items():
             head.register_forward_hook(partial(self._change, path))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the training rows out of a copy of the model, on whose heads the hooks are, and out of its file."""
+        return vars(self) | {"rows": {}, "_batch": None}
+
     @contextmanager
     def of(self, labels: Tensor | None, row_ids: Tensor | None) -> Iterator[None]:
         """Name the classes (batch,) and numbers (batch,) of the rows that the heads are about to read.

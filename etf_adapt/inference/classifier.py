@@ -26,6 +26,7 @@ from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.inference.launch import choose_num_workers
 from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_both
 from etf_adapt.metrics.shots import SHOT_BOUNDS, ShotAccuracy
+from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.folders import load_config, load_processor
 from etf_adapt.models.names import ENTRY, locate_model, resolve_model_name
 from etf_adapt.models.positions import token_limit
@@ -224,7 +225,7 @@ def evaluate_split(
             if batch.inputs:
                 yield batch.tensors | {"labels": targets[ids], "row_id": ids}
 
-    offsets = (getattr(cast(Any, classifier.model).config, ENTRY, None) or {}).get("prior_adjustment")
+    offsets = _entry(classifier.model).get("prior_adjustment")
     with classifier.mixed_precision():
         predicted = predict_rows(classifier.model, labelled(), num_rows=len(kept), offsets=offsets)
     scores = score_both(predicted, counts, shot_bounds)
@@ -257,6 +258,11 @@ def match_names(
     return labels
 
 
+def _entry(model: nn.Module) -> dict[str, Any]:
+    """Return the settings of a model of ours, as it is in memory or as they were saved; of other models none."""
+    return model.etf_settings if isinstance(model, ETFModel) else getattr(cast(Any, model).config, ENTRY, None) or {}
+
+
 def _training_counts(
     classifier: Classifier, splits: Mapping[str, Dataset], column: str, given: Sequence[int] | None
 ) -> tuple[np.ndarray | None, str]:
@@ -267,7 +273,7 @@ def _training_counts(
                 f"`class_counts` has {len(given)} entries, the model {len(classifier.label_names)} classes."
             )
         return np.asarray(given), "given"
-    saved = (getattr(cast(Any, classifier.model).config, ENTRY, None) or {}).get("class_counts")
+    saved = _entry(classifier.model).get("class_counts")
     if saved is not None:
         return np.asarray(saved), "of the model's training"
     if "train" not in splits or column not in splits["train"].column_names:

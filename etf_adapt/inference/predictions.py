@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from etf_adapt.data.batches import leave_pass
 from etf_adapt.data.long_tail import check_labels
 from etf_adapt.data.progress import announced
-from etf_adapt.errors import DataError, message_of
+from etf_adapt.errors import DataError
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.metrics.calibration import fit_logit_scale, fit_prior_adjustment
 from etf_adapt.metrics.shots import ShotAccuracy
@@ -165,9 +166,9 @@ def _each_row_once(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
         # of the forward pass, and end with it.)
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise
-        own = [message_of(error)]
+        own = [leave_pass(error)]
     gathered = gather_object(own)
-    if message := next((part for part in gathered if isinstance(part, str)), None):
+    if message := next((part for part in gathered if part and isinstance(part, str)), None):
         raise DataError(message)
     if not gathered:
         raise ValueError("There are no rows to predict: the data loader gives no batch.")

@@ -240,10 +240,12 @@ def _run_of(location: str, dataset: str) -> dict[str, Any]:
     """Return what a run of this library on this data set left beside the model; nothing for other models and data sets."""
     file, facts = Path(location, ARGUMENTS_FILE), read_facts(location)
     arguments = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    own = str(arguments.get("dataset", "digits"))
+    own = str(arguments.get("dataset"))
     paths = [Path(name).expanduser() for name in (own, dataset)]
     is_same = own == dataset or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
-    if facts is None or not is_same:
+    if (
+        facts is None or not is_same or "seed" not in facts.dataset
+    ):  # the last of a run by ETFTrainer on rows of one's own
         return {}
     options = {name: arguments[name] for name in _OPTIONS_OF_ROWS if arguments.get(name) is not None}
     return {
@@ -265,7 +267,7 @@ def _find_judge(held_out: str, data: ClassificationData, run: Mapping[str, Any])
         what = "of the run that made the model" if is_known else "of the data set, taken as unseen by the model"
         return _Judge(f"validation rows {what}", "validation", joins=not is_own)
     words = "rows that the model was trained on, which say little of new ones"
-    return _Judge(words, "validation" if has and not is_own else None, is_seen=True, joins=not is_own)
+    return _Judge(words, "validation" if has and not is_own else None, is_seen=True, joins=has and not is_own)
 
 
 def _take_old_heads(model: Any, paths: Sequence[str], location: str) -> list[_Layer]:

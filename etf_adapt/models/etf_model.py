@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,7 @@ class ETFModel(_Base):
         super().train(mode)
         if mode and self.without_dropout:
             kept = {self, *(part for head in head_modules(self).values() for part in head.modules())}
+            kept |= set() if self.freeze_batch_norm is not False else {*batch_norms(self)}
             for module in {*self.modules()} - kept:
                 # Layers whose activations are computed again, and embeddings under NEFTune, are asked for training mode.
                 is_asked = getattr(module, "gradient_checkpointing", False) or hasattr(module, "neftune_noise_alpha")
@@ -150,6 +152,8 @@ class ETFModel(_Base):
         """
         if not logit_scale > 0.0:
             raise ValueError(f"`logit_scale` (={logit_scale}) must be above 0.")
+        if not all(map(math.isfinite, prior_adjustment or ())):
+            raise ValueError(f"`prior_adjustment` (={list(prior_adjustment or ())}) must be finite.")
         heads = list(head_modules(self).values())
         for head in heads:
             if not head.is_stock_layer:
@@ -200,6 +204,7 @@ class ETFModel(_Base):
         if self._loss is None:  # a copy: functions are not pickled
             self._loss = make_loss(self._loss_settings, class_counts=self._class_counts)
         if self._prior_adjustment is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits = logits - logits.new_tensor(self._prior_adjustment)
         if self._logit_scale != 1.0:
             logits = logits.float() / self._logit_scale

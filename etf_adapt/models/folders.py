@@ -25,6 +25,8 @@ from etf_adapt.models.weights import named_if_broken
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
 
+_CODE_OPTIONS = ("trust_remote_code", "code_revision")  # of a repository's own code
+
 NOT_STOCK = f"no stock class has this classifier; load it with {ENTRY} or, where modules.json is, SentenceTransformer"
 """Written as the name of the weights: transformers' classes refuse the folder, and show this."""
 
@@ -68,7 +70,8 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
     ours = [note.removeprefix(NOTE) for note in notes if note.startswith(NOTE)]
     if ours and config.num_labels and getattr(config, ENTRY, None) is None:
         setattr(config, ENTRY, json.loads(ours[0]))
-    return config, {**unused, **hub_options(options)}
+    # The class of the configuration takes up what that of the model is to be told too.
+    return config, {**unused, **{name: options[name] for name in (*HUB_OPTIONS, *_CODE_OPTIONS) if name in options}}
 
 
 def load_processor(name_or_path: str, task: str, **options: Any) -> Any:
@@ -97,7 +100,7 @@ def find_processor(location: str, task: str, config: PreTrainedConfig, options: 
     """Load the processor beside a model; None where there is none, or timm's configuration holds it."""
     if isinstance(config, TimmWrapperConfig):
         return None
-    trust = {name: options[name] for name in ("trust_remote_code",) if name in options}
+    trust = {name: options[name] for name in _CODE_OPTIONS if name in options}
     try:
         return load_processor(location, task, **hub_options(options), **trust)
     except (FileNotFoundError, ImportError):  # some tokenizers need a package of their own

@@ -182,8 +182,8 @@ def room_for(folder: str | Path, *, output_dir: str | Path, count_bytes: Callabl
         yield
     except Exception as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        # torch's own writer names no cause.
-        if not is_full and not (isinstance(error, RuntimeError) and "write" in str(error)):
+        # torch's own writer names no cause, only that a write failed or that a position is not the expected one.
+        if not is_full and not (isinstance(error, RuntimeError) and re.search("write|unexpected pos", str(error))):
             raise
         if find_damage(folder) == UNFINISHED:
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
+from etf_adapt.data.batches import met_by
 from etf_adapt.data.progress import progress
 from etf_adapt.inference.predictions import UNLABELLED, RowPredictions, predict_rows, score_rows
 from etf_adapt.metrics.shots import pooled_class_mean
@@ -49,7 +51,8 @@ class EvaluatingTrainer(ResumableTrainer):
         # As in the stock class: true of an evaluation without `compute_metrics` alone.
         keep = None if prediction_loss_only else (self.preprocess_logits_for_metrics or (lambda logits, _: logits))
         batches, num_rows = self._with_progress(dataloader, description), len(dataloader.dataset)  # type: ignore[arg-type]
-        with self._reading(dataloader.dataset) if keep is None else nullcontext() as read:
+        wait = met_by(partial(self.poll, leaves=True))
+        with wait, self._reading(dataloader.dataset) if keep is None else nullcontext() as read:
             rows = predict_rows(model, batches, num_rows=num_rows, keep=keep or read)
         if read is not None:
             self._evaluated = self.state.global_step, dataloader.dataset, rows

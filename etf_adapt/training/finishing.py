@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from etf_adapt.data.progress import progress
 from etf_adapt.errors import DataError, check_choice, message_of
@@ -81,7 +82,7 @@ def finish(
         raise ValueError("`train_dataset` (=None) is needed: results are reported by the training rows of the classes.")
     if isinstance(held_out, dict):
         raise ValueError(f"`eval_dataset` has several data sets: pass the one to calibrate on, of {[*held_out]}.")
-    adjusts = is_adjusted(model, prior_adjustment, has_validation=held_out is not None)
+    adjusts = is_adjusted(model, prior_adjustment, trainer.class_counts, has_validation=held_out is not None)
     merge_adapters(model)
     trained = model.etf_settings  # calibration makes any head an ordinary layer
     unread: dict[str, str] = {}  # why a split has no scores
@@ -241,7 +242,7 @@ def _noted(unread: dict[str, str], split: str) -> Iterator[None]:
         unread[split] = message_of(error)
 
 
-def is_adjusted(model: ETFModel, choice: str, *, has_validation: bool) -> bool:
+def is_adjusted(model: ETFModel, choice: str, class_counts: NDArray[np.int64], *, has_validation: bool) -> bool:
     """Return whether the prior is adjusted for after training; auto: for ETF heads that allow it."""
     if choice == "auto":
         return bool(has_validation and model.etf_settings["head"]["kind"] == "etf" and model.is_adjustable)
@@ -250,6 +251,11 @@ def is_adjusted(model: ETFModel, choice: str, *, has_validation: bool) -> bool:
         model.require_adjustable()
         if not has_validation:
             raise ValueError(f"`prior_adjustment` (={choice!r}) is fitted on validation rows: give some.")
+        if (class_counts == 0).any():
+            empty = int((class_counts == 0).argmax())
+            raise ValueError(
+                f"`prior_adjustment` (={choice!r}) needs training rows of each class, and class {empty} has none: take 'none'."
+            )
     return choice == "fit"
 
 

@@ -18,6 +18,7 @@ from etf_adapt.models.adapters import add_adapters, has_adapters
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification
 from etf_adapt.models.etf_model import ETFModel
 from etf_adapt.models.weights import new_weights
+from etf_adapt.results.run_folder import plain_value
 from etf_adapt.training.arguments import ETFTrainingArguments
 
 
@@ -82,11 +83,8 @@ def describe_learning(model: ETFModel) -> dict[str, Any]:
     settings, adapters = model.etf_settings, getattr(model, "peft_config", {}).get("default")
     numbers = {} if adapters is None else {f"peft {name}": value for name, value in adapters.to_dict().items()}
     dropout = {f"config.{name}": value for name, value in model.config.to_dict().items() if "drop" in name}
-    return {
-        "head": settings["head"]["kind"],
-        "loss": settings["loss"],
-        **{name: value for name, value in {**dropout, **numbers}.items() if isinstance(value, (bool, int, float))},
-    }
+    numbers = {name: value for name, value in {**dropout, **numbers}.items() if isinstance(value, (bool, int, float))}
+    return dict(plain_value({"head": settings["head"]["kind"], "loss": settings["loss"], **numbers}))
 
 
 def check_optimizers(args: ETFTrainingArguments, optimizer: Any, optimizer_cls_and_kwargs: Any) -> None:

@@ -16,8 +16,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 
+from etf_adapt.data.batches import LeftTogether
+
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; schedulers and launchers; Slurm's `--signal` before the time is over
 _REPEATED = 1.0  # seconds in which a signal that came twice is one: launchers pass on what reached the whole group
+_LEAVES = 1 << 16  # in place of a signal's number
 _GRACE = 30  # seconds that workers of data loaders serve on after a signal; as long as launchers wait before they kill
 
 
@@ -54,12 +57,18 @@ class StopSignals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def poll(self) -> None:
-        """Raise ``Stopped`` if any process got a signal; all processes must call this equally often."""
-        number = self.number
+    def poll(self, *, leaves: bool = False) -> None:
+        """Raise ``Stopped`` if any process got a signal; all processes must call this equally often.
+
+        A process that leaves a pass over data, as it cannot read its rows, says so instead: the others raise ``LeftTogether``.
+        """
+        number = _LEAVES if leaves else self.number
         if PartialState().num_processes > 1:
             number = int(gather(torch.tensor([number], device=PartialState().device)).max())
-        if number:
+        if number == _LEAVES:
+            if not leaves:
+                raise LeftTogether("another process cannot read its rows")
+        elif number:
             raise Stopped(number)
 
     def _note(self, number: int, _: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
+from etf_adapt.data.batches import met_by
 from etf_adapt.inference.launch import first_process_decides
 from etf_adapt.results.claim import claim, released
 from etf_adapt.training.checkpoints import find_last_complete_checkpoint, read_run_of, resolve_checkpoint
@@ -55,6 +56,7 @@ class StoppableTrainer(Trainer):
             with StopSignals() as self._signals:
                 try:
                     yield checkpoint
+                    self.poll()  # for what came after the last step
                 except Stopped as stop:
                     self._save_and_tell(stop)
                     raise
@@ -76,18 +78,24 @@ class StoppableTrainer(Trainer):
         self.print(f"stopped by {stop.signal_name} after step {step}: {kept}. To go on:\n{self.resume_command}")
         self.accelerator.wait_for_everyone()  # the end of one process is a signal to the others
 
-    def poll(self) -> None:
-        """Leave a pass over data where a signal came."""
+    def poll(self, *, leaves: bool = False) -> None:
+        """Leave a pass over data where a signal came, or where a process ``leaves`` it because it cannot read its rows."""
         if self._signals is not None:
-            self._signals.poll()
+            self._signals.poll(leaves=leaves)
 
     @contextmanager
     def _polled(self, batches: int) -> Iterator[None]:
         """Poll before each of the first ``batches`` forward passes: as many as every process has."""
         left = iter(range(batches))
-        hook = self.model.register_forward_pre_hook(lambda *_: None if next(left, None) is None else self.poll())
+
+        def poll(*_: Any, leaves: bool = False) -> None:
+            if next(left, None) is not None:
+                self.poll(leaves=leaves)
+
+        hook = self.model.register_forward_pre_hook(poll)
         try:
-            yield
+            with met_by(partial(poll, leaves=True)):
+                yield
         finally:
             hook.remove()
 

@@ -95,6 +95,18 @@ def test_argmax_ignores_the_scale_and_the_origin_of_the_features(rows, frame):
     assert torch.equal(predicted(features, labels), predicted(0.01 * features - 7.0, labels))
 
 
+def test_of_one_row_a_class_rounding_sets_no_head():
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(100)
+    features = 100 * torch.randn(100, 192, generator=generator)
+    found = ClassStatistics.of(features, labels, 100)
+    for _ in range(5):
+        moved = features + 0.1 * torch.randn(100, 192, generator=generator)
+        found.replace_(features, moved, labels)
+        features = moved
+        weight, bias = closed_form_vectors(found, "whitened")
+        assert torch.equal((features.double() @ weight.T + bias).argmax(dim=1), labels)
+
+
 def test_errors_name_the_value_and_the_rule(rows):
     stats = statistics(*rows)
     with pytest.raises(ValueError, match="'nearest'"):

@@ -87,6 +87,11 @@ def test_the_rows_are_returned_with_the_form_in_units_of_the_head(rows, frame):
         torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-5)
 
 
+def test_the_rows_of_a_cosine_head_are_not_left_out(rows):
+    model = model_with_head(kind="cosine")
+    assert align_head(model, numbered(rows, 5)).rows_seen == (None,)
+
+
 def test_a_class_of_one_row_is_set_to_it(rows):
     images, labels = rows
     first = [int((labels == label).nonzero()[0]) for label in range(3)]

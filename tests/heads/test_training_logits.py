@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def test_a_head_scores_as_it_is_but_for_a_batch_that_is_named():
         assert torch.equal(head(features), plain)
     assert torch.equal(head(features), plain) and list(head.state_dict()) == names
     assert torch.equal(copy.deepcopy(head)(features), plain)
+
+
+def test_the_rows_are_in_no_copy_of_a_head():
+    head = torch.nn.Linear(5, 3)
+    heads = TrainingLogits({"head": head})
+    before = len(pickle.dumps(head))
+    heads.rows["head"] = held()
+    assert len(pickle.dumps(head)) == before
+    (hook,) = copy.deepcopy(head)._forward_hooks.values()
+    assert hook.func.__self__.rows == {} and heads.rows.keys() == {"head"}
 
 
 @pytest.mark.parametrize("notes", [True, False])

@@ -10,7 +10,7 @@ from slow_cases import rest_slow
 from small_run import make_trainer
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
-from etf_adapt import ETFForImageClassification, extend, refit
+from etf_adapt import ETFForImageClassification, evaluate, extend, refit
 from etf_adapt.commands.extend import main
 from etf_adapt.errors import DataError
 from etf_adapt.inference.head_statistics import follows, load_statistics
@@ -46,6 +46,16 @@ def directions(model):
 
 def same(left, right, tolerance=1e-5):
     return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], atol=tolerance) for name in left)
+
+
+def test_a_changed_model_is_scored_as_it_is_in_memory(place, tmp_path):
+    result = extend(place / "refit_a", str(place / "new"))
+    extend(place / "refit_a", str(place / "new"), output=tmp_path / "more")
+    here, there = (
+        evaluate(model, str(place / "all"), split="train", **options)
+        for model, options in ((result.model, {"processor": result.model.processor}), (str(tmp_path / "more"), {}))
+    )
+    assert here.scores == pytest.approx(there.scores) and here.class_counts.tolist() == there.class_counts.tolist()
 
 
 def load(folder):

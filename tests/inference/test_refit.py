@@ -26,6 +26,7 @@ from etf_adapt.errors import DataError, OutputFolderError
 from etf_adapt.heads.seen_rows import SEEN_PENALTY
 from etf_adapt.hub.check import check_folder
 from etf_adapt.inference.head_statistics import follows, load_statistics
+from etf_adapt.inference.refit import _run_of
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.results.run_folder import ARGUMENTS_FILE, FACTS_FILE, STATISTICS_FILE, write_json
 
@@ -96,6 +97,20 @@ def test_only_rows_that_the_features_did_not_see_choose(place, data, options, wo
         assert (result.penalty, result.calibration) == (SEEN_PENALTY, None)
         assert result.model.etf_settings["prior_adjustment"] is None
     assert any(words in line for line in result.describe())
+
+
+def test_each_row_counts_once_whatever_judges(place):
+    for options in ({"held_out": "none"}, {"validation_fraction": 0.0}, {"held_out": "share"}):
+        result = refit(place / "model", str(place / "cut"), force=True, **options)
+        assert (result.rows, sum(result.model.etf_settings["class_counts"])) == (79, 79), options
+
+
+def test_a_run_on_rows_of_ones_own_tells_nothing_of_a_data_set(place, tmp_path):
+    folder = small_texts.stock_folder(tmp_path / "run")
+    write_json(tmp_path / "run" / ARGUMENTS_FILE, {"seed": 5})
+    write_json(tmp_path / "run" / FACTS_FILE, {"facts": vars(card_facts(dataset={"name": "own data"}))})
+    for dataset in ("digits", str(place / "cut")):
+        assert _run_of(str(folder), dataset) == {}
 
 
 def test_rows_kept_out_to_judge_are_in_the_head_at_last(place):

@@ -590,3 +590,14 @@ def test_batch_norm_stays_as_it_was_aligned_under_in_any_loop(head):
     model.train()(**inputs, labels=LABELS)
     assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
     assert not any(norm.training for norm in [*norms, model.eval()])
+    model.without_dropout = True
+    assert all(norm.training for norm in batch_norms(model.train())) and not model.timm_model.training
+
+
+def test_the_prior_is_taken_out_of_half_precision_logits_in_full():
+    model = resnet(head="linear")
+    offsets = [0.012, -3.4, 2.7]
+    model.set_calibration(1.0, offsets)
+    logits = torch.tensor([[9.8, 1.0, -2.0]], dtype=torch.bfloat16)
+    expected = torch.nn.functional.cross_entropy(logits.float() - torch.tensor(offsets), torch.tensor([0]))
+    torch.testing.assert_close(model.compute_loss_from_logits(logits, torch.tensor([0])), expected)

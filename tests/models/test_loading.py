@@ -407,6 +407,30 @@ def test_a_decoders_padding_token_comes_from_its_tokenizer(tmp_path):
     assert load_processor(tmp_path / "saved", "text").pad_token == "[PAD]"
 
 
+CODE = """
+from transformers import BertConfig, BertForSequenceClassification
+
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+
+class OwnForSequenceClassification(BertForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_runs_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    BertForSequenceClassification(BertConfig(**SIZES, vocab_size=9, num_labels=3)).save_pretrained(tmp_path / "own")
+    config = read_config(tmp_path / "own") | {"model_type": "own", "architectures": ["OwnForSequenceClassification"]}
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnForSequenceClassification"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"auto_map": places}))
+    (tmp_path / "own" / "own.py").write_text(CODE)
+    model = ETFForSequenceClassification.from_pretrained(tmp_path / "own", num_labels=3, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForSequenceClassification" and model.etf_settings["head"]["kind"] == "etf"
+
+
 # What the stock class says
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
+from etf_adapt.errors import DiskFullError
 from etf_adapt.results.claim import claim, read_run, release
+from etf_adapt.training import checkpoints
 from etf_adapt.training.checkpoints import (
     STATE_NAME,
     begin_checkpoint,
@@ -232,3 +236,13 @@ def test_a_half_deleted_checkpoint_is_known_as_incomplete(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         remove_checkpoints(tmp_path)
     assert json.loads((folder / STATE_NAME).read_text())["complete"] is False
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_is_known_by_what_torch_says_of_it(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with (
+        pytest.raises(DiskFullError, match="checkpoint-1 cannot be written"),
+        checkpoints.room_for(tmp_path / "checkpoint-1", output_dir=tmp_path, count_bytes=lambda: 9),
+    ):
+        torch.save({"a": torch.zeros(2**20)}, "/dev/full")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -277,10 +278,20 @@ def test_what_cannot_be_finished_is_told_and_nothing_is_written(tmp_path):
     assert sorted(tmp_path.iterdir()) == left
 
 
+COUNTED = np.array([5, 2, 1])
+
+
 @pytest.mark.parametrize(
     ("head", "choice", "has_validation", "adjusts"),
     [("etf", "auto", True, True), ("etf", "auto", False, False), ("linear", "auto", True, False),
      ("linear", "fit", True, True), ("etf", "none", True, False)],
 )  # fmt: skip
 def test_the_prior_is_adjusted_for_by_default_where_a_fixed_head_can_take_it(head, choice, has_validation, adjusts):
-    assert is_adjusted(make_model(head=head), choice, has_validation=has_validation) == adjusts
+    assert is_adjusted(make_model(head=head), choice, COUNTED, has_validation=has_validation) == adjusts
+
+
+def test_a_prior_of_classes_without_rows_is_refused():
+    with pytest.raises(ValueError, match="needs training rows of each class, and class 1 has none: take 'none'"):
+        is_adjusted(make_model(head="linear"), "fit", np.array([3, 0, 2]), has_validation=True)
+    with pytest.raises(ValueError, match="must be finite"):
+        make_model().set_calibration(1.0, [0.0, math.nan, 0.0])

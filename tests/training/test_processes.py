@@ -83,6 +83,14 @@ def test_two_processes_resumed_in_mid_epoch_end_as_uninterrupted(tmp_path, reali
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["eval", "alignment"])
+def test_a_row_that_one_process_cannot_read_ends_all_with_its_message(tmp_path, dataset):
+    settings = {**SETTINGS, "per_device_train_batch_size": 8, "unreadable": dataset, "realign": "epochs"}
+    torchrun({**settings, "output_dir": str(tmp_path / "run"), "record": str(tmp_path)})
+    assert [Path(tmp_path, f"{rank}.txt").read_text() for rank in range(2)] == ["Row 9 cannot be read."] * 2
+
+
+@pytest.mark.slow
 def test_one_checkpoint_measures_and_predicts_the_same_on_one_and_two_processes(tmp_path):
     checkpoint = {**SETTINGS, "per_device_train_batch_size": 16, "output_dir": str(tmp_path / "run")}
     run_program({**checkpoint, "record": str(tmp_path / "a")})

@@ -53,6 +53,15 @@ def test_nor_with_another_model(begun, tmp_path):
             make_trainer(tmp_path, num_train_epochs=1, model=make_model(**settings)).restore(begun)
 
 
+def test_weights_of_classes_are_the_same_in_any_sequence(tmp_path):
+    loss = {"name": "cross_entropy", "class_weights": (1.0, 2.0, 3.0)}
+    settings = {"num_train_epochs": 1}
+    make_trainer(tmp_path, model=make_model(head="linear", loss=loss), **settings).train()
+    make_trainer(tmp_path, model=make_model(head="linear", loss=loss), **settings).restore(
+        list_checkpoints(tmp_path)[-1]
+    )
+
+
 def test_nor_with_other_adapters(tmp_path):
     pytest.importorskip("peft", reason="needs the package of `.[peft]`")
 

@@ -82,6 +82,17 @@ def test_a_run_that_was_asked_to_stop_ends_as_the_uninterrupted_one(tmp_path, wh
     assert resumed.misses == whole[strategy].misses
 
 
+def test_a_signal_after_the_last_step_is_heard(tmp_path, capsys):
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, callbacks=(AtTheEnd(),), num_train_epochs=1)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert "stopped by SIGTERM after step 6: checkpoint-6 holds it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("aligned", [1, 3])
 def test_an_alignment_is_left_and_done_again(tmp_path, whole, aligned, capsys):
     trainer = make_trainer(tmp_path, **SETTINGS)
