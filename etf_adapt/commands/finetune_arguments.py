@@ -38,10 +38,10 @@ class ModelArguments:
         option(None, "By default the head's own.")
     )
     class_weights: Literal["none", "balanced"] = option(
-        "none", "Factors of the loss: balanced weights each class by n / (K n_c)."
+        "none", "Factors of the loss: balanced weights a class by n / (K n_c), of n rows, K classes, n_c rows of class c."
     )
     loss_options: str | None = option(None, "JSON with options of the loss (etf_adapt.losses.registry.make_loss).")
-    head_trainable: bool = option(False, "Train the etf head on from its start.")
+    head_trainable: bool = option(False, "Let the etf head learn, from its closed form on.")
     head_path: str | None = option(None, "Module path of the head, if it is not found.")
     pooling: Literal["stock", "mean"] | None = option(
         None, "Of a text's tokens: stock (as the model's class has it) or their mean."
@@ -94,7 +94,9 @@ class ModelArguments:
 class DataArguments:
     """Which data, and what the model sees of them."""
 
-    dataset: str = option("digits", "digits, a Hub id, a file or a folder.")
+    dataset: str = option(
+        "digits", "digits, a Hub id, a csv, tsv, json or parquet file, or a folder of them or of images (SPLIT/CLASS/...)."
+    )
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
     image_column: str | None = option(None, "Column of the images, if it is not found.")
     image_root: str | None = option(None, "Folder of the images that a table names.")
@@ -110,7 +112,9 @@ class DataArguments:
         "label", "Rank of the classes by count: label order, or permuted by the seed."
     )
     validation_fraction: float = option(0.1, "Share of train for a missing validation split.")
-    validation_before_long_tail: bool = option(False, "Cut it before the long tail, balanced, as benchmarks do.")
+    validation_before_long_tail: bool = option(
+        False, "Cut a missing validation split before the long tail, balanced, as benchmarks do."
+    )
     max_train_rows: int | None = option(None, "Train on at most so many rows.")
     image_size: int | None = option(None, "Pixels a side, for models that allow another size.")
     max_length: int | None = option(

@@ -21,11 +21,12 @@ COMMANDS = {
 }
 USAGE = """usage: etf-adapt COMMAND ...
 
-Fine-tune pretrained models on unevenly filled classes, and use the result.
+Fine-tune pretrained models on imbalanced classes, and use the result.
 
 {commands}
 
-etf-adapt COMMAND --help lists the flags of a command. Exit codes: 2 a wrong argument or file, 1 a failed run."""
+etf-adapt COMMAND --help lists the flags of a command. Exit codes: 2 a wrong argument or file, 1 a failed run,
+3 a finished run that could not be published, 128 + the number of a signal that stopped it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,7 +45,7 @@ class TrainingSettings:
     logging_nan_inf_filter: bool = option(False, "Only false: a loss that is not finite stops the run.")
     load_best_model_at_end: bool = option(True, "End with the best checkpoint, not the last one.")
     metric_for_best_model: str | None = option(BEST_METRIC, "Metric by which the best checkpoint is chosen.")
-    disable_tqdm: bool | None = option(None, "No progress bar; by default only in terminals.")
+    disable_tqdm: bool | None = option(None, "Hide progress bars; by default they are shown in terminals alone.")
     report_to: None | str | list[str] = option("none", "Trackers, such as tensorboard or wandb.")  # noqa: RUF009, RUF036 - transformers' parser takes None first
     hub_strategy: str = option("end", "Only end: the model is pushed once, finished.")
 
@@ -55,7 +55,7 @@ class TrainingSettings:
     )
     freeze: str = option(
         "none",
-        "backbone trains the head alone; a regular expression fixes the parameters of the backbone in whose names it is found.",
+        "backbone: train the head alone, if it is one that learns; or a regular expression of names of parameters to freeze.",
     )
     head_learning_rate: float | None = option(
         None, "Learning rate of a trained head; default: ten times learning_rate."
@@ -78,7 +78,7 @@ class TrainingSettings:
         None, "CPU threads of each process; default: an equal share of the cores under a launcher."
     )
     frame: Literal["whitened", "means", "random"] = option(
-        "whitened", "Closed form that sets a fresh ETF head before the first step."
+        "whitened", "How a fresh ETF head is set before the first step: in closed form (whitened, means) or at random."
     )
     frame_penalty: float | None = option(
         None,
