@@ -38,7 +38,8 @@ class ModelArguments:
         option(None, "By default the head's own.")
     )
     class_weights: Literal["none", "balanced"] = option(
-        "none", "Factors of the loss: balanced weights a class by n / (K n_c), of n rows, K classes, n_c rows of class c."
+        "none",
+        "Factors of the loss: balanced weights a class by n / (K n_c), of n rows, K classes, n_c rows of class c.",
     )
     loss_options: str | None = option(None, "JSON with options of the loss (etf_adapt.losses.registry.make_loss).")
     head_trainable: bool = option(False, "Let the etf head learn, from its closed form on.")
@@ -95,7 +96,8 @@ class DataArguments:
     """Which data, and what the model sees of them."""
 
     dataset: str = option(
-        "digits", "digits, a Hub id, a csv, tsv, json or parquet file, or a folder of them or of images (SPLIT/CLASS/...)."
+        "digits",
+        "digits, a Hub id, a csv, tsv, json or parquet file, or a folder of them or of images (SPLIT/CLASS/...).",
     )
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
     image_column: str | None = option(None, "Column of the images, if it is not found.")
