@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained image or text model on unevenly filled classes; the result is a stock checkpoint.
+"""Fine-tune a pretrained image or text model on imbalanced classes; the result is a stock checkpoint.
 
     accelerate launch recipes/finetune.py                                    # micro on digits: nothing to download, a minute
     accelerate launch recipes/finetune.py --model vit_base --head etf        # any timm or transformers model

@@ -87,7 +87,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
             features, labels, names = read(model, place / "test")
             found = scored(linear(*head)(features), labels, names, new_names(place))
             record["scores"][f"ceiling-{shots}-0"] = found | {"seconds": seconds}
-    file.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(file, record)
     print(title, {case: round(100 * found["harmonic"], 1) for case, found in record["scores"].items()}, flush=True)
     if options.scratch is None:

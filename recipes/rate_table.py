@@ -64,7 +64,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
             results = json.loads((folder / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))
             record = {"set": name, "seed": seed, "factor": factor, "rate": rate, "budget": budget}
             record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "balanced_loss")}
-            file.parent.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(file, record)
             print(title, record, flush=True)
             if options.scratch is None:

@@ -147,9 +147,8 @@ def run(name: str, kind: str, seed: int, options: argparse.Namespace) -> None:
     record = {"set": name, "kind": kind, "seed": seed, "scores": scores, "refit_seconds": seconds, "penalty": penalty}
     record["train_seconds"] = train_seconds
     record["correct"] = {remedy: pack_rows(rows) for remedy, rows in correct.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    (options.results / f"labels_{name}.json").write_text(json.dumps(labels), encoding="utf-8")  # the same in all runs
     run_folder.write_json(file, record)
+    (options.results / f"labels_{name}.json").write_text(json.dumps(labels), encoding="utf-8")  # the same in all runs
     print(
         name,
         kind,

@@ -96,7 +96,6 @@ def run(name: str, variant: str, seed: int, options: argparse.Namespace) -> None
     record |= {"rate": found[1] if (found := re.search(r"learning rate ([\d.e-]+)", said)) and trained else "-"}
     record |= {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
     record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "tail_third", "balanced_loss")}
-    file.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(file, record)
     print(record, flush=True)
     if options.scratch is None:

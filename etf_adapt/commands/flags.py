@@ -52,18 +52,10 @@ ANSWERS = {
     "logging_dir": "trackers choose it; tensorboard reads the variable TENSORBOARD_LOGGING_DIR",
     "push_to_hub_token": "log in (`hf auth login`) or set HF_TOKEN",
     "save_safetensors": "weights are always saved so",
-    "torchdynamo": "it is --torch_compile_backend",
-    **dict.fromkeys(("dispatch_batches", "split_batches"), "it is a field of --accelerator_config"),
     **dict.fromkeys(("do_eval", "do_predict", "do_train"), _STAGES),
-    **dict.fromkeys(("fp16_backend", "fp16_opt_level", "half_precision_backend"), "it is --bf16 or --fp16, by torch"),
-    **dict.fromkeys(("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"), "it is a field of --fsdp_config"),
-    **dict.fromkeys(("include_inputs_for_metrics", "predict_with_generate"), "metrics are those of classification"),
-    **dict.fromkeys(("include_tokens_per_second", "past_index"), "it was for language models"),
-    **dict.fromkeys(("mp_parameters", "ray_scope", "tpu_num_cores", "xpu_backend"), "transformers has it no more"),
     **dict.fromkeys(("num_classes", "num_labels"), "the classes are those of the label column"),
     **dict.fromkeys(("push_to_hub_model_id", "push_to_hub_organization"), "it is --hub_model_id user/name"),
     **dict.fromkeys(("test_dir", "test_file", "train_file", "validation_dir", "validation_file"), _SPLITS),
-    **dict.fromkeys(("use_ipex", "use_mps_device"), "the device is found by itself; see --use_cpu"),
 }
 
 

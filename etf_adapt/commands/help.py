@@ -75,7 +75,7 @@ def help_text(*, everything: bool = False) -> str:
 USAGE = """usage: etf-adapt finetune [--config FILE] [--FLAG VALUE ...]
        accelerate launch -m etf_adapt finetune ...    (several processes, mixed precision)
 
-Fine-tune a pretrained image or text model on unevenly filled classes; the result is a stock checkpoint. --config reads flags
+Fine-tune a pretrained image or text model on imbalanced classes; the result is a stock checkpoint. --config reads flags
 from a YAML or JSON file, such as a finished run's arguments.json; flags of the command line win. --dry_run shows what a run
 would do, and stops. Hyphens do for underscores. --help_all also lists the other fields of transformers' TrainingArguments.
 """

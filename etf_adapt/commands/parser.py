@@ -10,8 +10,6 @@ from typing import Any, NoReturn
 
 from etf_adapt.errors import check_choice, nearest_names
 
-TEXT_COLUMN = "column of the texts, if it is not found; two are read as pairs (after all words that are no flags)"
-
 
 class RaisingParser(argparse.ArgumentParser):
     """Parser that raises its errors, so that they look like all others."""
@@ -82,9 +80,14 @@ def add_model_flags(parser: Parser) -> None:
     """Add the flags of how a model is run, common to all commands that run one."""
     group = parser.add_argument_group("model")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
-    group.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
     group.add_argument("--device", help="such as cpu, cuda:1 or mps; by default an accelerator where there is one")
     group.add_argument("--bf16", action="store_true", help="mixed precision with bfloat16")
+    add_reading_flags(group)
+
+
+def add_reading_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of how rows are read."""
+    group.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
     group.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
     group.add_argument(
         "--num_workers", type=int, metavar="N", help="processes that decode images; by default up to 8 beside a GPU"
@@ -95,10 +98,20 @@ def add_data_flags(parser: Parser) -> argparse._ArgumentGroup:
     """Add the flags of where a data set's rows are, and return their group."""
     group = parser.add_argument_group("data")
     group.add_argument("--split", help="of a data set with several; by default test, else validation, else train")
-    group.add_argument("--image_column", metavar="NAME", help="column of the images, if it is not found")
-    group.add_argument("--text_column", nargs="+", metavar="NAME", help=TEXT_COLUMN)
+    add_column_flags(group)
     group.add_argument("--dataset_revision", metavar="NAME", help="branch, tag or commit of a Hub data set")
     return group
+
+
+def add_column_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags of which columns hold the inputs."""
+    group.add_argument("--image_column", metavar="NAME", help="column of the images, if it is not found")
+    group.add_argument(
+        "--text_column",
+        nargs="+",
+        metavar="NAME",
+        help="column of the texts, if it is not found; two are read as pairs (after all words that are no flags)",
+    )
 
 
 def start(command: str) -> None:

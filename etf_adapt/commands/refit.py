@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from etf_adapt.commands.finetune_arguments import last_name
-from etf_adapt.commands.parser import TEXT_COLUMN, Parser, positive, prepare, true_or_false
+from etf_adapt.commands.parser import Parser, add_column_flags, add_reading_flags, positive, prepare, true_or_false
 from etf_adapt.errors import one_line_errors
 
 
@@ -72,14 +72,9 @@ def _parser() -> Parser:
 
 def add_row_flags(parser: Parser) -> None:
     """Add the flags of how rows are found and read."""
-    parser.add_argument("--image_column", help="column of the images, if it is not found")
-    parser.add_argument("--text_column", nargs="+", metavar="NAME", help=TEXT_COLUMN)
+    add_column_flags(parser)
     parser.add_argument("--label_column", help="column of the labels, if it is not found")
-    parser.add_argument("--max_length", type=positive, metavar="N", help="tokens of a text; by default the model's own")
-    parser.add_argument("--batch_size", type=positive, default=32, metavar="N", help="rows at once")
-    parser.add_argument(
-        "--num_workers", type=int, metavar="N", help="processes that decode images; by default up to 8 beside a GPU"
-    )
+    add_reading_flags(parser)
     parser.add_argument(
         "--keep_statistics",
         type=true_or_false,

@@ -128,22 +128,20 @@ def load_data(
     def train_labels() -> np.ndarray:
         return labels["train"][rows["train"]]
 
-    def cut_validation(origin: str, *, balanced: bool) -> str:
+    def cut_validation(*, balanced: bool) -> None:
         cut = validation_rows(train_labels(), fraction=validation_fraction, balanced=balanced, **options)
         rows["validation"], rows["train"] = rows["train"][cut], np.delete(rows["train"], cut)
-        return origin
 
-    origin = "its own split" if "validation" in splits else "none"
     cuts = "validation" not in splits and validation_fraction > 0
     if cuts and validation_before_long_tail:
-        origin = cut_validation("cut from train before the long tail, balanced", balanced=True)
+        cut_validation(balanced=True)
     if imbalance_factor is None:
         imbalance_factor = source.imbalance_factor
     if imbalance_factor is not None:
         kept = long_tailed_indices(train_labels(), imbalance_factor=imbalance_factor, **tail)
         rows["train"] = rows["train"][kept]
     if cuts and not validation_before_long_tail:
-        origin = cut_validation("cut from train after the long tail, stratified", balanced=False)
+        cut_validation(balanced=False)
     if max_train_rows is not None:
         rows["train"] = rows["train"][fewer_rows(train_labels(), max_rows=max_train_rows, **options)]
 
@@ -160,6 +158,7 @@ def load_data(
         chosen[split] = form if len(ids) == len(form) else form.select(ids, keep_in_memory=True)
 
     counts = np.bincount(labels["train"][rows["train"]], minlength=len(names))
+    when = "before the long tail, balanced" if validation_before_long_tail else "after the long tail, stratified"
     description = {
         "name": dataset,
         "kind": source.kind,
@@ -175,7 +174,11 @@ def load_data(
         "class_counts": counts.tolist(),
         "imbalance_factor": float(counts.max() / counts.min()),
         "long_tail": None if imbalance_factor is None else {"imbalance_factor": float(imbalance_factor), **tail},
-        "validation_origin": origin,
+        "validation_origin": "its own split"
+        if "validation" in splits
+        else f"cut from train {when}"
+        if cuts
+        else "none",
         "seed": seed,
         # As little-endian 64-bit integers, so that two runs can show that they used the same rows.
         "row_ids_sha256": {split: sha256(ids.astype("<i8").tobytes()).hexdigest() for split, ids in rows.items()},

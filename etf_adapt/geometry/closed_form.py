@@ -18,7 +18,6 @@ MEAN_FRAMES = ("means", "whitened")
 """Frames that are made from features."""
 
 TINY = 1e-12
-_ROUNDING = 1e-10  # of a second moment that was updated many times, in parts of itself
 
 
 def closed_form_vectors(
@@ -51,8 +50,10 @@ def closed_form_vectors(
     offsets = statistics.means - statistics.center if intercept else statistics.means
     if frame == "random":
         weight = simplex_etf(*offsets.shape, generator=generator, dtype=torch.float64)
+    elif frame == "means":
+        weight = unit_vectors(offsets, offsets)
     else:
-        weight = unit_vectors(offsets, penalized_covariance(statistics, penalty) if frame == "whitened" else None)
+        weight = unit_vectors(offsets, torch.linalg.solve(penalized_covariance(statistics, penalty), offsets.T).T)
     bias = -(weight @ statistics.center) if intercept else torch.zeros(len(weight), dtype=torch.float64)
     return weight - weight.mean(dim=0), bias - bias.mean()
 
@@ -61,17 +62,14 @@ def penalized_covariance(statistics: ClassStatistics, penalty: float | None) -> 
     r"""Return :math:`S_w + \lambda I`, the matrix of the whitened frame."""
     within = statistics.within
     ridge = (1.0 if penalty is None else penalty) * float(within.diagonal().mean())
-    # Of classes of one row each the covariance is zero but for rounding, which may make it indefinite.
-    least = _ROUNDING * float(statistics.moment.diagonal().mean() / statistics.counts.sum())
+    # Of classes of one row each the covariance is zero but for rounding, which many updates may make indefinite.
+    least = 1e-10 * float(statistics.moment.diagonal().mean() / statistics.counts.sum())
     return within + max(ridge + TINY, least) * torch.eye(within.shape[0], dtype=torch.float64)
 
 
-def unit_vectors(offsets: Tensor, covariance: Tensor | None) -> Tensor:
-    r"""Return :math:`w = S^{-1} o / \sqrt{o^\top S^{-1} o}` for offsets o (batch, in_features); S = I where None."""
-    if covariance is None:
-        return torch.nn.functional.normalize(offsets, dim=1)
-    weight = torch.linalg.solve(covariance, offsets.T).T
-    return weight / (weight * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
+def unit_vectors(offsets: Tensor, solved: Tensor) -> Tensor:
+    r"""Return :math:`w = S^{-1} o / \sqrt{o^\top S^{-1} o}` of offsets o and :math:`S^{-1} o`, both (batch, in_features)."""
+    return solved / (solved * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
 
 
 def check_frame(statistics: ClassStatistics, frame: str, penalty: float | None) -> None:

@@ -136,9 +136,7 @@ def align_head(
         balanced_accuracy=next((accuracy for accuracy in accuracies if math.isfinite(accuracy)), None),
         rows=int(rows.statistics[0].counts.sum()),
         rows_seen=tuple(
-            _rows_seen(rows, index, Form(frame, penalties[index], head.bias is not None, scale))
-            if head.is_stock_layer
-            else None  # a cosine head scores otherwise
+            _rows_seen(rows, index, head, Form(frame, penalties[index], head.bias is not None, scale))
             for index, head in enumerate(heads.values())
         ),
         statistics=tuple(rows.statistics),
@@ -253,9 +251,10 @@ def _set_head(
     return penalty, accuracy
 
 
-def _rows_seen(rows: TrainingRows, index: int, form: Form) -> SeenRows | None:
+def _rows_seen(rows: TrainingRows, index: int, head: ClassifierHead, form: Form) -> SeenRows | None:
     """Return the rows as a head has read them, by which it can be set again, if they are numbered and its frame allows it."""
-    if rows.row_ids is None or form.frame not in MEAN_FRAMES or not keeps_rows(rows.statistics[index].sums):
+    is_linear = head.is_stock_layer and form.frame in MEAN_FRAMES  # a cosine head scores otherwise
+    if rows.row_ids is None or not is_linear or not keeps_rows(rows.statistics[index].sums):
         return None
     return SeenRows.of(rows.row_ids, rows.labels, rows.features[index], rows.statistics[index].means, form)
 

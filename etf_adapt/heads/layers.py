@@ -21,6 +21,7 @@ class ClassifierHead(nn.Module):
     kind = "linear"  # one of HEAD_KINDS
     is_stock_layer = True  # the layer of stock classes as it stands; others are folded into one
     is_set_from_data = False  # of a kind that an alignment sets before the first step
+    folded_from: str | None = None  # the kind of head that this stock layer was folded from
     weight: Any  # parameters of nn.Linear and nn.Conv2d, whose declarations differ; a missing bias is None
     bias: Any
 
@@ -41,11 +42,6 @@ class ClassifierHead(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(self.trainable)
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether no gradient changes it."""
-        return not self.trainable
 
     @property
     def num_classes(self) -> int:
@@ -252,5 +248,6 @@ def fold_head(head: ClassifierHead, *, bias: bool) -> ClassifierHead:
     layer = LinearHead(weight.shape[1], weight.shape[0], bias=bias, trainable=head.trainable)
     layer.set_class_vectors(weight, offset, frame=head.frame)
     layer.to(device=head.weight.device, dtype=head.weight.dtype)
+    layer.folded_from = head.kind
     layer.fix()
     return layer

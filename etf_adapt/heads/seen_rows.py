@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor
 
-from etf_adapt.geometry.closed_form import TINY, closed_form_vectors, penalized_covariance
+from etf_adapt.geometry.closed_form import TINY, closed_form_vectors, penalized_covariance, unit_vectors
 from etf_adapt.geometry.simplex import vertex_products
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.layers import ClassifierHead
@@ -105,7 +105,7 @@ class SeenRows:
         positions = (1,) * (features.ndim - 2)  # a head may score each token or pixel
         offsets, solved, others = self._offsets[labels], self._solved[labels], self._counts[labels] - 1.0
         shift = (self.features[places] - self._center - offsets) / others.clamp_min(1.0).unsqueeze(1)
-        change = _unit(offsets - shift, solved - self._solve(shift)) - _unit(offsets, solved)
+        change = unit_vectors(offsets - shift, solved - self._solve(shift)) - unit_vectors(offsets, solved)
         change = ((self.form.scale * is_held).unsqueeze(1) * change).view(len(labels), *positions, -1)
         moved = ((features.float() - self._center) * change).sum(dim=-1, keepdim=True)
         own = labels.view(-1, *positions, 1).expand(*logits.shape[:-1], 1)
@@ -196,11 +196,6 @@ class SeenRows:
         if "pending_ids" in tensors:
             found._pending.append((tensors["pending_ids"], tensors["pending_features"]))
         return found
-
-
-def _unit(offsets: Tensor, solved: Tensor) -> Tensor:
-    """Return ``geometry.closed_form.unit_vectors`` of offsets o, S⁻¹ o of which is at hand: both (batch, in_features)."""
-    return solved / (solved * offsets).sum(dim=1, keepdim=True).clamp_min(0.0).sqrt().clamp_min(TINY)
 
 
 def mean_norm(weight: Tensor, bias: Tensor | None, features: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Classification metrics for unevenly filled classes: recalls by groups of classes, and calibration."""
+"""Classification metrics for imbalanced classes: recalls by groups of classes, and calibration."""
 
 from __future__ import annotations
 

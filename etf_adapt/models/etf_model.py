@@ -83,10 +83,11 @@ class ETFModel(_Base):
         heads = head_modules(self)
         first = next(iter(heads.values()), None)
         head = {
-            "kind": getattr(first, "folded_from", getattr(first, "kind", None)),
+            "kind": first and (first.folded_from or first.kind),
             "frame": getattr(first, "frame", None),
             "trainable": getattr(first, "trainable", None),
-            "folded": hasattr(first, "folded_from"),  # into a stock layer, from a head of that kind
+            "folded": first is not None
+            and first.folded_from is not None,  # into a stock layer, from a head of that kind
             "paths": list(heads),
         }
         library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"
@@ -137,7 +138,7 @@ class ETFModel(_Base):
                 is_asked = getattr(module, "gradient_checkpointing", False) or hasattr(module, "neftune_noise_alpha")
                 module.training = bool(is_asked)
         heads = head_modules(self).values()
-        is_aligned = bool(heads) and all(head.is_aligned and head.is_fixed for head in heads)
+        is_aligned = bool(heads) and all(head.is_aligned and not head.trainable for head in heads)
         if mode and (is_aligned if self.freeze_batch_norm is None else self.freeze_batch_norm):
             # Batch statistics differ from the running ones that the head was aligned under, and these move.
             for norm in batch_norms(self):
@@ -150,10 +151,10 @@ class ETFModel(_Base):
         The stock layer then gives calibrated confidences; the loss of ``forward`` takes both out again, so that training goes
         on as before. The scale changes no argmax; the offsets do.
         """
-        if not logit_scale > 0.0:
-            raise ValueError(f"`logit_scale` (={logit_scale}) must be above 0.")
-        if not all(map(math.isfinite, prior_adjustment or ())):
-            raise ValueError(f"`prior_adjustment` (={list(prior_adjustment or ())}) must be finite.")
+        if not (logit_scale > 0.0 and all(map(math.isfinite, prior_adjustment or ()))):
+            raise ValueError(
+                f"`logit_scale` (={logit_scale}) must be above 0, and `prior_adjustment` finite: fit again."
+            )
         heads = list(head_modules(self).values())
         for head in heads:
             if not head.is_stock_layer:
@@ -192,7 +193,7 @@ class ETFModel(_Base):
     def fold_heads(self) -> None:
         """Replace cosine and paper heads by the stock layer with the same argmax; confidences change: calibrate afterwards."""
         for path, head in head_modules(self).items():
-            folded = _folded(self, head, path)
+            folded = fold_head(head, bias=self._has_bias.get(path, head.bias is not None))
             if folded is not head:
                 self.set_submodule(path, folded)
                 # The features of a folded head have norms again.
@@ -312,7 +313,7 @@ class ETFModel(_Base):
             if fold and not head.is_stock_layer:
                 copy = deepcopy(head)
                 copy.load_state_dict(own)
-                stock = _folded(self, copy, path)
+                stock = fold_head(copy, bias=self._has_bias.get(path, head.bias is not None))
                 for name in own:
                     del tensors[f"{path}.{name}"]
                 tensors.update({f"{path}.{name}": tensor for name, tensor in stock.state_dict().items()})
@@ -383,11 +384,3 @@ class ETFModel(_Base):
         _, _, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(2))
         state = {name: value for name, value in state.items() if name != "_loss"}
         return blank, (factory_of(type(self)), self._stock_class), state, *rest
-
-
-def _folded(model: ETFModel, head: ClassifierHead, path: str) -> ClassifierHead:
-    """Fold a head into the stock layer of a model's class; the head itself where it is one."""
-    folded = fold_head(head, bias=model._has_bias.get(path, head.bias is not None))
-    if folded is not head:
-        folded.folded_from = head.kind  # type: ignore[assignment]
-    return folded

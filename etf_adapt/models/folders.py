@@ -25,7 +25,7 @@ from etf_adapt.models.weights import named_if_broken
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where on the Hub and in its cache files are."""
 
-_CODE_OPTIONS = ("trust_remote_code", "code_revision")  # of a repository's own code
+_CODE_OPTIONS = ("trust_remote_code", "code_revision")  # of a repository's own code; AutoConfig keeps them to itself
 
 NOT_STOCK = f"no stock class has this classifier; load it with {ENTRY} or, where modules.json is, SentenceTransformer"
 """Written as the name of the weights: transformers' classes refuse the folder, and show this."""
@@ -70,7 +70,6 @@ def load_config(location: str, *, fetch: bool, **options: Any) -> tuple[PreTrain
     ours = [note.removeprefix(NOTE) for note in notes if note.startswith(NOTE)]
     if ours and config.num_labels and getattr(config, ENTRY, None) is None:
         setattr(config, ENTRY, json.loads(ours[0]))
-    # The class of the configuration takes up what that of the model is to be told too.
     return config, {**unused, **{name: options[name] for name in (*HUB_OPTIONS, *_CODE_OPTIONS) if name in options}}
 
 

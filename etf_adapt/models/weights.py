@@ -75,29 +75,18 @@ def find_missing(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 def _meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     """Copy the tree of modules with empty tensors on the meta device in place of the model's own."""
-    # The conversion replaces parameters and sets requires_grad, which must not happen to a model whose parameters an optimizer
-    # holds. Modules are copied as they stand rather than built again, so that what was put into the model (a head, adapters) is
-    # in the copy too.
-    modules: dict[int, nn.Module] = {}
-    tensors: dict[int, Tensor] = {}
-
-    def empty(tensor: Tensor | None) -> Tensor | None:
-        if tensor is not None and id(tensor) not in tensors:
-            blank = torch.empty_like(tensor, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            tensors[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
-        return None if tensor is None else tensors[id(tensor)]
-
-    def copy(module: nn.Module | None) -> nn.Module | None:
-        if module is not None and id(module) not in modules:
-            twin = modules[id(module)] = object.__new__(type(module))
-            twin.__dict__.update(vars(module))
-            twin.__dict__["_parameters"] = {name: empty(parameter) for name, parameter in module._parameters.items()}
-            twin.__dict__["_buffers"] = {name: empty(buffer) for name, buffer in module._buffers.items()}
-            twin.__dict__["_modules"] = {name: copy(child) for name, child in module._modules.items()}
-        return None if module is None else modules[id(module)]
-
-    return cast(PreTrainedModel, copy(model))
+    # The conversion replaces parameters, which must not happen where an optimizer holds them. Modules are copied as they stand
+    # rather than built again, with the head and adapters that were put into them.
+    known = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for tensor in model.parameters():
+        known[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+    twins = {id(module): object.__new__(type(module)) for module in model.modules()}
+    for module in model.modules():
+        twin = vars(twins[id(module)])
+        twin.update(vars(module))
+        for kind, made in (("_parameters", known), ("_buffers", known), ("_modules", twins)):
+            twin[kind] = {name: made.get(id(part)) for name, part in twin[kind].items()}
+    return cast(PreTrainedModel, twins[id(model)])
 
 
 @contextmanager
@@ -106,9 +95,7 @@ def named_if_broken(location: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(
-            f"`{location}` holds weights that are not whole ({error}): copy or download them again."
-        ) from error
+        raise OSError(f"`{location}` holds weights that are not whole ({error}): fetch them again.") from error
 
 
 def load_noting_new(auto_model: Any, location: str | Path, **options: Any) -> PreTrainedModel:

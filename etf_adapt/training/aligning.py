@@ -79,7 +79,7 @@ class AligningTrainer(EvaluatingTrainer):
         self._statistics, self._read_again_at = (self.state.global_step, result.statistics), None
         is_wanted = self.args.leave_one_out or self.realignment == "steps"
         seen = zip(self.heads.items(), result.rows_seen, strict=True)
-        kept = {path: rows for (path, head), rows in seen if rows is not None and head.is_fixed and is_wanted}
+        kept = {path: rows for (path, head), rows in seen if rows is not None and not head.trainable and is_wanted}
         self._training_logits.rows = {path: rows.to(self.args.device) for path, rows in kept.items()}
         if row_ids is not None:
             for path, rows in self._training_logits.rows.items():
@@ -277,7 +277,7 @@ class AligningTrainer(EvaluatingTrainer):
     def _resolve_realignment(self) -> str:
         """Return when the head is aligned again: as asked, else as often as serves, where possible."""
         asked = self.args.realign
-        is_alignable = all(head.is_set_from_data and head.is_fixed for head in self.heads.values())
+        is_alignable = all(head.is_set_from_data and not head.trainable for head in self.heads.values())
         if asked is None:
             if not is_alignable or not self._has_whole_weights or self.args.frame == "random":
                 return "never"

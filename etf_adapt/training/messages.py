@@ -25,7 +25,7 @@ def describe_run(trainer: Any) -> list[str]:
     imbalance = f" (imbalance {max(counts) / min(counts):.4g})" if counts else ""
     held_out = count_rows(trainer.eval_dataset)
     validation = "" if held_out is None else f", {held_out:,} to validate"
-    learns = "fixed" if head.is_fixed else "learned"
+    learns = "learned" if head.trainable else "fixed"
     intervals = {"steps": f"{trainer.realign_steps} steps, from what training reads", "epochs": "epoch"}
     if trainer.realignment in intervals:
         learns = f"fixed but for an alignment every {intervals[trainer.realignment]}"
@@ -37,7 +37,7 @@ def describe_run(trainer: Any) -> list[str]:
     rates = f"learning rate {', '.join(f'{rate:.4g}' for rate in trainer.learning_rates)}"
     if trainer._chosen_rate is not None:
         rates += " (by the number of steps)"
-    if not head.is_fixed and trainer.given_optimizer is None:
+    if head.trainable and trainer.given_optimizer is None:
         rates += f", of the head {trainer.head_learning_rate:.4g}"
     learning = f"trained: {trained:,} of {sum(sizes.values()):,} parameters, {rates}"
     if args.max_steps <= 0 and args.num_train_epochs == 0:

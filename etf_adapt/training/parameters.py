@@ -32,7 +32,7 @@ def fix_parameters(model: nn.Module, *, freeze: str = "none", steps: float = 1) 
         raise ValueError(f"`freeze` (={freeze!r}) would fix the adapters' layers too: leave out one of the two.")
     heads = head_modules(model)
     # `model.requires_grad_(True)`, a usual way to unfreeze, frees the head as well.
-    freed = [path for path, head in heads.items() if head.is_fixed and head.weight.requires_grad]
+    freed = [path for path, head in heads.items() if not head.trainable and head.weight.requires_grad]
     for head in heads.values():
         head.fix()
     for parameter in frozen_parameters(model, freeze):
@@ -127,7 +127,7 @@ def resolve_batch_norm(model: nn.Module, head: ClassifierHead, args: ETFTraining
     # A head that was aligned once goes stale when they move: mobilenetv2, 20 steps at learning rate zero: 0.76 -> 0.52.
     if not batch_norms(model):
         return "none"
-    is_aligned = head.is_set_from_data and head.is_fixed
+    is_aligned = head.is_set_from_data and not head.trainable
     if args.batch_norm == "train" and is_aligned and args.frame != "random":
         raise ValueError(
             "`batch_norm` (='train') moves the features away from a head that was aligned on them and is fixed: set it "

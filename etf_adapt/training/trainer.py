@@ -284,7 +284,7 @@ class ETFTrainer(AligningTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
-            trained = [head for head in self.heads.values() if not head.is_fixed]
+            trained = [head for head in self.heads.values() if head.trainable]
             parameters.set_head_learning_rate(optimizer, trained, self.head_learning_rate)
         return optimizer
 
