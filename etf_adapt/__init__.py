@@ -9,14 +9,17 @@ if TYPE_CHECKING:
     from etf_adapt.commands.evaluate import evaluate as evaluate
     from etf_adapt.commands.finetune import finetune as finetune
     from etf_adapt.commands.predict import predict as predict
+    from etf_adapt.data.image_dataset import ImageDataset as ImageDataset
     from etf_adapt.data.load import load_data as load_data
     from etf_adapt.data.long_tail import class_counts as class_counts
     from etf_adapt.data.long_tail import make_long_tailed as make_long_tailed
     from etf_adapt.data.sampler import ClassBalancedSampler as ClassBalancedSampler
+    from etf_adapt.data.transforms import image_transforms as image_transforms
     from etf_adapt.geometry.simplex import simplex_cosines as simplex_cosines
     from etf_adapt.geometry.simplex import simplex_etf as simplex_etf
     from etf_adapt.heads.alignment import align_head as align_head
     from etf_adapt.heads.layers import ETFHead as ETFHead
+    from etf_adapt.hub.publish import publish as publish
     from etf_adapt.inference.extend import extend as extend
     from etf_adapt.inference.refit import refit as refit
     from etf_adapt.losses.dot_regression import dot_regression_loss as dot_regression_loss
@@ -37,10 +40,12 @@ _MODULES = {
     "evaluate": "commands.evaluate",
     "finetune": "commands.finetune",
     "predict": "commands.predict",
+    "ImageDataset": "data.image_dataset",
     "load_data": "data.load",
     "class_counts": "data.long_tail",
     "make_long_tailed": "data.long_tail",
     "ClassBalancedSampler": "data.sampler",
+    "image_transforms": "data.transforms",
     "simplex_cosines": "geometry.simplex",
     "simplex_etf": "geometry.simplex",
     "align_head": "heads.alignment",
@@ -55,6 +60,7 @@ _MODULES = {
     "restore_head": "models.swap",
     "swap_head": "models.swap",
     "ETFTrainingArguments": "training.arguments",
+    "publish": "hub.publish",
     "extend": "inference.extend",
     "refit": "inference.refit",
     "ETFTrainer": "training.trainer",

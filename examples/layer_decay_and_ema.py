@@ -12,9 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
 
-from etf_adapt import ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.data.image_dataset import ImageDataset
-from etf_adapt.data.transforms import image_transforms
+from etf_adapt import ETFTrainer, ETFTrainingArguments, ImageDataset, image_transforms, load_data
 from etf_adapt.models.auto import adapt
 
 

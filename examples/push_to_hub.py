@@ -12,9 +12,7 @@ import sys
 import torch
 from torch.utils.data import DataLoader
 
-from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.data.image_dataset import ImageDataset
-from etf_adapt.data.transforms import image_transforms
+from etf_adapt import ETFForImageClassification, ImageDataset, align_head, image_transforms, load_data
 
 if len(sys.argv) != 2:
     raise SystemExit(__doc__)

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from etf_adapt import ETFForImageClassification, ETFTrainer, ETFTrainingArguments, load_data
-from etf_adapt.data.image_dataset import ImageDataset
-from etf_adapt.data.transforms import image_transforms
-from etf_adapt.models.folders import load_processor
-from etf_adapt.models.names import micro_folder
+from etf_adapt import (
+    ETFForImageClassification,
+    ETFTrainer,
+    ETFTrainingArguments,
+    ImageDataset,
+    image_transforms,
+    load_data,
+)
 
 data = load_data("digits", imbalance_factor=20)
-processor = load_processor(micro_folder(), "image")
-plain, augmented = (image_transforms(processor, train=train, allow_flip=False) for train in (False, True))
+model = ETFForImageClassification.from_pretrained("micro", id2label=data.id2label)
+config = model.config.pretrained_cfg  # timm's; of a model of transformers it is model.processor
+plain, augmented = (image_transforms(config, train=train, allow_flip=False) for train in (False, True))
 train, validation, test = (ImageDataset(rows, plain, keep=True) for rows in (data.train, data.validation, data.test))
-model = ETFForImageClassification.from_pretrained(micro_folder(), id2label=data.id2label)
 
 with tempfile.TemporaryDirectory() as output_dir:
     trainer = ETFTrainer(

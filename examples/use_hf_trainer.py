@@ -1,4 +1,4 @@
-"""Train with transformers' own Trainer: two lines differ from a usual script.
+"""Train with transformers' own Trainer: two lines differ from a usual script, the second also after the training.
 
     python examples/use_hf_trainer.py
 
@@ -14,14 +14,12 @@ import tempfile
 import numpy as np
 from transformers import AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
-from etf_adapt import ETFForImageClassification, align_head, load_data
-from etf_adapt.data.transforms import image_transforms
-from etf_adapt.models.folders import load_processor
-from etf_adapt.models.names import micro_folder
+from etf_adapt import ETFForImageClassification, align_head, image_transforms, load_data
 
-folder = micro_folder()  # a pretrained image model inside the package; any Hub id would do
 data = load_data("digits", imbalance_factor=20)
-to_tensor = image_transforms(load_processor(folder, "image"), train=False)
+# A pretrained image model inside the package; any Hub id would do.
+model = ETFForImageClassification.from_pretrained("micro", id2label=data.id2label)
+to_tensor = image_transforms(model.config.pretrained_cfg, train=False)
 
 
 def transform(rows: dict) -> dict:
@@ -34,7 +32,6 @@ def balanced_accuracy(outputs: EvalPrediction) -> dict[str, float]:
 
 
 train, test = data.train.with_transform(transform), data.test.with_transform(transform)
-model = ETFForImageClassification.from_pretrained(folder, id2label=data.id2label)
 
 with tempfile.TemporaryDirectory() as output_dir:
     trainer = Trainer(

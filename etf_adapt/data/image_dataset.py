@@ -70,9 +70,21 @@ class ImageDataset(TorchDataset[dict[str, Any]]):
     """Reads, decodes and transforms the rows of a data set of images one by one.
 
     What `transform` draws from torch's generator is a function of `seed` and the `RowDraw` asked for (of a plain int, always
-    the same draw); the generator itself is left as it was. `keep` keeps the decoded images in memory where all of them fit;
-    those of `images_of`, another one of the same rows, are kept together with its own. Rows become batches by the collators
-    that torch and `Trainer` use by default.
+    the same draw); the generator itself is left as it was. Rows become batches by the collators that torch and `Trainer` use
+    by default.
+
+    Args:
+        dataset: Rows with the columns ``image`` and ``label``, as those of ``load_data``.
+        transform: From an image of Pillow to a tensor, as ``image_transforms`` makes it.
+        seed: Seed of what the transform draws.
+        keep: Whether decoded images are kept in memory where all of them fit in 1 GiB.
+        images_of: Another one of the same rows, whose decoded images are these too.
+
+    Example:
+        >>> from etf_adapt import image_transforms, load_data
+        >>> rows = ImageDataset(load_data("digits").test, image_transforms({"input_size": (3, 32, 32)}, train=False))
+        >>> rows[0]["pixel_values"].shape, rows[0]["row_id"]
+        (torch.Size([3, 32, 32]), 0)
     """
 
     def __init__(

@@ -20,11 +20,29 @@ SMALL_AREA = (0.8, 1.0)
 def image_transforms(
     processor: Any, *, train: bool, image_size: int | None = None, augment: bool = True, allow_flip: bool = True
 ) -> Callable[[PILImage.Image], Tensor]:
-    """Make the transform from an image of any mode to the model's input (3, height, width), float32; picklable.
+    """Make the transform from an image of any mode to the model's input, so that training and serving cannot differ.
 
     For evaluation it is transformers' `processor` itself, or timm's transform for a data config of timm. For training
     the image is cropped at random to a share of its area and an aspect ratio in 3/4 .. 4/3, resized, mirrored in half of the
     cases where `allow_flip`, and scaled and normalised by that same processor.
+
+    Args:
+        processor: Image processor of transformers, or timm's data config, such as ``model.config.pretrained_cfg``.
+        train: Whether the images are training rows.
+        image_size: Pixels a side, at least 1; by default the processor's.
+        augment: Whether training rows are cropped and mirrored.
+        allow_flip: Whether a mirrored image still shows its class.
+
+    Returns:
+        A picklable function from an image of Pillow to a tensor (3, height, width), float32.
+
+    Raises:
+        ValueError: The processor gives images of several sizes, or not of the size that was asked for.
+
+    Example:
+        >>> transform = image_transforms({"input_size": (3, 32, 32)}, train=False)
+        >>> transform(PILImage.new("L", (50, 40))).shape
+        torch.Size([3, 32, 32])
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"`image_size` (={image_size}) must be at least 1: it is a length in pixels.")

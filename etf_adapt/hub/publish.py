@@ -29,7 +29,25 @@ def publish(
     """Publish the folder of a finished run, or of ``save_pretrained``, as one commit, and return the commit's address.
 
     The card of a run is first written anew under the model's name; one that was edited here is published as it is, one that
-    was edited there stays. ``statistics`` sends those of the head's rows too, and the card says so. Failures are ``HubError``.
+    was edited there stays.
+
+    Args:
+        folder: The finished folder.
+        repo_id: Repository, ``user/name``; made where it does not exist.
+        private: Whether a new repository is private; None: as the owner's settings say.
+        revision: Branch, made where it does not exist; the main one where None.
+        commit_message: Title of the commit.
+        statistics: Whether to send the statistics of the head's rows too, for ``extend``; the card then says so.
+        token: Token of the Hub; by default that of ``hf auth login`` or HF_TOKEN.
+
+    Raises:
+        HubError: The folder is not whole, the name or token is not valid, or the Hub refuses; it names the way on.
+
+    Example:
+        >>> publish("out/nothing", "me/digits")
+        Traceback (most recent call last):
+        etf_adapt.hub.send.HubError: `folder` (='out/nothing') is no folder: name the one that a finished run left.
+        Then: etf-adapt publish out/nothing me/digits
     """
     options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": commit_message}
     options["statistics"] = statistics
