@@ -73,9 +73,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
 def by_rule(flags: list[str], seed: int) -> tuple[float, str]:
     """Return the rate that a run takes by itself, and its steps and batch in words."""
     command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags, "--dry_run", "--seed", str(seed)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rate, rows, budget = (
-        re.search(pattern, said)[1]  # type: ignore[index]
+        re.search(pattern, output)[1]  # type: ignore[index]
         for pattern in (r"learning rate (\S+) \(by", r"(\S+) rows a step", r"steps: ([^;]+);")
     )
     return float(rate), f"{budget}, of {rows} rows"

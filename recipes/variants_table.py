@@ -85,15 +85,15 @@ def run(name: str, variant: str, seed: int, options: argparse.Namespace) -> None
     )
     command = [sys.executable, str(Path(__file__).with_name("finetune.py")), *flags.split()]
     process = subprocess.Popen([*command, "--seed", str(seed), "--output_dir", str(folder)], stdout=subprocess.PIPE)
-    said = process.stdout.read().decode() if process.stdout else ""
+    output = process.stdout.read().decode() if process.stdout else ""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if status:
-        raise SystemExit(f"{name}, {VARIANTS[variant][0]}: exit code {process.returncode}\n{said}")
+        raise SystemExit(f"{name}, {VARIANTS[variant][0]}: exit code {process.returncode}\n{output}")
     results = json.loads((folder / run_folder.RESULTS_FILE).read_text(encoding="utf-8"))
-    trained = re.search(r"trained: ([\d,]+) of", said)
+    trained = re.search(r"trained: ([\d,]+) of", output)
     record = {"set": name, "variant": variant, "seed": seed, "trained": trained[1] if trained else "0"}
-    record |= {"rate": found[1] if (found := re.search(r"learning rate ([\d.e-]+)", said)) and trained else "-"}
+    record |= {"rate": found[1] if (found := re.search(r"learning rate ([\d.e-]+)", output)) and trained else "-"}
     record |= {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
     record |= {key: results[f"eval_{key}"] for key in ("balanced_accuracy", "tail_third", "balanced_loss")}
     run_folder.write_json(file, record)

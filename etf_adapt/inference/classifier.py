@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, TimmWrapperConfig
 from etf_adapt.data.digits import open_data_set
 from etf_adapt.data.inputs import Batch, Input, choose_split, column_of, image_batches, text_batches
 from etf_adapt.data.transforms import image_transforms
-from etf_adapt.errors import DataError, check_choice, nearest_names
+from etf_adapt.errors import DataError, check_choice, nearest_names, quoted
 from etf_adapt.heads.in_model import evaluation_mode, logits_of
 from etf_adapt.inference.launch import choose_num_workers
 from etf_adapt.inference.predictions import RowPredictions, load_stock, predict_rows, score_both
@@ -32,7 +32,7 @@ from etf_adapt.models.names import ENTRY, locate_model, resolve_model_name
 from etf_adapt.models.positions import token_limit
 from etf_adapt.models.timm_layout import data_config
 from etf_adapt.sources.columns import encode_labels, find_columns, labels_are_hidden
-from etf_adapt.sources.opening import logger, quoted
+from etf_adapt.sources.opening import logger
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from etf_adapt.data.load import load_data
-from etf_adapt.errors import DataError
+from etf_adapt.errors import DataError, quoted
 from etf_adapt.geometry.statistics import ClassStatistics
 from etf_adapt.heads.in_model import head_modules
 from etf_adapt.inference.finished_model import check_output, move_to_device, read_classes, write_folder
@@ -21,7 +21,6 @@ from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.folders import locate
 from etf_adapt.results.run_folder import STATISTICS_FILE
-from etf_adapt.sources.opening import quoted
 
 _RESIDUE = 1e-3  # of a feature's norm, that may be left of a class whose rows were all taken away
 

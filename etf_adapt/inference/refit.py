@@ -15,7 +15,7 @@ from torch import Tensor
 
 from etf_adapt.data.load import ClassificationData, load_data
 from etf_adapt.data.long_tail import EVEN_IMBALANCE
-from etf_adapt.errors import DataError, check_choice
+from etf_adapt.errors import DataError, check_choice, quoted
 from etf_adapt.geometry.leave_one_out import PENALTIES
 from etf_adapt.heads.alignment import TrainingRows
 from etf_adapt.heads.in_model import head_modules
@@ -37,7 +37,7 @@ from etf_adapt.models.swap import restore_head
 from etf_adapt.results.card import read_facts
 from etf_adapt.results.run_folder import ARGUMENTS_FILE
 from etf_adapt.results.tables import percent
-from etf_adapt.sources.opening import logger, quoted
+from etf_adapt.sources.opening import logger
 
 HELD_OUT = ("auto", "share", "none")
 MAX_ROWS, MAX_ROWS_A_CLASS = 50_000, 200  # that the pass reads by default, whichever is more
