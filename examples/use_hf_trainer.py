@@ -1,4 +1,4 @@
-"""Train with transformers' own Trainer: two lines differ from a usual script, the second also after the training.
+"""Train with transformers' own Trainer: two lines differ from a usual script, and the head is aligned once more at the end.
 
     python examples/use_hf_trainer.py
 

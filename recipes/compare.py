@@ -342,6 +342,8 @@ def leave_table(options: argparse.Namespace) -> None:
         }
         finished.append({**fixed, **chosen, **tuning, "runs": final})
     if not (validated or finished):
+        if options.tuning_only:
+            raise ValueError("`tuning_only` (=True): no method of `rows` has a rate to tune: leave it out.")
         raise ValueError(
             f"`results` (={str(options.results)!r}) holds no finished method: run it without --table_only."
         )

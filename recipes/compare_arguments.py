@@ -50,11 +50,13 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     options, further = parser.parse_known_args(list(map(with_underscores, argv[:end])))
     options.passed = translate([*further, *argv[end + 1 :]])
     options.flags = by_name(options.passed)
+    begun = read_json(file) if (file := options.results / SETTINGS_FILE).is_file() else {}
     if options.table_only:
         if options.passed:
             raise ValueError(f"`table_only` (=True) takes its settings from the folder: leave out {options.passed[0]}.")
         vars(options).update({"widen": 0} | read_json(options.results / SETTINGS_FILE))
-    elif "prior_adjustment" not in options.flags:  # finetune.py's own choice adjusts ETF heads alone
+    elif "prior_adjustment" in begun.get("flags", ["prior_adjustment"]) and "prior_adjustment" not in options.flags:
+        # finetune.py's own choice adjusts ETF heads alone; a comparison that was begun with it goes on so.
         options.passed += ["--prior_adjustment", "fit"]
         options.flags["prior_adjustment"] = "fit"
     if options.jobs < 1:
@@ -96,7 +98,7 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
         elif flags:
             values.append(word)
         else:
-            raise ValueError(f"{word!r} belongs to no flag: write out the flags of a file of settings.")
+            raise ValueError(f"{word!r} belongs to no flag: leave it out.")
     return {name: shlex.join(values) for name, values in run_folder.public_value(flags).items()}
 
 

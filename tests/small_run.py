@@ -1,8 +1,8 @@
 """A run of a few seconds: noisy images of three uneven classes and a ViT of 3,000 weights; a module and a program.
 
 As a program it takes one JSON argument: the keywords of ``make_trainer``, and ``resume``, ``kill_at`` (a step at which the
-process kills itself), ``unreadable`` (the data set, "eval" or "alignment", whose row 9 cannot be read) and ``record`` (a folder
-for the rows seen, the final weights and the metrics, or the error that ended the run).
+process kills itself), ``unreadable`` (the data set, "eval" or "alignment", and which of its rows cannot be read) and ``record``
+(a folder for the rows seen, the final weights and the metrics, or the error that ended the run).
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ def run_program(
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     command = [*launcher, __file__, json.dumps(settings)]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        command,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == (-signal.SIGKILL if killed else 1 if failed else 0), done.stderr[-3000:]
     return done.stdout
@@ -137,9 +141,10 @@ def main(settings: dict[str, Any]) -> None:
     resume, kill_at, record = settings.pop("resume", None), settings.pop("kill_at", None), settings.pop("record", None)
     unreadable = settings.pop("unreadable", None)
     trainer = make_trainer(**settings, callbacks=() if kill_at is None else (KillAt(kill_at),))
-    trainer.alignment_dataset = copy(trainer.train_dataset)
     if unreadable is not None:
-        getattr(trainer, f"{unreadable}_dataset").unreadable = 9
+        name, row = unreadable
+        trainer.alignment_dataset = copy(trainer.train_dataset)
+        getattr(trainer, f"{name}_dataset").unreadable = row
     seen: list[list[int]] = []
     step = trainer.training_step
 

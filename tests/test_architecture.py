@@ -201,7 +201,7 @@ def test_the_package_stays_small():
     """Sizes tell when something grows a second job. The core has a limit of its own; what lies around it may be longer."""
     sizes = lines(modules())
     folders = {folder: sum(sizes[name] for name in sizes if folder_of(name) == folder) for folder in FLOORS}
-    assert sum(sizes.values()) < 14_650
+    assert sum(sizes.values()) < 14_700
     assert {folder: size for folder, size in folders.items() if size >= 2_800} == {}
     assert {name: size for name, size in sizes.items() if size >= 450} == {}
     assert statistics.median(sizes.values()) < 150

@@ -49,13 +49,21 @@ class RowPredictions:
     kept: np.ndarray | None = None  # (rows, ...): what was asked to be kept of the logits
 
 
-def load_stock(folder: str | Path, task: str, *, config: Any = None, revision: str | None = None) -> PreTrainedModel:
+def load_stock(
+    folder: str | Path,
+    task: str,
+    *,
+    config: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> PreTrainedModel:
     """Load a saved folder of an ``"image"`` or ``"text"`` model without this library, as its users do.
 
     With a pooling of its own that is the encoder, its pooling and the linear layer beside it, as sentence-transformers would.
-    ``config`` stands in for the folder's; ``revision`` is of a Hub id.
+    ``config`` stands in for the folder's; ``revision`` is of a Hub id; other arguments are transformers'.
     """
-    found = AutoConfig.from_pretrained(folder, revision=revision) if config is None else config
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    found = AutoConfig.from_pretrained(folder, **options) if config is None else config
     saved = getattr(found, ENTRY, None) or {}
     if saved.get("adapters") or is_live(saved):
         raise ValueError(
@@ -65,7 +73,7 @@ def load_stock(folder: str | Path, task: str, *, config: Any = None, revision: s
     if (pooling := saved.get("pooling", "stock")) != "stock":
         return ENCODER_CLASSES[pooling].from_folder(folder, config=config, revision=revision)
     stock = AutoModelForImageClassification if task == "image" else AutoModelForSequenceClassification
-    return load_noting_new(stock, folder, config=found, revision=revision)
+    return load_noting_new(stock, folder, config=found, **options)
 
 
 def predict_rows(

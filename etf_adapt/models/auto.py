@@ -159,6 +159,7 @@ class _Factory(ETFModel):
             settings |= {"head": head or "etf", "head_path": head_path, "seed": seed}
             model = adapt(model, count or before, id2label=names, factory=factory, **settings)
         model.processor = find_processor(location, factory._task, model.config, kwargs)
+        model.trusts_code = kwargs.get("trust_remote_code")
         if factory._task == "text":
             _set_padding(model)
         return cast(ETFModel, (model, info) if wants_info else model)
@@ -190,7 +191,7 @@ class _Factory(ETFModel):
             if (settings := kwargs.get("quantization_config")) is not None:
                 kwargs["quantization_config"] = spare_heads(settings, cls._auto_model, config, head_path=head_path)
             return load_noting_new(cls._auto_model, location, config=config, dtype=dtype, **kwargs)
-        options = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        options = {name: value for name, value in kwargs.items() if name not in (*HUB_OPTIONS, "code_revision")}
         options["dtype"] = resolve_dtype(dtype, config)
         model = cast(PreTrainedModel, cls._auto_model.from_config(config, **options)).eval()
         if isinstance(config, TimmWrapperConfig):  # the wrapper draws all weights alike; timm knows better

@@ -64,6 +64,7 @@ class ETFModel(_Base):
     freeze_batch_norm: bool | None = None  # in training mode; None: while the head is aligned and fixed
     without_dropout: bool = False  # in training mode
     processor: Any = None  # tokenizer or image processor that save_pretrained writes beside the model
+    trusts_code: bool | None = None  # of the model's own: as its folder is read again
     _stock_class: type[PreTrainedModel]
     _task: str  # "image" or "text"
     _loss: Loss | None = None
@@ -152,9 +153,7 @@ class ETFModel(_Base):
         on as before. The scale changes no argmax; the offsets do.
         """
         if not (logit_scale > 0.0 and all(map(math.isfinite, prior_adjustment or ()))):
-            raise ValueError(
-                f"`logit_scale` (={logit_scale}) must be above 0, and `prior_adjustment` finite: fit again."
-            )
+            raise ValueError(f"`logit_scale` (={logit_scale}) must be above 0, and `prior_adjustment` finite.")
         heads = list(head_modules(self).values())
         for head in heads:
             if not head.is_stock_layer:
@@ -182,9 +181,9 @@ class ETFModel(_Base):
     def require_adjustable(self) -> None:
         """Refuse offsets of the logits where the classifier has no bias, or several layers."""
         if not all(self._has_bias.values()):
-            raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none.")
+            raise ValueError("`prior_adjustment` needs a bias, and this model's classifier has none: take 'none'.")
         if len(self._has_bias) > 1:
-            raise ValueError("`prior_adjustment` cannot be split over several heads: fit the logit scale alone.")
+            raise ValueError("`prior_adjustment` cannot be split over several heads: take 'none'.")
 
     def reset_calibration(self) -> None:
         """Forget what was folded into the head, after its class vectors were set anew."""

@@ -42,7 +42,8 @@ MODEL_FILES = (
 CARD_FILE, NEW_CARD_FILE, FACTS_FILE = "README.md", "README.new.md", "card.json"
 COUNTS_FIGURE, RECALLS_FIGURE = "class_counts.png", "recalls.png"
 _PACKAGES = ("etf_adapt", "torch", "transformers", "timm", "datasets", "accelerate", "numpy")
-_SECRET = re.compile(r"(^|[_-])(token|password|secret)([_-]|$)", re.I)  # `tokens` are those of texts
+_SECRET = re.compile("token|password|secret", re.I)
+_OF_TEXTS = re.compile("tokens?[_-](seen|per|across|id|type)|(num|max|min)[_-].*tokens?|tokenizer", re.I)
 # Fields of arguments that choose nothing here, and what the same run begun anew would not be given.
 _UNRECORDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint")
 
@@ -115,11 +116,15 @@ def public_value(value: Any) -> Any:
     return plain_value(value)
 
 
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name) is not None and not _OF_TEXTS.search(name)
+
+
 def _without_secrets(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {key: item for key, item in value.items() if not _SECRET.search(str(key))}
+        return {key: item for key, item in value.items() if not _is_secret(str(key))}
     return getattr(value, "value", value)  # of an enumeration, as it is typed
 
 
@@ -133,21 +138,21 @@ def recorded_arguments(*groups: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for group in groups:
         for field in dataclasses.fields(group):
-            if field.init and field.name not in _UNRECORDED and not _SECRET.search(field.name):
+            if field.init and field.name not in _UNRECORDED and not _is_secret(field.name):
                 arguments[field.name] = plain_value(_without_secrets(getattr(group, field.name)))
     return arguments
 
 
 def public_command(argv: Sequence[str]) -> str:
-    """Return the command line of a run without tokens and private paths; ``argv`` lacks the program."""
+    """Return the command line that begins a run, without tokens and private paths; ``argv`` lacks the program."""
     words: list[str] = []
     skip = False
     for word in argv:
         flag, equals, value = word.partition("=")
         is_flag = flag.startswith("--")
-        is_secret = is_flag and _SECRET.search(flag) is not None
-        if is_secret or (skip and not is_flag):
-            skip = is_secret and not equals
+        is_left_out = is_flag and (_is_secret(flag) or flag[2:].replace("-", "_") in ("resume", *_UNRECORDED))
+        if is_left_out or (skip and not is_flag):
+            skip = is_left_out and not equals
             continue
         skip = False
         words.append(f"{flag}={public_value(value)}" if is_flag and equals else public_value(word))

@@ -278,16 +278,20 @@ class AligningTrainer(EvaluatingTrainer):
         """Return when the head is aligned again: as asked, else as often as serves, where possible."""
         asked = self.args.realign
         is_alignable = all(head.is_set_from_data and not head.trainable for head in self.heads.values())
+        is_linear = all(head.is_stock_layer for head in self.heads.values())
         if asked is None:
             if not is_alignable or not self._has_whole_weights or self.args.frame == "random":
                 return "never"
             # Under dropout the features of training are others than those that the head is to score.
-            return "epochs" if self.args.dropout == "model" and has_dropout(self.model) else "steps"
+            by_steps = is_linear and not (self.args.dropout == "model" and has_dropout(self.model))
+            return "steps" if by_steps else "epochs"
         if asked != "never" and not is_alignable:
             raise ValueError(
                 f"`realign` (={asked!r}) sets the class vectors anew, and this head learns them or draws them at random: "
                 "set it to never, or use a fixed 'etf' head."
             )
+        if asked == "steps" and not is_linear:
+            raise ValueError(f"`realign` (={asked!r}) is for heads that are linear layers: set it to epochs or never.")
         if asked != "never":
             self._require_whole_weights("realign")
         return asked

@@ -98,7 +98,8 @@ def finish(
     if trainer.args.should_save and trainer.args.keep_statistics:
         save_statistics(str(trainer.args.output_dir), heads)
     trainer.accelerator.wait_for_everyone()
-    stock = load_stock(str(trainer.args.output_dir), trainer.model._task).to(trainer.args.device)  # type: ignore[arg-type]
+    stock = load_stock(str(trainer.args.output_dir), model._task, trust_remote_code=model.trusts_code)
+    stock = stock.to(trainer.args.device)  # type: ignore[arg-type]
     scored: dict[str, Scored] = {}
     for split, rows in {"validation": held_out, "test": test_dataset}.items():
         if rows is not None and split not in unread:
@@ -245,7 +246,8 @@ def _noted(unread: dict[str, str], split: str) -> Iterator[None]:
 def is_adjusted(model: ETFModel, choice: str, class_counts: NDArray[np.int64], *, has_validation: bool) -> bool:
     """Return whether the prior is adjusted for after training; auto: for ETF heads that allow it."""
     if choice == "auto":
-        return bool(has_validation and model.etf_settings["head"]["kind"] == "etf" and model.is_adjustable)
+        is_etf = model.etf_settings["head"]["kind"] == "etf"
+        return bool(has_validation and is_etf and model.is_adjustable and (class_counts > 0).all())
     check_choice("prior_adjustment", choice, ("auto", "fit", "none"))
     if choice == "fit":
         model.require_adjustable()

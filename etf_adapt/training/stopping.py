@@ -56,12 +56,17 @@ class StoppableTrainer(Trainer):
             with StopSignals() as self._signals:
                 try:
                     yield checkpoint
-                    self.poll()  # for what came after the last step
+                    if first_process_decides(self._is_saved_here):
+                        self.poll()  # for what came after the last step
                 except Stopped as stop:
                     self._save_and_tell(stop)
                     raise
                 finally:
                     self._signals = None
+
+    def _is_saved_here(self) -> bool:
+        last = find_last_complete_checkpoint(self.run_dir)
+        return last is not None and last.name == f"checkpoint-{self.state.global_step}"
 
     def _claim(self, folder: str, resume: str | bool | None) -> Path | None:
         checkpoint = resolve_checkpoint(folder, resume, tell=self.print)

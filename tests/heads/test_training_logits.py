@@ -113,6 +113,12 @@ class TestTrainer:
         assert self.loss(trainer, batch) == pytest.approx(expected, rel=1e-6)
         assert expected > trainer.model.compute_loss_from_logits(logits, batch["labels"]).item()
 
+    def test_a_fixed_cosine_head_is_aligned_by_passes(self, tmp_path):
+        model = make_model(head="cosine", trainable=False)
+        assert make_trainer(tmp_path, model=model).realignment == "epochs"
+        with pytest.raises(ValueError, match="is for heads that are linear layers: set it to epochs or never"):
+            make_trainer(tmp_path, model=model, realign="steps")
+
     @pytest.mark.parametrize("settings", [{"leave_one_out": False}, {"mixup": 0.2}, {"frame": "random"}])
     def test_it_can_be_had_without(self, tmp_path, settings):
         trainer = make_trainer(tmp_path / "run", **settings)

@@ -27,6 +27,7 @@ from transformers import (
 
 from etf_adapt import finetune, load_data, predict
 from etf_adapt.heads.in_model import head_modules
+from etf_adapt.inference.predictions import load_stock
 from etf_adapt.inference.rows import prepare_rows
 from etf_adapt.models.auto import ETFForImageClassification, ETFForSequenceClassification, adapt
 from etf_adapt.models.folders import load_processor, locate
@@ -429,6 +430,11 @@ def test_a_models_own_code_runs_where_it_is_trusted(tmp_path, monkeypatch):
     (tmp_path / "own" / "own.py").write_text(CODE)
     model = ETFForSequenceClassification.from_pretrained(tmp_path / "own", num_labels=3, trust_remote_code=True)
     assert type(model).__name__ == "OwnForSequenceClassification" and model.etf_settings["head"]["kind"] == "etf"
+    model.save_pretrained(tmp_path / "saved")  # as `finish` reads it
+    stock = load_stock(tmp_path / "saved", "text", trust_remote_code=model.trusts_code)
+    assert type(stock).__name__ == "OwnForSequenceClassification" and torch.equal(
+        stock.classifier.weight, model.classifier.weight
+    )
 
 
 # What the stock class says

@@ -122,11 +122,18 @@ def test_what_counts_tokens_is_no_secret_and_flags_behind_a_secret_stay():
     assert (
         run_folder.public_command(words) == "etf-adapt finetune --include_num_input_tokens_seen --seed 1 --bf16 --paper"
     )
-    public = run_folder.public_value({"max_tokens": 1, "hub_token": "x", "client_secret": "y", "password": "z"})
-    assert public == {"max_tokens": 1}
+    secrets = dict.fromkeys(("hub_token", "hubToken", "access_tokens", "client_secret", "passwords"), "x")
+    assert run_folder.public_value({"max_tokens": 1, "token_type_ids": 2, **secrets}) == {
+        "max_tokens": 1,
+        "token_type_ids": 2,
+    }
 
 
-def test_the_arguments_of_a_resumed_run_begin_it_anew():
+def test_the_arguments_and_the_command_of_a_resumed_run_begin_it_anew():
+    for flag in ("--resume_from_checkpoint", "--resume", "--resume-from-checkpoint"):
+        words = ["--seed", "1", flag, "last", "--bf16"]
+        assert run_folder.public_command(words) == "etf-adapt finetune --seed 1 --bf16"
+
     @dataclasses.dataclass
     class Arguments:
         seed: int = 3

@@ -291,6 +291,7 @@ def test_the_prior_is_adjusted_for_by_default_where_a_fixed_head_can_take_it(hea
 
 
 def test_a_prior_of_classes_without_rows_is_refused():
+    assert not is_adjusted(make_model(), "auto", np.array([3, 0, 2]), has_validation=True)
     with pytest.raises(ValueError, match="needs training rows of each class, and class 1 has none: take 'none'"):
         is_adjusted(make_model(head="linear"), "fit", np.array([3, 0, 2]), has_validation=True)
     with pytest.raises(ValueError, match="`prior_adjustment` finite"):

@@ -83,11 +83,12 @@ def test_two_processes_resumed_in_mid_epoch_end_as_uninterrupted(tmp_path, reali
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["eval", "alignment"])
-def test_a_row_that_one_process_cannot_read_ends_all_with_its_message(tmp_path, dataset):
-    settings = {**SETTINGS, "per_device_train_batch_size": 8, "unreadable": dataset, "realign": "epochs"}
+@pytest.mark.parametrize(("dataset", "row"), [("eval", 12), ("alignment", 9), ("alignment", 70)])
+def test_a_row_that_one_process_cannot_read_ends_all_with_its_message(tmp_path, dataset, row):
+    settings = {**SETTINGS, "per_device_train_batch_size": 8, "unreadable": (dataset, row), "realign": "epochs"}
+    settings["per_device_eval_batch_size"] = 2
     torchrun({**settings, "output_dir": str(tmp_path / "run"), "record": str(tmp_path)})
-    assert [Path(tmp_path, f"{rank}.txt").read_text() for rank in range(2)] == ["Row 9 cannot be read."] * 2
+    assert [Path(tmp_path, f"{rank}.txt").read_text() for rank in range(2)] == [f"Row {row} cannot be read."] * 2
 
 
 @pytest.mark.slow

@@ -6,13 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from slow_cases import rest_slow
 from small_run import make_trainer, same, weights
 from transformers import TrainerCallback
 
+from etf_adapt.data.batches import LeftTogether, leave_pass, met_by
+from etf_adapt.errors import DataError
+from etf_adapt.training import signals
 from etf_adapt.training.checkpoints import list_checkpoints
 from etf_adapt.training.signals import RandomStates, Stopped, StopSignals
 
@@ -82,15 +88,41 @@ def test_a_run_that_was_asked_to_stop_ends_as_the_uninterrupted_one(tmp_path, wh
     assert resumed.misses == whole[strategy].misses
 
 
-def test_a_signal_after_the_last_step_is_heard(tmp_path, capsys):
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_a_signal_after_the_last_step_is_heard_where_that_step_is_saved(tmp_path, capsys, strategy):
     class AtTheEnd(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer = make_trainer(tmp_path, callbacks=(AtTheEnd(),), num_train_epochs=1)
+    settings = {"save_strategy": strategy, "load_best_model_at_end": strategy == "epoch"}
+    trainer = make_trainer(tmp_path, callbacks=(AtTheEnd(),), num_train_epochs=1, **settings)
+    with nullcontext() if strategy == "no" else pytest.raises(Stopped):
+        trainer.train()  # where nothing is saved, what follows goes on
+    is_told = "stopped by SIGTERM after step 6: checkpoint-6 holds it" in capsys.readouterr().out
+    assert is_told == (strategy == "epoch")
+
+
+def test_processes_leave_a_pass_together(monkeypatch):
+    others = [0]
+    monkeypatch.setattr(signals, "PartialState", lambda: SimpleNamespace(num_processes=2, device="cpu"))
+    monkeypatch.setattr(signals, "gather", lambda own: torch.cat([own, torch.tensor(others)]))
+    polled = StopSignals()
+    polled.poll()
+    others[0] = signals._LEAVES
+    with pytest.raises(LeftTogether):
+        polled.poll()
+    others[0] = int(signal.SIGTERM)
+    polled.poll(leaves=True)  # who leaves tells why
     with pytest.raises(Stopped):
-        trainer.train()
-    assert "stopped by SIGTERM after step 6: checkpoint-6 holds it" in capsys.readouterr().out
+        polled.poll()
+
+
+def test_who_leaves_a_pass_meets_the_others_first_and_who_follows_is_silent():
+    met = []
+    with met_by(lambda: met.append(1)):
+        assert leave_pass(DataError("row 3")) == "row 3" and met == [1]
+        assert leave_pass(LeftTogether("another")) == "" and met == [1]
+    assert leave_pass(DataError("row 4")) == "row 4" and met == [1]
 
 
 @pytest.mark.parametrize("aligned", [1, 3])
