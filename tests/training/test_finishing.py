@@ -209,8 +209,8 @@ def test_what_the_evaluations_do_not_tell_is_read_again(tmp_path, monkeypatch, c
     else:
         load = finishing.load_stock
 
-        def changed(folder, task):
-            model = load(folder, task)
+        def changed(folder, task, **options):
+            model = load(folder, task, **options)
             model.classifier.bias.data += torch.tensor([0.0, 0.0, 5.0])
             return model
 
