@@ -50,13 +50,13 @@ def read_arguments(argv: list[str], description: str | None = None) -> argparse.
     options, further = parser.parse_known_args(list(map(with_underscores, argv[:end])))
     options.passed = translate([*further, *argv[end + 1 :]])
     options.flags = by_name(options.passed)
-    begun = read_json(file) if (file := options.results / SETTINGS_FILE).is_file() else {}
+    begun = read_json(file).get("flags") if (file := options.results / SETTINGS_FILE).is_file() else None
     if options.table_only:
         if options.passed:
             raise ValueError(f"`table_only` (=True) takes its settings from the folder: leave out {options.passed[0]}.")
         vars(options).update({"widen": 0} | read_json(options.results / SETTINGS_FILE))
-    elif "prior_adjustment" in begun.get("flags", ["prior_adjustment"]) and "prior_adjustment" not in options.flags:
-        # finetune.py's own choice adjusts ETF heads alone; a comparison that was begun with it goes on so.
+    # finetune.py's own choice adjusts ETF heads alone; a comparison that was begun with it goes on so.
+    elif "prior_adjustment" not in options.flags and (begun is None or "prior_adjustment" in begun):
         options.passed += ["--prior_adjustment", "fit"]
         options.flags["prior_adjustment"] = "fit"
     if options.jobs < 1:

@@ -159,6 +159,7 @@ def load_data(
 
     counts = np.bincount(labels["train"][rows["train"]], minlength=len(names))
     when = "before the long tail, balanced" if validation_before_long_tail else "after the long tail, stratified"
+    origin = "its own split" if "validation" in splits else f"cut from train {when}" if cuts else "none"
     description = {
         "name": dataset,
         "kind": source.kind,
@@ -174,11 +175,7 @@ def load_data(
         "class_counts": counts.tolist(),
         "imbalance_factor": float(counts.max() / counts.min()),
         "long_tail": None if imbalance_factor is None else {"imbalance_factor": float(imbalance_factor), **tail},
-        "validation_origin": "its own split"
-        if "validation" in splits
-        else f"cut from train {when}"
-        if cuts
-        else "none",
+        "validation_origin": origin,
         "seed": seed,
         # As little-endian 64-bit integers, so that two runs can show that they used the same rows.
         "row_ids_sha256": {split: sha256(ids.astype("<i8").tobytes()).hexdigest() for split, ids in rows.items()},

@@ -87,8 +87,7 @@ class ETFModel(_Base):
             "kind": first and (first.folded_from or first.kind),
             "frame": getattr(first, "frame", None),
             "trainable": getattr(first, "trainable", None),
-            "folded": first is not None
-            and first.folded_from is not None,  # into a stock layer, from a head of that kind
+            "folded": bool(first and first.folded_from),  # into a stock layer, from a head of that kind
             "paths": list(heads),
         }
         library = "timm" if isinstance(self, TimmWrapperForImageClassification) else "transformers"

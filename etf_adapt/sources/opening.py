@@ -54,9 +54,7 @@ def open_source(
     elif path.is_file():
         source = _open_files([path], path.parent, ImageNames(path.parent, root), are_chosen=True)
     elif glob.has_magic(dataset):
-        found = sorted(
-            glob.glob(str(given), recursive=True)
-        )  # not of the absolute path: the working folder is no pattern
+        found = sorted(glob.glob(str(given), recursive=True))  # the working folder is no pattern
         matches = [Path(match).absolute() for match in found if Path(match).is_file()]
         if not matches:
             raise FileNotFoundError(f"`dataset` (={dataset}) matches no file.")

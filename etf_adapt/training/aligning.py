@@ -96,9 +96,7 @@ class AligningTrainer(EvaluatingTrainer):
         if self.realignment != "steps" or self.train_labels is None or not is_trained:
             return None
         num_rows, heads = len(self.train_labels), self.heads.values()
-        if num_rows > most_kept_rows(heads) or not all(
-            head.is_stock_layer and keeps_rows(head.weight) for head in heads
-        ):
+        if num_rows > most_kept_rows(heads) or not all(keeps_rows(head.weight) for head in heads):
             return None
         ends = {row: self.alignment_dataset[row] for row in (0, num_rows - 1)}
         if not all(isinstance(values, Mapping) and values.get("row_id") == row for row, values in ends.items()):
